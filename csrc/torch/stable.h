@@ -1,0 +1,92 @@
+// The only file that names torch headers: checks, dtype dispatch, threads, current stream, device guard.
+#pragma once
+
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "common/vec.h"
+
+namespace vmemory {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+// the stable boxing wants ints in a std::vector and optionals by value
+using Ints = std::vector<int64_t>;
+
+#define VMEMORY_CHECK(condition, ...) STD_TORCH_CHECK(condition, "vmemory: ", __VA_ARGS__)
+
+template <class T>
+struct tag {
+  using type = T;
+};
+
+// f(tag<T>) with the storage type of a floating tensor: double, float, f16 or bf16
+template <class F>
+auto dispatch_floating(ScalarType type, F&& f) {
+  switch (type) {
+    case ScalarType::Double:
+      return f(tag<double>{});
+    case ScalarType::Float:
+      return f(tag<float>{});
+    case ScalarType::Half:
+      return f(tag<f16>{});
+    case ScalarType::BFloat16:
+      return f(tag<bf16>{});
+    default:
+      VMEMORY_CHECK(false, "expected a float64, float32, float16 or bfloat16 tensor");
+      return f(tag<float>{});
+  }
+}
+
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+inline Tensor make(const Tensor& like, const Ints& sizes, std::optional<ScalarType> type = std::nullopt) {
+  return torch::stable::new_empty(like, sizes, type);
+}
+
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// f(begin, end) over [0, n) on torch's own threads, at least `grain` each
+template <class F>
+void parallel(int64_t n, int64_t grain, const F& f) {
+  torch::stable::parallel_for(0, n, grain < 1 ? 1 : grain, f);
+}
+
+#ifdef __CUDACC__
+// torch's current stream of the device. Looked up at run time because the symbol exists in CUDA builds of torch only
+// and this library must also load next to a CPU build; RTLD_DEFAULT does not find it, a handle on the library does.
+inline cudaStream_t current_stream(const Tensor& t) {
+  using Getter = AOTITorchError (*)(int32_t, void**);
+  static const Getter getter = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_NOLOAD | RTLD_LAZY);
+    return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  VMEMORY_CHECK(getter != nullptr, "this torch has no CUDA: libtorch_cuda.so is not loaded");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(getter(t.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+inline void check_launch(const char* what) {
+  const cudaError_t error = cudaGetLastError();
+  VMEMORY_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
+}
+#endif
+
+}  // namespace vmemory

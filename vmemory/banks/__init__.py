@@ -1,0 +1,1 @@
+"""Memories: bounded, timestamped, under one contract."""

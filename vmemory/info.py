@@ -1,0 +1,70 @@
+"""`python -m vmemory.info [--json]`: what was built, what loaded, and the reason for anything missing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+
+def collect() -> dict[str, Any]:
+    """Facts of this installation: versions, and for each backend whether it was built, whether it loaded, and why not."""
+    import torch
+
+    from vmemory import __version__
+    from vmemory.ops._native import STATUS
+
+    facts = STATUS.facts
+    reasons = facts.get("reasons", {})
+    try:
+        from vmemory import _host
+    except ImportError as error:
+        host = {"built": bool(facts.get("host")), "loaded": False, "reason": reasons.get("host") or str(error)}
+    else:
+        host = {"built": True, "loaded": True, "reason": "", "facts": _host.build_info()}
+    triton = metadata.version("triton") if find_spec("triton") else None
+    cuda_device = torch.cuda.is_available()
+    triton_reason = "" if triton else "triton is not installed"
+    if triton and not cuda_device:
+        triton_reason = "torch sees no CUDA device"
+    return {
+        "vmemory": __version__,
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "triton": triton,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name() if cuda_device else None,
+        "build": {k: v for k, v in facts.items() if k != "reasons"},
+        "backends": {
+            "cpu": {"built": bool(facts.get("cpu")), "loaded": STATUS.cpu, "reason": STATUS.cpu_reason},
+            "cuda": {"built": bool(facts.get("cuda")), "loaded": STATUS.cuda, "reason": STATUS.cuda_reason},
+            "triton": {"built": True, "loaded": not triton_reason, "reason": triton_reason},
+            "host": host,
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m vmemory.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print machine-readable facts")
+    report = collect()
+    if parser.parse_args().json:
+        print(json.dumps(report, indent=1))
+        return
+    versions = (f"{name} {report[name]}" for name in ("vmemory", "python", "torch", "triton") if report[name])
+    print(", ".join(versions))
+    print(f"CPU {report['cpu_capability']}, device {report['device'] or 'none'}")
+    for name, state in report["backends"].items():
+        words = "loaded" if state["loaded"] else ("built, not loaded" if state["built"] else "not built")
+        print(f"  {name:<7}{words}" + (f": {state['reason']}" if state["reason"] else ""))
+    build = report["build"]
+    if build.get("cpu"):
+        extra = f", CUDA for {build['cuda_archs']} by {build['nvcc']}" if build.get("cuda") else ""
+        print(f"built for {build['cpu_arch'] or 'the default CPU'} by {build['compiler']}{extra}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""One place that defines operators: schema, fake kernel, and the Triton twin in its own namespace.
+
+The op `vmemory::<name>` exists whether or not the native library was built; its CPU and CUDA kernels come from
+`_ops.so`. The Triton launcher is registered as `vmemory_triton::<name>`, because a dispatch key holds one kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+
+
+class Op:
+    """A defined operator. `op("native", ...)` or `op("triton", ...)` runs one of its registered kernels."""
+
+    __slots__ = ("name", "native", "triton")
+
+    def __init__(self, name: str, schema: str, fake: Callable[..., Any], triton: bool = True) -> None:
+        self.name = name
+        self.native = self._define("vmemory", schema, fake)
+        self.triton = None
+        if triton:
+            self.triton = self._define("vmemory_triton", schema, fake)
+            torch.library.impl(f"vmemory_triton::{name}", "CUDA", self._launch)
+
+    def _define(self, namespace: str, schema: str, fake: Callable[..., Any]) -> Any:
+        torch.library.define(f"{namespace}::{self.name}", schema)
+        torch.library.register_fake(f"{namespace}::{self.name}", fake)
+        return getattr(getattr(torch.ops, namespace), self.name).default
+
+    def _launch(self, *args: Any) -> Any:
+        # imported at the first launch: `import vmemory` must not need triton
+        stem = self.name
+        for suffix in ("_backward", "_push_", "_plan", "_gather", "_stats"):
+            stem = stem.removesuffix(suffix)
+        return getattr(import_module(f"vmemory.kernels.{stem}"), self.name)(*args)
+
+    def __call__(self, impl: str, *args: Any) -> Any:
+        kernel = self.native if impl == "native" else self.triton
+        return kernel(*args)

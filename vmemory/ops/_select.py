@@ -1,0 +1,114 @@
+"""Which implementation runs: a function of device, dtype and shape, never of values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+
+from vmemory.ops._native import STATUS
+
+Impl = Literal["auto", "native", "triton", "reference"]
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `impl="auto"` picks for a call, and why each other implementation was not picked."""
+
+    op: str
+    impl: str
+    rejected: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.impl}"]
+        lines += [f"  not {name}: {reason}" for name, reason in self.rejected.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Backends:
+    """The implementations one op has beside its reference."""
+
+    op: str
+    cpu: bool = True
+    cuda: bool = False
+    triton: bool = True
+    native_dtypes: tuple[torch.dtype, ...] = _FLOATING
+    triton_dtypes: tuple[torch.dtype, ...] = _FLOATING[1:]
+
+    def why_not(self, impl: str, device: str, dtype: torch.dtype) -> str:
+        """Empty when `impl` can run on this device type and dtype, else the reason."""
+        if impl == "reference":
+            return ""
+        if impl == "native":
+            if device not in ("cpu", "cuda"):
+                return f"no native kernel for device type {device}"
+            if not getattr(self, device):
+                return f"the op has no native {device.upper()} kernel"
+            if dtype not in self.native_dtypes:
+                return f"the native kernel does not take {dtype}"
+            return STATUS.cpu_reason if device == "cpu" else STATUS.cuda_reason
+        if not self.triton:
+            return "the op has no Triton kernel"
+        if device != "cuda":
+            return f"Triton kernels run on CUDA devices, the tensors are on {device}"
+        if dtype not in self.triton_dtypes:
+            return f"the Triton kernel does not take {dtype}"
+        return "" if find_spec("triton") else "triton is not installed"
+
+    @lru_cache(maxsize=256)  # noqa: B019  instances are module constants, one an op
+    def order(self, device: str, dtype: torch.dtype) -> tuple[str, ...]:
+        """Usable implementations, best first."""
+        return tuple(impl for impl in ("native", "triton", "reference") if not self.why_not(impl, device, dtype))
+
+    def pick(self, tensor: torch.Tensor, impl: Impl = "auto") -> str:
+        """The implementation to run; raises RuntimeError when an explicitly named one cannot."""
+        if impl == "auto":
+            return self.order(tensor.device.type, tensor.dtype)[0]
+        if impl not in ("native", "triton", "reference"):
+            raise ValueError(f"impl: expected 'auto', 'native', 'triton' or 'reference', got {impl!r}")
+        reason = self.why_not(impl, tensor.device.type, tensor.dtype)
+        if reason:
+            raise RuntimeError(f"{self.op}: impl={impl!r} cannot run: {reason}")
+        return impl
+
+
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Say which implementation `op(*args)` runs and why the others are not picked.
+
+    Args:
+        op: A public op, for example `vmemory.ops.grid_pool`.
+        args, kwargs: The arguments of the call; only the first tensor's device and dtype matter.
+
+    Raises:
+        TypeError: `op` is not one of vmemory's ops, or no argument is a tensor.
+    """
+    backends = getattr(op, "backends", None)
+    if not isinstance(backends, Backends):
+        raise TypeError(f"op: expected one of vmemory's ops, got {op!r}")
+    tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
+    if tensor is None:
+        raise TypeError("args: expected at least one tensor to decide by, got none")
+    device, dtype = tensor.device.type, tensor.dtype
+    chosen = backends.order(device, dtype)[0]
+    rejected = {
+        impl: backends.why_not(impl, device, dtype) or f"{chosen} is preferred on {device}"
+        for impl in ("native", "triton", "reference")
+        if impl != chosen
+    }
+    return Explanation(backends.op, chosen, rejected)
+
+
+def with_backends(backends: Backends) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Attach an op's table of implementations to its public function, where `explain` finds it."""
+
+    def attach(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.backends = backends  # type: ignore[attr-defined]
+        return function
+
+    return attach
