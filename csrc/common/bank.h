@@ -1,0 +1,294 @@
+// The tiered memory's bookkeeping, host and device: which frame leaves a full tier, and what that does to the lists.
+// Raw pointers only; tokens and descriptors are moved by the caller between decide() and apply().
+#pragma once
+
+#include <cstdint>
+
+#ifndef VMEMORY_HD
+#ifdef __CUDACC__
+#define VMEMORY_HD __host__ __device__
+#else
+#define VMEMORY_HD
+#endif
+#endif
+
+namespace vmemory::bank {
+
+constexpr int kMaxTiers = 8;
+// columns of entry, clock and counter
+enum { kFrame, kFirst, kLast, kFrames };
+enum { kTime, kStart, kStop, kMass };
+enum { kSeen, kSkipped, kDropped, kLength };
+
+struct Rule {
+  enum Choose { kAdjacent, kAll, kGap, kOldest } choose = kAdjacent;
+  bool newer = false;      // the newer of the closest pair leaves, else the older
+  bool merge = false;      // the newer is folded into the older
+  bool by_time = true;     // demoted frames are inserted by time, else appended
+  bool cascade = true;     // through every tier, else what the second tier evicts is dropped
+  bool nan_first = true;   // a frame with a non-finite descriptor leaves before any other
+};
+
+struct Geometry {
+  Rule rule;
+  int tiers = 0, levels = 0;
+  int64_t capacity[kMaxTiers], height[kMaxTiers], width[kMaxTiers];
+  int64_t slot0[kMaxTiers], row0[kMaxTiers], link0[kMaxTiers];
+  int64_t interval[kMaxTiers], entry[kMaxTiers];
+  int64_t M = 0, L = 0, P = 0;           // slots, token rows, links
+  int64_t R = 1, K = 0, D = 0, H = 0, W = 0;  // descriptors a slot, key channels, channels, input grid
+
+  VMEMORY_HD int tier_of(int64_t slot) const {
+    int tier = tiers - 1;
+    while (slot < slot0[tier]) --tier;
+    return tier;
+  }
+  VMEMORY_HD int64_t cells(int tier) const { return height[tier] * width[tier]; }
+  VMEMORY_HD int64_t row_of(int64_t slot) const {
+    const int tier = tier_of(slot);
+    return row0[tier] + (slot - slot0[tier]) * cells(tier);
+  }
+  VMEMORY_HD int entry_tier(int64_t frame) const {
+    if (levels == 0) return tiers ? 0 : -1;
+    for (int i = 0; i < levels; ++i)
+      if (frame % interval[i] == 0) return static_cast<int>(entry[i]);
+    return -1;
+  }
+  VMEMORY_HD int64_t descriptor_of(int tier) const { return R > 1 ? tier : 0; }
+};
+
+// Where a map lies in the packed table: for each source <= tier the composed row and column weights, tier by tier,
+// then for each tier but the last the row and column weights of the step to the next.
+struct MapOffsets {
+  int64_t rows[kMaxTiers][kMaxTiers], columns[kMaxTiers][kMaxTiers];
+  int64_t step_rows[kMaxTiers], step_columns[kMaxTiers];
+  int64_t total = 0;
+
+  explicit MapOffsets(const Geometry& g) {
+    for (int source = 0; source < g.tiers; ++source)
+      for (int tier = source; tier < g.tiers; ++tier) {
+        rows[source][tier] = take(g.height[tier] * g.H);
+        columns[source][tier] = take(g.width[tier] * g.W);
+      }
+    for (int tier = 0; tier + 1 < g.tiers; ++tier) {
+      step_rows[tier] = take(g.height[tier + 1] * g.height[tier]);
+      step_columns[tier] = take(g.width[tier + 1] * g.width[tier]);
+    }
+  }
+
+ private:
+  int64_t take(int64_t n) {
+    const int64_t at = total;
+    total += n;
+    return at;
+  }
+};
+
+// one stream's bookkeeping; A is the type decisions are made in
+template <class A>
+struct Stream {
+  A* descriptor;     // [M, R, K]
+  A* norm;           // [M, R]
+  A* link;           // [P]
+  int64_t* entry;    // [M, 4]
+  double* clock;     // [M, 4]
+  int64_t* order;    // [M]
+  int64_t* counter;  // [3 + tiers]
+};
+
+// what one frame does: decided from the state before it, so that every block of a launch decides alike
+struct Step {
+  int first = -1;   // tier the frame enters, -1 = it leaves at once
+  int length = 0;   // full tiers on its way down
+  int64_t place[kMaxTiers];   // list place of each one's victim
+  int64_t slot[kMaxTiers];    // its slot
+  int64_t target[kMaxTiers];  // where it goes in the next tier, -1 = it leaves
+  int64_t merged = -1;        // slot that the only victim is folded into, -1 = none
+  int64_t fresh = -1;         // slot the frame takes
+};
+
+// list places whose link has to be computed anew, per tier
+struct Dirty {
+  int count[kMaxTiers] = {};
+  int64_t place[kMaxTiers][4];
+
+  VMEMORY_HD void add(int tier, int64_t p) { place[tier][count[tier]++] = p; }
+  VMEMORY_HD void shift(int tier, int64_t from) {
+    for (int i = 0; i < count[tier]; ++i)
+      if (place[tier][i] >= from) ++place[tier][i];
+  }
+};
+
+template <class A>
+VMEMORY_HD inline bool is_nan(A x) {
+  return x != x;
+}
+
+// larger, with NaN the largest of all and no pair of NaNs ordered: the first of equals stays
+template <class A>
+VMEMORY_HD inline bool exceeds(A a, A b) {
+  return a > b || (is_nan(a) && !is_nan(b));
+}
+
+template <class A>
+VMEMORY_HD inline bool is_finite(A x) {
+  return x - x == A(0);
+}
+
+template <class A>
+VMEMORY_HD int64_t choose(const Geometry& g, const Stream<A>& s, int tier, int64_t frame, int64_t* merged) {
+  const int64_t n = s.counter[kLength + tier], slot0 = g.slot0[tier];
+  const int64_t* order = s.order + slot0;
+  *merged = -1;
+  if (n == 1 || g.rule.choose == Rule::kOldest) return 0;
+  if (g.rule.choose == Rule::kGap) {
+    int64_t best = 1, smallest = 0;
+    for (int64_t p = 1; p < n; ++p) {
+      const int64_t after = p + 1 < n ? s.entry[order[p + 1] * 4 + kFrame] : frame;
+      const int64_t gap = after - s.entry[order[p - 1] * 4 + kFrame];
+      if (p == 1 || gap < smallest) best = p, smallest = gap;
+    }
+    return best;
+  }
+  int64_t older = 0, newer = 1;
+  const A* link = s.link + g.link0[tier];
+  A best;
+  if (g.rule.choose == Rule::kAll) {
+    const int64_t c = g.capacity[tier];
+    best = link[(order[0] - slot0) * c + order[1] - slot0];
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = i + 1; j < n; ++j) {
+        const A x = link[(order[i] - slot0) * c + order[j] - slot0];
+        if (exceeds(x, best)) best = x, older = i, newer = j;
+      }
+  } else {
+    best = link[1];
+    for (int64_t p = 2; p < n; ++p)
+      if (exceeds(link[p], best)) best = link[p], older = p - 1, newer = p;
+  }
+  if (g.rule.nan_first && is_nan(best)) {
+    const A norm = s.norm[order[older] * g.R + g.descriptor_of(tier)];
+    return is_finite(norm) ? newer : older;
+  }
+  if (g.rule.merge) {
+    *merged = order[older];
+    return newer;
+  }
+  return g.rule.newer ? newer : older;
+}
+
+template <class A>
+VMEMORY_HD Step decide(const Geometry& g, const Stream<A>& s) {
+  Step step;
+  const int64_t frame = s.counter[kSeen];
+  int tier = g.entry_tier(frame);
+  step.first = tier;
+  if (tier < 0) return step;
+  bool full = s.counter[kLength + tier] == g.capacity[tier];
+  while (full) {
+    const int i = step.length++;
+    step.place[i] = choose(g, s, tier, frame, &step.merged);
+    step.slot[i] = s.order[g.slot0[tier] + step.place[i]];
+    step.target[i] = -1;
+    if (i > 0) step.target[i - 1] = step.slot[i];
+    if (step.merged >= 0 || tier + 1 == g.tiers || (!g.rule.cascade && step.length == 2)) break;
+    ++tier;
+    full = s.counter[kLength + tier] == g.capacity[tier];
+  }
+  const int64_t free = full ? -1 : g.slot0[tier] + s.counter[kLength + tier];
+  if (!full && step.length > 0) step.target[step.length - 1] = free;
+  step.fresh = step.length > 0 ? step.slot[0] : free;
+  return step;
+}
+
+template <class A>
+VMEMORY_HD void remove(const Geometry& g, const Stream<A>& s, int tier, int64_t place, Dirty* dirty) {
+  int64_t* order = s.order + g.slot0[tier];
+  A* link = s.link + g.link0[tier];
+  const int64_t n = --s.counter[kLength + tier];
+  const bool linked = g.rule.choose == Rule::kAdjacent;
+  for (int64_t p = place; p < n; ++p) {
+    order[p] = order[p + 1];
+    if (linked) link[p] = link[p + 1];
+  }
+  order[n] = -1;
+  if (linked && place > 0 && place < n) dirty->add(tier, place);
+}
+
+template <class A>
+VMEMORY_HD void insert(const Geometry& g, const Stream<A>& s, int tier, int64_t slot, Dirty* dirty) {
+  int64_t* order = s.order + g.slot0[tier];
+  A* link = s.link + g.link0[tier];
+  const int64_t n = s.counter[kLength + tier]++;
+  const int64_t frame = s.entry[slot * 4 + kFrame];
+  const bool linked = g.rule.choose == Rule::kAdjacent;
+  int64_t place = n;
+  while (place > 0 && g.rule.by_time && s.entry[order[place - 1] * 4 + kFrame] > frame) {
+    order[place] = order[place - 1];
+    if (linked) link[place] = link[place - 1];
+    --place;
+  }
+  order[place] = slot;
+  dirty->shift(tier, place);
+  if (g.rule.choose == Rule::kAll) dirty->add(tier, place);
+  if (!linked) return;
+  if (place > 0) dirty->add(tier, place);
+  if (place < n) dirty->add(tier, place + 1);
+}
+
+// the lists, entries and counters after the step; norms of demoted slots travel, new ones are the caller's
+template <class A>
+VMEMORY_HD void apply(const Geometry& g, const Stream<A>& s, const Step& step, double time, double mass, Dirty* dirty) {
+  const int64_t frame = s.counter[kSeen]++;
+  if (step.first < 0) {
+    ++s.counter[kSkipped];
+    return;
+  }
+  for (int i = step.length - 1; i >= 0; --i) {
+    const int tier = step.first + i;
+    const int64_t slot = step.slot[i], target = step.target[i];
+    remove(g, s, tier, step.place[i], dirty);
+    if (step.merged >= 0) {
+      int64_t* a = s.entry + step.merged * 4;
+      double* ca = s.clock + step.merged * 4;
+      const int64_t* b = s.entry + slot * 4;
+      const double* cb = s.clock + slot * 4;
+      const double na = static_cast<double>(a[kFrames]), nb = static_cast<double>(b[kFrames]);
+      ca[kTime] = (ca[kTime] * na + cb[kTime] * nb) / (na + nb);
+      ca[kStop] = cb[kStop];
+      ca[kMass] += cb[kMass];
+      a[kLast] = b[kLast];
+      a[kFrames] += b[kFrames];
+      if (step.place[i] > 1) dirty->add(tier, step.place[i] - 1);
+    } else if (target >= 0) {
+      for (int c = 0; c < 4; ++c) {
+        s.entry[target * 4 + c] = s.entry[slot * 4 + c];
+        s.clock[target * 4 + c] = s.clock[slot * 4 + c];
+      }
+      for (int64_t r = 0; r < g.R; ++r) s.norm[target * g.R + r] = s.norm[slot * g.R + r];
+      insert(g, s, tier + 1, target, dirty);
+    } else {
+      ++s.counter[kDropped];
+    }
+  }
+  int64_t* entry = s.entry + step.fresh * 4;
+  double* clock = s.clock + step.fresh * 4;
+  entry[kFrame] = entry[kFirst] = entry[kLast] = frame;
+  entry[kFrames] = 1;
+  clock[kTime] = clock[kStart] = clock[kStop] = time;
+  clock[kMass] = mass;
+  insert(g, s, step.first, step.fresh, dirty);
+}
+
+// the slot each frame of a video ends in, kept current while decisions are replayed
+template <class A>
+void relabel(const Stream<A>& s, const Step& step, int64_t frame, int64_t* assign) {
+  for (int i = step.length - 1; i >= 0; --i) {
+    const int64_t slot = step.slot[i], target = step.merged >= 0 ? step.merged : step.target[i];
+    for (int64_t t = s.entry[slot * 4 + kFirst]; t <= s.entry[slot * 4 + kLast]; ++t)
+      if (assign[t] == slot) assign[t] = target;
+  }
+  assign[frame] = step.fresh;
+}
+
+}  // namespace vmemory::bank

@@ -1,0 +1,281 @@
+#include "common/bank_host.h"
+
+#include <limits>
+
+#include "torch/bank_args.h"
+#include "torch/stable.h"
+
+namespace vmemory::bank {
+namespace {
+
+constexpr int64_t kParallelBytes = 1 << 16;  // below this a second thread costs more than it saves
+
+template <class A>
+Stream<A> stream_of(const Geometry& g, int64_t i, const Tensor& descriptor, const Tensor& norm, const Tensor& link,
+                    const Tensor& entry, const Tensor& clock, const Tensor& order, const Tensor& counter) {
+  return {mutable_data<A>(descriptor) + i * g.M * g.R * g.K, mutable_data<A>(norm) + i * g.M * g.R,
+          mutable_data<A>(link) + i * g.P,                   mutable_data<int64_t>(entry) + i * g.M * 4,
+          mutable_data<double>(clock) + i * g.M * 4,         mutable_data<int64_t>(order) + i * g.M,
+          mutable_data<int64_t>(counter) + i * (kLength + g.tiers)};
+}
+
+// a frame's cell masses as floats, or null when every cell is there
+struct FrameMass {
+  std::vector<float> mass;
+  double total;
+
+  FrameMass(const Geometry& g, const bool* valid) : total(static_cast<double>(g.H * g.W)) {
+    if (!valid) return;
+    mass.assign(valid, valid + g.H * g.W);
+    total = std::count(valid, valid + g.H * g.W, true);
+  }
+  const float* data() const { return mass.empty() ? nullptr : mass.data(); }
+};
+
+void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descriptor, const Tensor& norm,
+                const Tensor& link, const Tensor& entry, const Tensor& clock, const Tensor& order, const Tensor& counter,
+                const Tensor& frames_, std::optional<Tensor> time, std::optional<Tensor> valid_,
+                std::optional<Tensor> streams, const Tensor& table, Ints capacities, Ints grids, Ints intervals,
+                Ints entries, std::string rule) {
+  const Tensor frames = dense(frames_);
+  const Tensor valid = valid_ ? dense(*valid_) : frames;
+  const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
+  const Geometry g = parse_geometry(capacities, grids, intervals, entries, rule, H, W, D, descriptor.size(2), descriptor.size(3));
+  const int64_t state_streams = slots.size(0);
+  dispatch_floating(frames.scalar_type(), [&](auto t) {
+    using T = typename decltype(t)::type;
+    using A = acc_t<T>;
+    const Maps<A> maps(g, data<A>(table));
+    const auto push_stream = [&](int64_t i, bool alone) {
+      const int64_t at = streams ? data<int64_t>(*streams)[i] : i;
+      if (at < 0 || at >= state_streams) return;
+      const Bank<T> bank{g, maps, stream_of<A>(g, at, descriptor, norm, link, entry, clock, order, counter),
+                         mutable_data<T>(slots) + at * g.L * D, mutable_data<float>(mass) + at * g.L};
+      for (int64_t n = 0; n < N; ++n) {
+        const int64_t f = i * N + n;
+        const T* frame = data<T>(frames) + f * H * W * D;
+        const bool* valid_cells = valid_ ? data<bool>(valid) + f * H * W : nullptr;
+        const FrameMass frame_mass(g, valid_cells);
+        const Step step = decide(g, bank.s);
+        if (step.first >= 0) {
+          // a slice of channels is a thread's own from the deepest tier to the new frame: no barrier inside a step
+          const int64_t lanes = 64, blocks = (D + lanes - 1) / lanes;
+          const int64_t grain = alone ? std::max<int64_t>(1, kParallelBytes / (H * W * lanes * sizeof(T) + 1)) : blocks;
+          const auto slice = [&](int64_t begin, int64_t end) {
+            bank.move(step, frame, valid_cells, frame_mass.data(), begin * lanes, std::min(end * lanes, D));
+          };
+          alone ? parallel(blocks, grain, slice) : slice(0, blocks);
+        }
+        bank.commit(step, frame_mass.data(), time ? data<double>(*time)[f] : std::numeric_limits<double>::quiet_NaN(),
+                    frame_mass.total);
+      }
+    };
+    if (S < torch::stable::get_num_threads()) {
+      for (int64_t i = 0; i < S; ++i) push_stream(i, true);
+    } else {
+      parallel(S, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) push_stream(i, false);
+      });
+    }
+  });
+}
+
+// One read of the whole video: descriptors of every frame and, while its cells are in cache, the smallest tier's form.
+// `pooled` [S, T, cells, D] is empty when a second read of the survivors is no dearer. Then the decisions are replayed
+// on descriptors alone, stream by stream.
+using Plan = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time, std::optional<Tensor> valid_, const Tensor& table,
+               Ints capacities, Ints grids, Ints intervals, Ints entries, std::string rule, int64_t R, int64_t K) {
+  const Tensor frames = dense(frames_);
+  const Tensor valid = valid_ ? dense(*valid_) : frames;
+  const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
+  const Geometry g = parse_geometry(capacities, grids, intervals, entries, rule, H, W, D, R, K);
+  const int last = g.tiers - 1;
+  const int64_t small = last > 0 && g.levels == 0 && !g.rule.merge && 4 * g.cells(last) <= H * W ? g.cells(last) : 0;
+  const auto like = [&](Ints sizes, ScalarType type) { return make(frames, sizes, type); };
+  const ScalarType wide = table.scalar_type();
+  Tensor descriptor = like({S, g.M, R, K}, wide), norm = like({S, g.M, R}, wide), link = like({S, g.P}, wide);
+  Tensor entry = like({S, g.M, 4}, ScalarType::Long), clock = like({S, g.M, 4}, ScalarType::Double);
+  Tensor order = like({S, g.M}, ScalarType::Long), counter = like({S, kLength + g.tiers}, ScalarType::Long);
+  Tensor assign = like({S, N}, ScalarType::Long), pooled = make(frames, {S, N, small, D});
+  Tensor seen = like({S, N, R, K}, wide);
+  std::fill_n(mutable_data<int64_t>(entry), S * g.M * 4, -1);
+  std::fill_n(mutable_data<int64_t>(order), S * g.M, -1);
+  std::fill_n(mutable_data<int64_t>(assign), S * N, -1);
+  std::fill_n(mutable_data<int64_t>(counter), S * (kLength + g.tiers), 0);
+  std::fill_n(mutable_data<double>(clock), S * g.M * 4, 0.0);
+  dispatch_floating(frames.scalar_type(), [&](auto t) {
+    using T = typename decltype(t)::type;
+    using A = acc_t<T>;
+    std::fill_n(mutable_data<A>(descriptor), S * g.M * R * K, A(0));
+    std::fill_n(mutable_data<A>(norm), S * g.M * R, A(0));
+    std::fill_n(mutable_data<A>(link), S * g.P, A(0));
+    const Maps<A> maps(g, data<A>(table));
+    const auto cells_of = [&](int64_t f) { return valid_ ? data<bool>(valid) + f * H * W : nullptr; };
+    // a block of channels of the whole frame stays in cache between the two readers
+    const int64_t block = std::max<int64_t>(64, (256 << 10) / (H * W * sizeof(T) + 1) / 64 * 64);
+    parallel(S * N, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t f = begin; f < end; ++f) {
+        const int source = g.entry_tier(f % N);
+        if (source < 0) continue;
+        const T* frame = data<T>(frames) + f * H * W * D;
+        const FrameMass frame_mass(g, cells_of(f));
+        for (int64_t d = 0; d < D; d += block) {
+          const int64_t to = std::min(d + block, D);
+          describe(g, maps, source, frame, cells_of(f), mutable_data<A>(seen) + f * R * K, d, to);
+          if (small)
+            pool_tokens(frame, frame_mass.data(), maps.row(0, last), maps.column(0, last),
+                        mutable_data<T>(pooled) + f * small * D, D, d, to);
+        }
+      }
+    });
+    parallel(S, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Bank<T> bank{g, maps, stream_of<A>(g, i, descriptor, norm, link, entry, clock, order, counter)};
+        int64_t* to = mutable_data<int64_t>(assign) + i * N;
+        for (int64_t n = 0; n < N; ++n) {
+          const Step step = decide(g, bank.s);
+          relabel(bank.s, step, n, to);
+          if (step.first >= 0) {
+            bank.move(step, nullptr, nullptr, nullptr, 0, D);
+            const A* from = data<A>(seen) + (i * N + n) * R * K;
+            std::copy(from, from + R * K, bank.s.descriptor + step.fresh * R * K);
+          }
+          bank.commit(step, nullptr, time ? data<double>(*time)[i * N + n] : std::numeric_limits<double>::quiet_NaN(),
+                      FrameMass(g, cells_of(i * N + n)).total);
+        }
+      }
+    });
+  });
+  return {descriptor, norm, link, entry, clock, order, counter, assign, pooled};
+}
+
+// what bank_gather and its backward share
+struct Survivors {
+  const Geometry& g;
+  const int64_t* assign;  // [T]
+  const int64_t* entry;   // [M, 4]
+
+  // f(t) for each frame that the slot holds
+  template <class F>
+  void frames_of(int64_t slot, const F& f) const {
+    const int64_t first = entry[slot * 4 + kFirst], last = entry[slot * 4 + kLast];
+    if (first < 0) return;
+    for (int64_t t = first; t <= last; ++t)
+      if (assign[t] == slot) f(t);
+  }
+};
+
+std::tuple<Tensor, Tensor> bank_gather(const Tensor& frames_, std::optional<Tensor> valid_, const Tensor& pooled,
+                                       const Tensor& assign, const Tensor& entry, const Tensor& table, Ints capacities,
+                                       Ints grids, Ints intervals, Ints entries, std::string rule) {
+  const Tensor frames = dense(frames_);
+  const Tensor valid = valid_ ? dense(*valid_) : frames;
+  const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
+  const Geometry g = parse_geometry(capacities, grids, intervals, entries, rule, H, W, D, 1, D);
+  const int64_t small = pooled.size(2);
+  Tensor slots = make(frames, {S, g.L, D}), mass = make(frames, {S, g.L}, ScalarType::Float);
+  dispatch_floating(frames.scalar_type(), [&](auto t) {
+    using T = typename decltype(t)::type;
+    using A = acc_t<T>;
+    const Maps<A> maps(g, data<A>(table));
+    for (int64_t i = 0; i < S; ++i) {
+      const Survivors survivors{g, data<int64_t>(assign) + i * N, data<int64_t>(entry) + i * g.M * 4};
+      for (int tier = 0; tier < g.tiers; ++tier) {
+        const int64_t w = g.width[tier];
+        const A ratio = static_cast<A>(H * W) / static_cast<A>(g.cells(tier));
+        // by cell, not by slot: every thread touches every slot alike, whatever tier it lies in
+        parallel(g.cells(tier), 1, [&](int64_t begin, int64_t end) {
+          Window<A> window;
+          std::vector<A> sum(D);
+          std::vector<float> frame_mass(valid_ ? H * W : 0);
+          for (int64_t slot = g.slot0[tier]; slot < g.slot0[tier] + g.capacity[tier]; ++slot)
+            for (int64_t cell = begin; cell < end; ++cell) {
+              const int64_t row = i * g.L + g.row_of(slot) + cell;
+              T* to = mutable_data<T>(slots) + row * D;
+              A held = 0;
+              int64_t members = 0;
+              const int64_t run = survivors.entry[slot * 4 + kFrames];
+              survivors.frames_of(slot, [&](int64_t n) {
+                const T* frame = data<T>(frames) + (i * N + n) * H * W * D;
+                const bool* cells = valid_ ? data<bool>(valid) + (i * N + n) * H * W : nullptr;
+                if (cells) std::copy(cells, cells + H * W, frame_mass.begin());
+                const int source = g.entry_tier(n);
+                window.collect(maps.row(source, tier), maps.column(source, tier), cell / w, cell % w,
+                               cells ? frame_mass.data() : nullptr);
+                if (run == 1) {
+                  if (small && tier == g.tiers - 1) {
+                    const T* from = data<T>(pooled) + ((i * N + n) * small + cell) * D;
+                    std::copy(from, from + D, to);
+                  } else {
+                    weighted_sum(window, frame, D, to, 0, D);
+                  }
+                } else {
+                  add_rows(window, frame, D, sum.data(), members == 0);
+                }
+                held += window.held;
+                ++members;
+              });
+              if (run > 1) scale_row(sum.data(), held == A(0) ? A(0) : A(1) / held, to, D);
+              if (members == 0) std::fill(to, to + D, T{});
+              mutable_data<float>(mass)[row] = static_cast<float>(held * ratio);
+            }
+        });
+      }
+    }
+  });
+  return {slots, mass};
+}
+
+Tensor bank_gather_backward(const Tensor& grad_, const Tensor& mass, std::optional<Tensor> valid_, const Tensor& assign,
+                            const Tensor& table, Ints grid, Ints capacities, Ints grids, Ints intervals, Ints entries,
+                            std::string rule) {
+  const Tensor grad = dense(grad_);
+  const Tensor valid = valid_ ? dense(*valid_) : grad;
+  const int64_t S = grad.size(0), D = grad.size(2), N = assign.size(1), H = grid[0], W = grid[1];
+  const Geometry g = parse_geometry(capacities, grids, intervals, entries, rule, H, W, D, 1, D);
+  Tensor out = make(grad, {S, N, H, W, D});
+  dispatch_floating(grad.scalar_type(), [&](auto t) {
+    using T = typename decltype(t)::type;
+    using A = acc_t<T>;
+    const Maps<A> maps(g, data<A>(table));
+    parallel(S * N, 1, [&](int64_t begin, int64_t end) {
+      Window<A> window;
+      std::vector<A> sum(H * W * D);
+      for (int64_t f = begin; f < end; ++f) {
+        T* to = mutable_data<T>(out) + f * H * W * D;
+        const int64_t slot = data<int64_t>(assign)[f];
+        if (slot < 0) {
+          std::fill(to, to + H * W * D, T{});
+          continue;
+        }
+        const int tier = g.tier_of(slot), source = g.entry_tier(f % N);
+        const A ratio = static_cast<A>(H * W) / static_cast<A>(g.cells(tier));
+        const FrameMass frame_mass(g, valid_ ? data<bool>(valid) + f * H * W : nullptr);
+        std::fill(sum.begin(), sum.end(), A(0));
+        for (int64_t cell = 0; cell < g.cells(tier); ++cell) {
+          const int64_t row = f / N * g.L + g.row_of(slot) + cell;
+          const A held = static_cast<A>(data<float>(mass)[row]) / ratio;
+          if (held == A(0)) continue;
+          window.collect(maps.row(source, tier), maps.column(source, tier), cell / g.width[tier], cell % g.width[tier],
+                         frame_mass.data());
+          for (size_t c = 0; c < window.cell.size(); ++c)
+            add_row(data<T>(grad) + row * D, window.weight[c] * window.held / held, sum.data() + window.cell[c] * D, D);
+        }
+        scale_row(sum.data(), A(1), to, H * W * D);
+      }
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace vmemory::bank
+
+STABLE_TORCH_LIBRARY_IMPL(vmemory, CPU, m) {
+  m.impl("bank_push_", TORCH_BOX(&vmemory::bank::bank_push_));
+  m.impl("bank_plan", TORCH_BOX(&vmemory::bank::bank_plan));
+  m.impl("bank_gather", TORCH_BOX(&vmemory::bank::bank_gather));
+  m.impl("bank_gather_backward", TORCH_BOX(&vmemory::bank::bank_gather_backward));
+}

@@ -1,0 +1,276 @@
+"""The tiered memory update: one frame a launch, or a whole video decided first and moved once."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vmemory.ops._checks import check_device, check_floating, check_same, check_tensor, shape_of
+from vmemory.ops._registry import Op
+from vmemory.ops._select import Backends, Impl, with_backends
+from vmemory.reference import bank as _reference
+from vmemory.reference.bank_layout import LENGTH, BankLayout, BankState
+
+_PUSH = Backends("bank_push_", cuda=True)
+_PLAN = Backends("bank_plan", cuda=True)
+_GATHER = Backends("bank_gather")
+_LAYOUT = "int[] capacities, int[] grids, int[] intervals, int[] entries, str rule"
+
+
+class BankPlan(NamedTuple):
+    """A video's decisions: the state a fresh memory ends in, without its tokens.
+
+    `assign [S, T]` int64 names the slot each frame ends in, −1 = none; `pooled [S, T, cells, D]` holds every frame at
+    the smallest tier's size, or nothing (cells = 0). The other fields are those of `BankState`.
+    """
+
+    descriptor: Tensor
+    norm: Tensor
+    link: Tensor
+    entry: Tensor
+    clock: Tensor
+    order: Tensor
+    counter: Tensor
+    assign: Tensor
+    pooled: Tensor
+
+
+class BankTokens(NamedTuple):
+    """Tokens of a planned memory: slots `[S, L, D]` and mass `[S, L]` float32, as `BankState` holds them."""
+
+    slots: Tensor
+    mass: Tensor
+
+
+def _fake_push(*args: Any) -> None:
+    return None
+
+
+def _fake_plan(
+    frames: Tensor, time: Tensor | None, valid: Tensor | None, maps: Tensor, capacities: list[int], grids: list[int],
+    intervals: list[int], entries: list[int], rule: str, maps_per_slot: int, key_dim: int,
+) -> BankPlan:  # fmt: skip
+    S, T, H, W, D = frames.shape
+    M, n = sum(capacities), len(capacities)
+    links = sum(c * c for c in capacities) if rule == "all-pairs" else M
+    last = grids[-2] * grids[-1] if grids else 0
+    small = last if n > 1 and not intervals and rule != "merge" and 4 * last <= H * W else 0
+    wide = [((S, M, maps_per_slot, key_dim)), (S, M, maps_per_slot), (S, links)]
+    whole = [(S, M), (S, LENGTH + n), (S, T)]
+    order, counter, assign = (frames.new_empty(shape, dtype=torch.int64) for shape in whole)
+    return BankPlan(
+        *(frames.new_empty(shape, dtype=maps.dtype) for shape in wide),
+        frames.new_empty((S, M, 4), dtype=torch.int64),
+        frames.new_empty((S, M, 4), dtype=torch.float64),
+        order, counter, assign, frames.new_empty((S, T, small, D)),
+    )  # fmt: skip
+
+
+def _fake_gather(
+    frames: Tensor, valid: Tensor | None, pooled: Tensor, assign: Tensor, entry: Tensor, maps: Tensor,
+    capacities: list[int], grids: list[int], intervals: list[int], entries: list[int], rule: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows = sum(c * grids[2 * i] * grids[2 * i + 1] for i, c in enumerate(capacities))
+    S, D = frames.shape[0], frames.shape[-1]
+    return frames.new_empty((S, rows, D)), frames.new_empty((S, rows), dtype=torch.float32)
+
+
+def _fake_gather_backward(
+    grad: Tensor, mass: Tensor, valid: Tensor | None, assign: Tensor, maps: Tensor, grid: list[int], *layout: Any
+) -> Tensor:
+    return grad.new_empty((*assign.shape, *grid, grad.shape[-1]))
+
+
+_push = Op(
+    "bank_push_",
+    "(Tensor(a!) slots, Tensor(b!) mass, Tensor(c!) descriptor, Tensor(d!) norm, Tensor(e!) link, Tensor(f!) entry, "
+    "Tensor(g!) clock, Tensor(h!) order, Tensor(i!) counter, Tensor frames, Tensor? time, Tensor? valid, "
+    f"Tensor? streams, Tensor maps, {_LAYOUT}) -> ()",
+    _fake_push,
+)
+_plan = Op(
+    "bank_plan",
+    f"(Tensor frames, Tensor? time, Tensor? valid, Tensor maps, {_LAYOUT}, int maps_per_slot, int key_dim) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_plan,
+)
+_gather = Op(
+    "bank_gather",
+    f"(Tensor frames, Tensor? valid, Tensor pooled, Tensor assign, Tensor entry, Tensor maps, {_LAYOUT}) -> "
+    "(Tensor, Tensor)",
+    _fake_gather,
+)
+_gather_backward = Op(
+    "bank_gather_backward",
+    f"(Tensor grad, Tensor mass, Tensor? valid, Tensor assign, Tensor maps, int[] grid, {_LAYOUT}) -> Tensor",
+    _fake_gather_backward,
+)
+
+
+def layout_maps(layout: BankLayout, like: Tensor) -> Tensor:
+    """The layout's weight table on `like`'s device, in the dtype sums are kept in. Banks keep it; ops make it anew."""
+    wide = torch.promote_types(like.dtype, torch.float32)
+    return layout.packed_maps.to(device=like.device, dtype=wide)
+
+
+def _check_frames(frames: Tensor, layout: BankLayout, time: Tensor | None, valid: Tensor | None) -> None:
+    check_tensor("frames", frames, "[S, T, H, W, D]")
+    check_floating("frames", frames)
+    if tuple(frames.shape[2:]) != (*layout.grid, layout.dim):
+        H, W = layout.grid
+        raise ValueError(f"frames: expected [S, T, {H}, {W}, {layout.dim}], got shape {shape_of(frames)}")
+    for name, x, dims, kind in (("time", time, 2, torch.float64), ("valid", valid, 4, torch.bool)):
+        if x is None:
+            continue
+        want = frames.shape[:dims]
+        if not isinstance(x, Tensor) or x.shape != want or x.dtype != kind:
+            got = f"{shape_of(x)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: expected {kind} of shape {list(want)}, got {got}")
+        check_device(name, x, "frames", frames)
+
+
+@with_backends(_PUSH)
+def bank_push_(
+    state: BankState,
+    layout: BankLayout,
+    frames: Tensor,
+    *,
+    time: Tensor | None = None,
+    valid: Tensor | None = None,
+    streams: Tensor | None = None,
+    maps: Tensor | None = None,
+    impl: Impl = "auto",
+) -> None:
+    """Take frames into a tiered memory, in place: evict, reduce, insert and re-link without leaving the device.
+
+    Decisions need only the frames' means: cosines of list neighbours are kept and three of them change a step.
+
+    Args:
+        state: Tensors of `layout.state_shapes`, changed in place.
+        layout: Tiers, grids and rule.
+        frames: `[S, T, H, W, D]`, the dtype and device of `state.slots`; taken in order of T.
+        time: `[S, T]` float64 seconds, strictly increasing along T; omitted = NaN.
+        valid: `[S, T, H, W]` bool, cells that exist; reductions and means see those alone.
+        streams: `[S]` int64, the stream of the state each row goes to; −1 skips the row. No stream twice.
+        maps: `layout_maps(layout, frames)` kept by the caller; omitted = made for this call.
+        impl: Which implementation to run.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit; nothing has changed then.
+
+    Source: VideoChat-Online's memory bank (arXiv 2501.00584), and the rules of `vmemory.reference.bank_layout.RULES`.
+    """
+    _check_frames(frames, layout, time, valid)
+    check_same("frames", frames, "state.slots", state.slots)
+    rows = state.slots.shape[0] if streams is None else streams.shape[0]
+    if frames.shape[0] != rows:
+        raise ValueError(f"frames: expected {rows} streams, got {frames.shape[0]}")
+    if frames.shape[1] == 0 or rows == 0:
+        return
+    picked = _PUSH.pick(frames, impl)
+    if picked == "reference":
+        _reference.bank_push_(state, layout, frames, time, valid, streams)
+        return
+    table = layout_maps(layout, frames) if maps is None else maps
+    _push(picked, *state, frames.detach(), time, valid, streams, table, *layout.kernel_args)
+
+
+@with_backends(_PLAN)
+def bank_plan(
+    frames: Tensor,
+    layout: BankLayout,
+    *,
+    time: Tensor | None = None,
+    valid: Tensor | None = None,
+    maps: Tensor | None = None,
+    impl: Impl = "auto",
+) -> BankPlan:
+    """Decide what a fresh memory would keep of a whole video, reading its tokens once and moving none.
+
+    Args:
+        frames: `[S, T, H, W, D]`.
+        layout, time, valid, maps, impl: As in `bank_push_`.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit.
+    """
+    _check_frames(frames, layout, time, valid)
+    picked = _PLAN.pick(frames, impl)
+    frames = frames.detach()
+    if picked == "reference":
+        state, assign = _reference.bank_plan(frames, layout, time, valid)
+        return BankPlan(*state[2:], assign, frames.new_empty((*frames.shape[:2], 0, layout.dim)))
+    table = layout_maps(layout, frames) if maps is None else maps
+    made = _plan(
+        picked, frames, time, valid, table, *layout.kernel_args, layout.descriptors, layout.key_dim
+    )
+    return BankPlan(*made)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        frames: Tensor,
+        valid: Tensor | None,
+        pooled: Tensor,
+        assign: Tensor,
+        entry: Tensor,
+        table: Tensor,
+        layout: BankLayout,
+        picked: str,
+    ) -> tuple[Tensor, Tensor]:
+        slots, mass = _gather(picked, frames, valid, pooled, assign, entry, table, *layout.kernel_args)
+        ctx.save_for_backward(mass, valid, assign, table)
+        ctx.layout, ctx.picked = layout, picked
+        ctx.mark_non_differentiable(mass)
+        return slots, mass
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        mass, valid, assign, table = ctx.saved_tensors
+        layout = ctx.layout
+        out = _gather_backward(ctx.picked, grad, mass, valid, assign, table, list(layout.grid), *layout.kernel_args)
+        return out, None, None, None, None, None, None, None
+
+
+@with_backends(_GATHER)
+def bank_gather(
+    frames: Tensor,
+    plan: BankPlan,
+    layout: BankLayout,
+    *,
+    valid: Tensor | None = None,
+    maps: Tensor | None = None,
+    impl: Impl = "auto",
+) -> BankTokens:
+    """Reduce each planned survivor straight to the size it ends with. Gradients reach `frames`.
+
+    Args:
+        frames: `[S, T, H, W, D]`, those of `plan`.
+        plan: What `bank_plan` decided on them.
+        layout, valid, maps, impl: As in `bank_push_`.
+
+    Returns:
+        `BankTokens(slots [S, L, D], mass [S, L] float32)`, equal to streaming's to rounding; free rows are zero.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit.
+    """
+    _check_frames(frames, layout, None, valid)
+    if plan.assign.shape != frames.shape[:2]:
+        raise ValueError(f"plan: expected a plan of {list(frames.shape[:2])} frames, got {list(plan.assign.shape)}")
+    picked = _GATHER.pick(frames, impl)
+    if picked == "reference":
+        return BankTokens(*_reference.bank_gather(frames, plan.assign, layout, valid))
+    table = layout_maps(layout, frames) if maps is None else maps
+    if torch.is_grad_enabled() and frames.requires_grad:
+        kept = plan.pooled, plan.assign, plan.entry
+        return BankTokens(*_Gather.apply(frames, valid, *kept, table, layout, picked))
+    return BankTokens(
+        *_gather(picked, frames, valid, plan.pooled, plan.assign, plan.entry, table, *layout.kernel_args)
+    )

@@ -1,0 +1,291 @@
+"""The tiered memory update in plain PyTorch: one frame at a time, host decisions, nothing fused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vmemory.reference.bank_layout import (
+    DROPPED,
+    FRAME,
+    FRAMES,
+    LAST,
+    LENGTH,
+    MASS,
+    RULES,
+    SEEN,
+    SKIPPED,
+    STOP,
+    TIME,
+    BankLayout,
+    BankState,
+)
+
+_EPS = 1e-8
+
+
+def describe(frame: Tensor, mass: Tensor, layout: BankLayout, source: int) -> Tensor:
+    """Descriptors `[R, K]` of a frame `[H, W, D]` with cell masses `[H, W]`.
+
+    R = 1: the mean of its cells, which every reduction of the layout keeps. Else its mean as each tier will see it.
+    """
+    wide = torch.promote_types(frame.dtype, torch.float32)
+    out = frame.new_zeros(layout.descriptors, layout.key_dim, dtype=wide)
+    keys = torch.where(mass[..., None] > 0, frame[..., : layout.key_dim].to(wide), 0)
+    per_tier = layout.descriptors > 1
+    for r in range(source if per_tier else 0, out.shape[0]):
+        maps = layout.maps(source, r) if per_tier else (torch.ones(1, n, dtype=wide) for n in layout.grid)
+        rows, columns = (m.mean(0).to(frame.device, wide) for m in maps)
+        weights = rows[:, None] * columns * mass.to(wide)
+        if weights.sum() > 0:
+            out[r] = torch.einsum("hw,hwk->k", weights, keys) / weights.sum()
+    return out
+
+
+def pool(tokens: Tensor, mass: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduce `tokens [H, W, D]` by axis weights `[h, H]`, `[w, W]`; cells of mass 0 do not count.
+
+    Returns tokens `[h, w, D]` and mass `[h, w]`, the number of source cells each stands for.
+    """
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    rows, columns = rows.to(tokens.device, wide), columns.to(tokens.device, wide)
+    held = torch.einsum("ih,jw,hw->ij", rows, columns, mass.to(wide))
+    kept = torch.where(mass[..., None] > 0, tokens.to(wide), 0) * mass[..., None].to(wide)
+    summed = torch.einsum("ih,jw,hwd->ijd", rows, columns, kept)
+    pooled = torch.where(held[..., None] > 0, summed / held[..., None].clamp_min(1e-30), 0)
+    ratio = mass.numel() / (rows.shape[0] * columns.shape[0])
+    return pooled.to(tokens.dtype), (held * ratio).to(torch.float32)
+
+
+class Stream:
+    """One stream's part of a state, with the tokens' movements left to `move`."""
+
+    def __init__(self, state: BankState, s: int, layout: BankLayout) -> None:
+        self.layout, self.rule = layout, RULES[layout.rule]
+        self.state = BankState(*(t[s] for t in state))
+
+    def size(self, tier: int) -> int:
+        return int(self.state.counter[LENGTH + tier])
+
+    def listed(self, tier: int) -> list[int]:
+        first = self.layout.first_slot[tier]
+        return self.state.order[first : first + self.size(tier)].tolist()
+
+    def write_list(self, tier: int, slots: Sequence[int]) -> None:
+        first, capacity = self.layout.first_slot[tier], self.layout.capacities[tier]
+        padded = [*slots, *[-1] * (capacity - len(slots))]
+        self.state.order[first : first + capacity] = torch.tensor(padded, device=self.state.order.device)
+        self.state.counter[LENGTH + tier] = len(slots)
+
+    def cosine(self, tier: int, a: int, b: int) -> float:
+        r = tier if self.layout.descriptors > 1 else 0
+        x, y = self.state.descriptor[a, r], self.state.descriptor[b, r]
+        norms = self.state.norm[a, r].clamp_min(_EPS) * self.state.norm[b, r].clamp_min(_EPS)
+        return float((x * y).sum() / norms)
+
+    def closest(self, tier: int, pairs: list[tuple[int, int]]) -> tuple[int, int]:
+        """The pair of slots with the largest cosine; the first of equals; NaN is the largest."""
+        best, chosen = -math.inf, pairs[0]
+        for a, b in pairs:
+            c = self.cosine(tier, a, b)
+            if math.isnan(c):
+                return a, b
+            if c > best:
+                best, chosen = c, (a, b)
+        return chosen
+
+    def victim(self, tier: int, frame: int) -> tuple[int, int | None]:
+        """The slot that a full tier gives up, and the slot it is merged into, if any."""
+        slots = self.listed(tier)
+        if len(slots) == 1 or self.rule.choose == "oldest":
+            return slots[0], None
+        if self.rule.choose == "gap":
+            frames = [int(self.state.entry[s, FRAME]) for s in slots] + [frame]
+            gaps = [frames[i + 1] - frames[i - 1] for i in range(1, len(slots))]
+            return slots[1 + gaps.index(min(gaps))], None
+        if self.rule.choose == "all":
+            pairs = [(a, b) for i, a in enumerate(slots) for b in slots[i + 1 :]]
+        else:
+            pairs = list(zip(slots, slots[1:], strict=False))
+        older, newer = self.closest(tier, pairs)
+        if self.rule.nan_first and math.isnan(self.cosine(tier, older, newer)):
+            r = tier if self.layout.descriptors > 1 else 0
+            return (newer if math.isfinite(float(self.state.norm[older, r])) else older), None
+        if self.rule.victim == "both":
+            return newer, older
+        return (older if self.rule.victim == "older" else newer), None
+
+    def insert(self, tier: int, slot: int) -> None:
+        slots = self.listed(tier)
+        place = len(slots)
+        if self.rule.by_time:
+            while place and self.state.entry[slots[place - 1], FRAME] > self.state.entry[slot, FRAME]:
+                place -= 1
+        self.write_list(tier, [*slots[:place], slot, *slots[place:]])
+
+    def copy_entry(self, source: int, target: int) -> None:
+        for t in (self.state.descriptor, self.state.norm, self.state.entry, self.state.clock):
+            t[target] = t[source]
+
+    def merge_entry(self, a: int, b: int) -> None:
+        """Fold slot b, the newer neighbour, into slot a."""
+        entry, clock = self.state.entry, self.state.clock
+        wa, wb = clock[a, MASS].clone(), clock[b, MASS].clone()
+        share = (wa / (wa + wb)).to(self.state.descriptor.dtype) if wa + wb > 0 else torch.tensor(0.5)
+        self.state.descriptor[a] = share * self.state.descriptor[a] + (1 - share) * self.state.descriptor[b]
+        self.state.norm[a] = self.state.descriptor[a].norm(dim=-1)
+        na, nb = entry[a, FRAMES].item(), entry[b, FRAMES].item()
+        clock[a, TIME] = (clock[a, TIME] * na + clock[b, TIME] * nb) / (na + nb)
+        clock[a, STOP], clock[a, MASS] = clock[b, STOP], wa + wb
+        entry[a, LAST], entry[a, FRAMES] = entry[b, LAST], na + nb
+
+    def push(self, descriptor: Tensor, mass: float, time: float, tokens: Tokens | None) -> list[tuple[int, int]]:
+        """Take one frame in. Returns the slot relabellings (from, to), `to` −1 = left, in the order they happen."""
+        counter = self.state.counter
+        frame = int(counter[SEEN])
+        counter[SEEN] += 1
+        tier = self.layout.entry_tier(frame)
+        if tier < 0:
+            counter[SKIPPED] += 1
+            return [(-2, -1)]
+        first, chain, merged = tier, [], None
+        while self.size(tier) == self.layout.capacities[tier]:
+            slot, merged = self.victim(tier, frame)
+            chain.append(slot)
+            if merged is not None or tier + 1 == self.layout.tiers or (not self.rule.cascade and len(chain) == 2):
+                break
+            tier += 1
+        fits = tier + 1 <= self.layout.tiers and self.size(tier) < self.layout.capacities[tier]
+        free = self.layout.first_slot[tier] + self.size(tier) if fits else -1
+        moves: list[tuple[int, int]] = []
+        for i in reversed(range(len(chain))):
+            slot, at = chain[i], first + i
+            target = chain[i + 1] if i + 1 < len(chain) else free
+            self.write_list(at, [s for s in self.listed(at) if s != slot])
+            if merged is not None:
+                moves.append((slot, merged))
+                if tokens is not None:
+                    tokens.merge(merged, slot)
+                self.merge_entry(merged, slot)
+                continue
+            moves.append((slot, target))
+            if target < 0:
+                counter[DROPPED] += 1
+                continue
+            if tokens is not None:
+                tokens.demote(slot, target)
+            self.copy_entry(slot, target)
+            self.insert(at + 1, target)
+        slot = chain[0] if chain else free
+        self.state.descriptor[slot], self.state.norm[slot] = descriptor, descriptor.norm(dim=-1)
+        self.state.entry[slot] = torch.tensor([frame, frame, frame, 1])
+        self.state.clock[slot] = torch.tensor([time, time, time, mass], dtype=torch.float64)
+        if tokens is not None:
+            tokens.enter(slot, first)
+        self.insert(first, slot)
+        moves.append((-2, slot))
+        return moves
+
+
+class Tokens:
+    """Token rows of one stream while one frame is taken in."""
+
+    def __init__(self, state: BankState, layout: BankLayout, frame: Tensor, mass: Tensor) -> None:
+        self.state, self.layout, self.frame, self.mass = state, layout, frame, mass
+
+    def rows(self, slot: int) -> slice:
+        first = self.layout.row_of(slot)
+        return slice(first, first + self.layout.cells[self.layout.tier_of[slot]])
+
+    def read(self, slot: int) -> tuple[Tensor, Tensor]:
+        grid = self.layout.grids[self.layout.tier_of[slot]]
+        rows = self.rows(slot)
+        return self.state.slots[rows].reshape(*grid, -1), self.state.mass[rows].reshape(grid)
+
+    def write(self, slot: int, tokens: Tensor, mass: Tensor) -> None:
+        rows = self.rows(slot)
+        self.state.slots[rows], self.state.mass[rows] = tokens.flatten(0, 1), mass.flatten()
+
+    def demote(self, source: int, target: int) -> None:
+        tier = self.layout.tier_of[source]
+        self.write(target, *pool(*self.read(source), self.layout.step(tier, 0), self.layout.step(tier, 1)))
+
+    def merge(self, a: int, b: int) -> None:
+        (x, mx), (y, my) = self.read(a), self.read(b)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        total = mx + my
+        share = torch.where(total > 0, mx / total.clamp_min(1e-30), 0.0)[..., None].to(wide)
+        self.write(a, (share * x.to(wide) + (1 - share) * y.to(wide)).to(x.dtype), total)
+
+    def enter(self, slot: int, tier: int) -> None:
+        self.write(slot, *pool(self.frame, self.mass, *self.layout.maps(tier, tier)))
+
+
+def bank_push_(
+    state: BankState, layout: BankLayout, frames: Tensor, time: Tensor | None, valid: Tensor | None, streams: Tensor | None
+) -> None:
+    """Take `frames [S, T, H, W, D]` into `state`, in place."""
+    for i in range(frames.shape[0]):
+        s = i if streams is None else int(streams[i])
+        if s < 0:
+            continue
+        stream = Stream(state, s, layout)
+        for t in range(frames.shape[1]):
+            mass = torch.ones(layout.grid, device=frames.device) if valid is None else valid[i, t].float()
+            source = layout.entry_tier(int(stream.state.counter[SEEN]))
+            descriptor = describe(frames[i, t], mass, layout, source) if source >= 0 else frames.new_zeros(())
+            when = math.nan if time is None else float(time[i, t])
+            stream.push(descriptor, float(mass.sum()), when, Tokens(stream.state, layout, frames[i, t], mass))
+
+
+def bank_plan(frames: Tensor, layout: BankLayout, time: Tensor | None, valid: Tensor | None) -> tuple[BankState, Tensor]:
+    """Replay every decision of a fresh memory over `frames [S, T, H, W, D]` on descriptors alone.
+
+    Returns the state without tokens (slots and mass empty) and `assign [S, T]` int64: the slot each frame ends in, −1 = none.
+    """
+    S, T = frames.shape[:2]
+    state = layout.new_state(S, frames.device, frames.dtype)
+    assign = torch.full((S, T), -1, dtype=torch.int64, device=frames.device)
+    for s in range(S):
+        stream = Stream(state, s, layout)
+        for t in range(T):
+            mass = torch.ones(layout.grid, device=frames.device) if valid is None else valid[s, t].float()
+            source = layout.entry_tier(t)
+            descriptor = describe(frames[s, t], mass, layout, source) if source >= 0 else frames.new_zeros(())
+            when = math.nan if time is None else float(time[s, t])
+            for source_slot, target in stream.push(descriptor, float(mass.sum()), when, None):
+                if source_slot == -2:
+                    assign[s, t] = target
+                else:
+                    assign[s, :t][assign[s, :t] == source_slot] = target
+    empty = state.slots.new_empty((S, 0, layout.dim)), state.mass.new_empty((S, 0))
+    return state._replace(slots=empty[0], mass=empty[1]), assign
+
+
+def bank_gather(frames: Tensor, assign: Tensor, layout: BankLayout, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Pool each surviving frame of `frames [S, T, H, W, D]` straight to the size it ends with; differentiable.
+
+    Returns slots `[S, L, D]` and mass `[S, L]` as streaming would have left them, to rounding.
+    """
+    S, T = frames.shape[:2]
+    wide = torch.promote_types(frames.dtype, torch.float32)
+    sums = frames.new_zeros((S, layout.rows, layout.dim), dtype=wide)
+    masses = frames.new_zeros((S, layout.rows), dtype=torch.float32)
+    for s in range(S):
+        for t in range(T):
+            slot = int(assign[s, t])
+            if slot < 0:
+                continue
+            mass = torch.ones(layout.grid, device=frames.device) if valid is None else valid[s, t].float()
+            tier = layout.tier_of[slot]
+            pooled, held = pool(frames[s, t].to(wide), mass, *layout.maps(layout.entry_tier(t), tier))
+            rows = torch.arange(layout.row_of(slot), layout.row_of(slot) + layout.cells[tier], device=frames.device)
+            weighted = (pooled * held[..., None].to(wide)).flatten(0, 1)
+            sums = sums.index_put((torch.tensor(s), rows), weighted, accumulate=True)
+            masses = masses.index_put((torch.tensor(s), rows), held.flatten(), accumulate=True)
+    tokens = torch.where(masses[..., None] > 0, sums / masses[..., None].clamp_min(1e-30).to(wide), 0)
+    return tokens.to(frames.dtype), masses
+

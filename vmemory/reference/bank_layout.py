@@ -1,0 +1,248 @@
+"""Geometry of a tiered memory: rules, tiers, pooling maps and the shapes of its state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What happens when a frame meets a full tier. The incoming frame never takes part in the choice.
+
+    Attributes:
+        choose: What the victim is chosen by: the closest `"adjacent"` pair of the list, the closest of `"all"` pairs,
+            the smallest `"gap"` its removal leaves, or the `"oldest"`.
+        victim: Which member of the closest pair leaves, `"older"` or `"newer"` in list order; `"both"` merges them.
+        by_time: Demoted frames are inserted by time, else appended.
+        cascade: A demoted frame pushes on through every tier, else what the second tier evicts is dropped.
+        demote: How tokens are reduced on the way down, `"area"` or `"bilinear"`.
+        nan_first: A frame with a non-finite descriptor leaves before any other.
+    """
+
+    choose: str
+    victim: str = "older"
+    by_time: bool = True
+    cascade: bool = True
+    demote: str = "area"
+    nan_first: bool = True
+
+
+RULES: dict[str, Rule] = {
+    "paper": Rule("adjacent"),
+    "videochat-online": Rule("adjacent", by_time=False, cascade=False, demote="bilinear", nan_first=False),
+    "all-pairs": Rule("all", victim="newer", by_time=False, cascade=False, demote="bilinear"),
+    "merge": Rule("adjacent", victim="both"),
+    "uniform": Rule("gap"),
+    "recent": Rule("oldest"),
+}
+
+MAX_TIERS = 8
+# columns of BankState.entry, .clock and .counter
+FRAME, FIRST, LAST, FRAMES = range(4)
+TIME, START, STOP, MASS = range(4)
+SEEN, SKIPPED, DROPPED, LENGTH = range(4)
+
+
+class BankState(NamedTuple):
+    """Everything a memory holds, as device tensors of fixed shape (see `BankLayout.state_shapes`).
+
+    slots `[S, L, D]` tokens; mass `[S, L]` float32 source cells each token stands for, 0 = no token there;
+    descriptor `[S, M, R, K]` frame means; norm `[S, M, R]`; link `[S, P]` cosines of list neighbours;
+    entry `[S, M, 4]` int64 (frame, first, last, frames merged; −1 = free); clock `[S, M, 4]` float64 (time, start,
+    stop in seconds, mass); order `[S, M]` int64 slots in list order, tier by tier; counter `[S, 3 + tiers]` int64
+    (seen, skipped, dropped, then entries per tier).
+    """
+
+    slots: Tensor
+    mass: Tensor
+    descriptor: Tensor
+    norm: Tensor
+    link: Tensor
+    entry: Tensor
+    clock: Tensor
+    order: Tensor
+    counter: Tensor
+
+
+def axis_map(n: int, m: int, mode: str) -> Tensor:
+    """Weights `[m, n]` float64 that reduce n cells to m along one axis; rows sum to 1.
+
+    `"area"` has `adaptive_avg_pool2d`'s windows, `"bilinear"` the taps of `interpolate(align_corners=False)`.
+    """
+    weights = torch.zeros(m, n, dtype=torch.float64)
+    for i in range(m):
+        if mode == "area":
+            begin, end = i * n // m, -((-(i + 1) * n) // m)
+            weights[i, begin:end] = 1.0 / (end - begin)
+        else:
+            at = max((i + 0.5) * n / m - 0.5, 0.0)
+            low = min(int(at), n - 1)
+            weights[i, low] += 1.0 - (at - low)
+            weights[i, min(low + 1, n - 1)] += at - low
+    return weights
+
+
+@dataclass(frozen=True)
+class BankLayout:
+    """Tiers that exist (capacity at least 1), first to last, for frames `[*grid, dim]`.
+
+    Attributes:
+        grid: Token grid (H, W) of the incoming frames.
+        dim: Channels D.
+        key_dim: Channels that similarity looks at, the first K of D.
+        capacities: Slots of each tier.
+        grids: Token grid of each tier.
+        rule: A key of `RULES`.
+        intervals: Frame t enters the first original tier whose interval divides t; empty = all enter the first.
+        entries: For each interval, the tier that its frames enter here, −1 = they leave at once.
+    """
+
+    grid: tuple[int, int]
+    dim: int
+    key_dim: int
+    capacities: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...]
+    rule: str = "paper"
+    intervals: tuple[int, ...] = ()
+    entries: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"rule: expected one of {', '.join(map(repr, RULES))}, got {self.rule!r}")
+        if not 0 <= self.tiers <= MAX_TIERS:
+            raise ValueError(f"capacities: expected at most {MAX_TIERS} tiers, got {self.tiers}")
+        if RULES[self.rule].victim == "both" and self.tiers > 1:
+            raise ValueError(f"capacities: rule {self.rule!r} has one tier, got {self.tiers}")
+
+    @property
+    def tiers(self) -> int:
+        return len(self.capacities)
+
+    @property
+    def slots(self) -> int:
+        """M, the number of slots."""
+        return sum(self.capacities)
+
+    @cached_property
+    def first_slot(self) -> tuple[int, ...]:
+        return tuple(sum(self.capacities[:tier]) for tier in range(self.tiers))
+
+    @cached_property
+    def cells(self) -> tuple[int, ...]:
+        return tuple(h * w for h, w in self.grids)
+
+    @cached_property
+    def first_row(self) -> tuple[int, ...]:
+        rows = [c * n for c, n in zip(self.capacities, self.cells, strict=True)]
+        return tuple(sum(rows[:tier]) for tier in range(self.tiers))
+
+    @property
+    def rows(self) -> int:
+        """L, the number of token rows."""
+        return sum(c * n for c, n in zip(self.capacities, self.cells, strict=True))
+
+    @property
+    def links(self) -> int:
+        """P: one cosine for each list place, or for each pair of slots of a tier."""
+        return sum(c * c for c in self.capacities) if RULES[self.rule].choose == "all" else self.slots
+
+    @cached_property
+    def first_link(self) -> tuple[int, ...]:
+        square = RULES[self.rule].choose == "all"
+        sizes = [c * c if square else c for c in self.capacities]
+        return tuple(sum(sizes[:tier]) for tier in range(self.tiers))
+
+    @cached_property
+    def tier_of(self) -> tuple[int, ...]:
+        """Tier of each slot."""
+        return tuple(tier for tier, capacity in enumerate(self.capacities) for _ in range(capacity))
+
+    def row_of(self, slot: int) -> int:
+        """First token row of a slot."""
+        tier = self.tier_of[slot]
+        return self.first_row[tier] + (slot - self.first_slot[tier]) * self.cells[tier]
+
+    def entry_tier(self, frame: int) -> int:
+        """Tier that a frame number enters, −1 = none."""
+        if not self.intervals:
+            return 0 if self.tiers else -1
+        for interval, tier in zip(self.intervals, self.entries, strict=True):
+            if frame % interval == 0:
+                return tier
+        return -1
+
+    @cached_property
+    def entered(self) -> tuple[int, ...]:
+        """Tiers that frames can enter from outside."""
+        return tuple(sorted({t for t in self.entries if t >= 0})) if self.intervals else tuple(range(min(self.tiers, 1)))
+
+    def maps(self, source: int, tier: int) -> tuple[Tensor, Tensor]:
+        """Row and column weights that take an input frame, entered at tier `source`, to `tier`'s grid."""
+        composed = []
+        for axis in (0, 1):
+            weights = axis_map(self.grid[axis], self.grids[source][axis], "area")
+            for below in range(source, tier):
+                weights = self.step(below, axis) @ weights
+            composed.append(weights)
+        return composed[0], composed[1]
+
+    def step(self, tier: int, axis: int) -> Tensor:
+        """Weights of the reduction from `tier` to the next, along one axis."""
+        return axis_map(self.grids[tier][axis], self.grids[tier + 1][axis], RULES[self.rule].demote)
+
+    @cached_property
+    def descriptors(self) -> int:
+        """R: 1 for one tier or when every reduction keeps a frame's mean, else one descriptor a tier."""
+        for source in self.entered:
+            for tier in range(source, self.tiers):
+                for weights in self.maps(source, tier):
+                    share = weights.mean(0)
+                    if not torch.allclose(share, torch.full_like(share, 1.0 / share.numel()), atol=1e-9, rtol=0):
+                        return self.tiers
+        return 1
+
+    @cached_property
+    def packed_maps(self) -> Tensor:
+        """All weights in one float64 table, as the kernels read it.
+
+        For each source <= tier the composed row and column weights, then for each tier but the last the step to the next.
+        """
+        parts = [m for a in range(self.tiers) for b in range(a, self.tiers) for m in self.maps(a, b)]
+        parts += [self.step(tier, axis) for tier in range(self.tiers - 1) for axis in (0, 1)]
+        return torch.cat([m.flatten() for m in parts]) if parts else torch.zeros(0, dtype=torch.float64)
+
+    @property
+    def kernel_args(self) -> tuple[list[int], list[int], list[int], list[int], str]:
+        """capacities, grids, intervals, entries and rule as operators take them."""
+        grids = [side for grid in self.grids for side in grid]
+        return list(self.capacities), grids, list(self.intervals), list(self.entries), self.rule
+
+    def state_shapes(self, streams: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor of `BankState`."""
+        M, R, wide = self.slots, self.descriptors, torch.promote_types(dtype, torch.float32)
+        return {
+            "slots": ((streams, self.rows, self.dim), dtype),
+            "mass": ((streams, self.rows), torch.float32),
+            "descriptor": ((streams, M, R, self.key_dim), wide),
+            "norm": ((streams, M, R), wide),
+            "link": ((streams, self.links), wide),
+            "entry": ((streams, M, 4), torch.int64),
+            "clock": ((streams, M, 4), torch.float64),
+            "order": ((streams, M), torch.int64),
+            "counter": ((streams, LENGTH + self.tiers), torch.int64),
+        }
+
+    def new_state(self, streams: int, device: torch.device | str, dtype: torch.dtype) -> BankState:
+        """An empty memory."""
+        made = {
+            name: torch.zeros(shape, dtype=kind, device=device)
+            for name, (shape, kind) in self.state_shapes(streams, dtype).items()
+        }
+        made["entry"].fill_(-1)
+        made["order"].fill_(-1)
+        return BankState(**made)
