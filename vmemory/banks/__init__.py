@@ -1,1 +1,68 @@
 """Memories: bounded, timestamped, under one contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vmemory.banks.bank import Bank, FeatureAdapter
+from vmemory.banks.budget import format_bytes, parse_bytes
+from vmemory.banks.files import BankFile, BankFileError
+from vmemory.banks.hierarchical import HierarchicalBank
+from vmemory.banks.single import MergingBank, RingBank, UniformBank
+from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved
+from vmemory.reference.bank_layout import BankState
+
+# a new policy is one class and one line here; the shared contract tests run on all of them
+POLICIES: dict[str, type[Bank]] = {
+    bank.policy: bank for bank in (HierarchicalBank, MergingBank, UniformBank, RingBank)
+}
+
+
+def make(policy: str, **arguments: Any) -> Bank:
+    """A bank by its policy's name.
+
+    Raises:
+        ValueError: No such policy, or an argument does not fit.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy: expected one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
+    return POLICIES[policy](**arguments)
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Bank, BankFile]:
+    """The bank that `Bank.save` wrote, and the file's other contents.
+
+    Raises:
+        BankFileError: The file cannot be used; one line says why.
+    """
+    file = BankFile.read(Path(path))
+    config = {name: tuple(v) if isinstance(v, list) else v for name, v in file.config.items()}
+    config["dtype"] = getattr(torch, config["dtype"])
+    if "grids" in config:
+        config["grids"] = [None if g is None else tuple(g) for g in config["grids"]]
+    bank = make(file.policy, device=device, **config)
+    bank.restore(BankState(**{name: t.to(device) for name, t in file.state.items()}))
+    return bank, file
+
+
+__all__ = [
+    "POLICIES",
+    "Bank",
+    "BankFile",
+    "BankFileError",
+    "Entries",
+    "FeatureAdapter",
+    "HierarchicalBank",
+    "MemoryTokens",
+    "MergingBank",
+    "Retrieved",
+    "RingBank",
+    "UniformBank",
+    "format_bytes",
+    "load",
+    "make",
+    "parse_bytes",
+]

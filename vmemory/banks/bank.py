@@ -1,0 +1,405 @@
+"""The contract every memory fulfils: push, read, compress, retrieve, snapshot, reset; bounded, device-side state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmemory.banks.files import BankFile
+from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved, compact_tokens, padded_tokens, row_tables
+from vmemory.ops._checks import check_int, check_tensor, shape_of
+from vmemory.ops.bank import bank_gather, bank_plan, bank_push_, layout_maps
+from vmemory.ops.similarity_topk import similarity_topk
+from vmemory.reference.bank_layout import (
+    DROPPED,
+    FIRST,
+    FRAME,
+    FRAMES,
+    LAST,
+    LENGTH,
+    SEEN,
+    SKIPPED,
+    START,
+    STOP,
+    TIME,
+    BankLayout,
+    BankState,
+)
+
+Times = float | Sequence[float] | Tensor | None
+# buffers that keep their dtype when a model around them is cast
+_KEPT = ("mass", "descriptor", "norm", "link", "clock", "maps")
+
+
+class Bank(nn.Module):
+    """A bounded memory of a frame stream, or of many streams that share a launch.
+
+    State is device tensors of fixed shape, allocated here and changed in place: pushes never synchronise the host,
+    can be captured in a CUDA graph and compile without graph breaks. Buffers are not part of `state_dict`; streaming
+    state travels by `snapshot` and `save`.
+
+    Args:
+        dim: Channels D of a token.
+        grid: Token grid (H, W) of the frames that come in.
+        capacities: Slots of each tier; a tier of capacity 0 does not exist, its frames go on to the next or leave.
+        grids: Token grid of each tier, None = the frames' own; never larger than `grid`.
+        rule: A key of `vmemory.reference.bank_layout.RULES`.
+        intervals: Frame t enters the first tier whose interval divides t, and is skipped when none does; None = every
+            frame enters the first tier.
+        streams: Number of streams S.
+        device, dtype: Of the tokens held.
+        key_dim: Similarity looks at the first `key_dim` channels; None = all.
+        adapter: Module applied to frames first, for example `FeatureAdapter` where feature sizes differ.
+
+    Raises:
+        ValueError, TypeError: An argument does not fit; the message names it.
+    """
+
+    # the state, registered as buffers
+    slots: Tensor
+    mass: Tensor
+    descriptor: Tensor
+    norm: Tensor
+    link: Tensor
+    entry: Tensor
+    clock: Tensor
+    order: Tensor
+    counter: Tensor
+    maps: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        grid: tuple[int, int],
+        capacities: Sequence[int],
+        grids: Sequence[tuple[int, int] | None],
+        rule: str,
+        *,
+        intervals: Sequence[int] | None = None,
+        streams: int = 1,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        key_dim: int | None = None,
+        adapter: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        check_int("dim", dim, low=1)
+        check_int("streams", streams, low=1)
+        key_dim = dim if key_dim is None else key_dim
+        check_int("key_dim", key_dim, low=1, high=dim)
+        self.layout, self.levels = make_layout(dim, grid, capacities, grids, rule, intervals, key_dim)
+        self.streams, self.adapter = streams, adapter
+        for name, buffer in self.layout.new_state(streams, device, dtype)._asdict().items():
+            self.register_buffer(name, buffer, persistent=False)
+        self.register_buffer("maps", layout_maps(self.layout, self.slots), persistent=False)
+        for name, table in row_tables(self.layout, self.levels).items():
+            self.register_buffer(name, table.to(device), persistent=False)
+
+    # what saving needs beside the layout; subclasses name themselves in vmemory.banks.POLICIES
+    policy = "bank"
+
+    @property
+    def state(self) -> BankState:
+        """The state tensors themselves, not copies."""
+        return BankState(*(getattr(self, name) for name in BankState._fields))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held on the device: constant from construction to the end."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers(recurse=False))
+
+    @property
+    def capacity(self) -> int:
+        """Entries one stream can hold."""
+        return self.layout.slots
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bank:
+        kept = {name: getattr(self, name) for name in _KEPT}
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            new = getattr(self, name)
+            if new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        return self
+
+    # writing
+
+    @torch.no_grad()
+    def push(self, frames: Tensor, time: Times = None, *, valid: Tensor | None = None, streams: Tensor | None = None) -> None:
+        """Take frames in, oldest first. No host synchronisation; a failed push changes nothing.
+
+        Args:
+            frames: `[S, T, H, W, D]`, or `[T, H, W, D]` for one stream, in the bank's dtype and on its device.
+            time: Seconds, `[T]` or `[S, T]` float64 or a float for T = 1, strictly increasing; None = unknown (NaN).
+                Frames are numbered from 0 per stream all the same.
+            valid: `[S, T, H, W]` or `[T, H, W]` bool, cells that exist; others are never read.
+            streams: `[S']` int64, the stream each row of `frames` belongs to, −1 = skip the row; None = all in order.
+
+        Raises:
+            ValueError: A shape, dtype or device does not fit, or times known to the host do not increase.
+        """
+        frames, valid, times = self._arrange(frames, time, valid)
+        if streams is not None:
+            check_tensor("streams", streams, "[S]")
+            if streams.dtype != torch.int64:
+                raise ValueError(f"streams: expected int64, got {streams.dtype}")
+        if times is not None and times.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_increasing(times, streams)
+        bank_push_(self.state, self.layout, frames, time=times, valid=valid, streams=streams, maps=self.maps)
+
+    def _arrange(self, frames: Tensor, time: Times, valid: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if not isinstance(frames, Tensor):
+            raise TypeError(f"frames: expected a tensor [S, T, H, W, D] or [T, H, W, D], got {type(frames).__name__}")
+        if frames.dim() not in (4, 5):
+            raise ValueError(f"frames: expected [S, T, H, W, D] or [T, H, W, D], got shape {shape_of(frames)}")
+        if self.adapter is not None:
+            frames = self.adapter(frames)
+        if frames.dim() == 4:
+            frames, valid = frames[None], None if valid is None else valid[None]
+        S, T = frames.shape[:2]
+        if time is None:
+            return frames, valid, None
+        times = time if isinstance(time, Tensor) else torch.tensor(time, dtype=torch.float64)
+        if times.dtype != torch.float64:
+            raise ValueError(f"time: expected float64 seconds, got {times.dtype}")
+        if times.dim() == 0 and T == 1:
+            times = times[None]
+        if times.shape not in ((T,), (S, T)):
+            raise ValueError(f"time: expected shape [{T}] or [{S}, {T}], got {shape_of(times)}")
+        return frames, valid, times.expand(S, T).contiguous().to(frames.device)
+
+    def _check_increasing(self, times: Tensor, streams: Tensor | None) -> None:
+        if self.clock.device.type == "cpu" and times.shape[1]:
+            held = self.clock[..., STOP] if streams is None else self.clock[streams.clamp_min(0), :, STOP]
+            live = self.entry[..., FRAME] if streams is None else self.entry[streams.clamp_min(0), :, FRAME]
+            if times.shape[0] == held.shape[0]:
+                late = (live >= 0) & (held >= times[:, :1])
+                if bool(late.any()):
+                    raise ValueError(f"time: expected more than {float(held[late].max())} s, the last seen, got {float(times[0, 0])}")
+        if bool((times.diff(dim=1) <= 0).any()):
+            raise ValueError("time: expected strictly increasing seconds along the frames")
+
+    def reset(self, streams: Sequence[int] | None = None) -> None:
+        """Forget everything, of all streams or of those named."""
+        which = slice(None) if streams is None else torch.tensor(list(streams), dtype=torch.int64, device=self.entry.device)
+        for name in BankState._fields:
+            getattr(self, name)[which] = -1 if name in ("entry", "order") else 0
+
+    # reading
+
+    def read(self, stream: int = 0, *, padded: bool = False) -> MemoryTokens:
+        """Everything held, in stream order, with provenance.
+
+        Args:
+            stream: Which stream; ignored by a padded read.
+            padded: `[S, Nmax, ...]` of all streams with `count [S]`, without host synchronisation; else one stream,
+                compact, at the price of one synchronisation.
+        """
+        tokens = padded_tokens(self.slots, self.mass, self.entry, self.clock, self._tables(), self._cells)
+        if padded:
+            return tokens
+        check_int("stream", stream, low=0, high=self.streams - 1)
+        return compact_tokens(tokens, stream)
+
+    @property
+    def _cells(self) -> int:
+        return self.layout.grid[0] * self.layout.grid[1]
+
+    def _tables(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in ("row_slot", "row_cell", "row_level")}
+
+    def compress(self, clip: Tensor, time: Times = None, *, valid: Tensor | None = None) -> MemoryTokens:
+        """What a fresh bank would hold after `clip`, without touching this one; gradients reach the clip.
+
+        The whole clip is read once to decide, then each survivor is reduced straight to the size it ends with.
+
+        Args:
+            clip, time, valid: As `frames`, `time`, `valid` of `push`. `[T, H, W, D]` gives a compact result, `[S, T, H, W, D]`
+                a padded one.
+        """
+        frames, valid, times = self._arrange(clip, time, valid)
+        if times is not None and times.device.type == "cpu" and bool((times.diff(dim=1) <= 0).any()):
+            raise ValueError("time: expected strictly increasing seconds along the frames")
+        layout = clamped(self.layout, frames.shape[1])
+        whole = layout == self.layout
+        maps = self.maps if whole else layout_maps(layout, frames)
+        plan = bank_plan(frames, layout, time=times, valid=valid, maps=maps)
+        slots, mass = bank_gather(frames, plan, layout, valid=valid, maps=maps)
+        tables = self._tables() if whole else {k: t.to(slots.device) for k, t in row_tables(layout, self.levels).items()}
+        tokens = padded_tokens(slots, mass, plan.entry, plan.clock, tables, self._cells)
+        return compact_tokens(tokens, 0) if clip.dim() == 4 else tokens
+
+    def retrieve(self, query: Tensor, k: int, *, threshold: float | None = None, stream: int = 0) -> Retrieved:
+        """The entries most similar to each query, by cosine with their means. No host synchronisation.
+
+        Args:
+            query: `[Q, D]` or `[Q, key_dim]`.
+            k: Entries per query.
+            threshold: Entries below this cosine are left out.
+            stream: Which stream is searched.
+        """
+        check_tensor("query", query, "[Q, D]")
+        if query.shape[1] not in (self.layout.dim, self.layout.key_dim):
+            raise ValueError(f"query: expected [Q, {self.layout.key_dim}], got shape {shape_of(query)}")
+        check_int("stream", stream, low=0, high=self.streams - 1)
+        keys = self._keys()[stream]
+        found = similarity_topk(
+            query[None, :, : self.layout.key_dim].to(keys.dtype),
+            keys[None],
+            k,
+            where=(self.entry[stream, :, FRAME] >= 0)[None],
+        )
+        values, slot = found.values[0], found.indices[0]
+        if threshold is not None:
+            slot = torch.where(values >= threshold, slot, -1)
+            values = torch.where(values >= threshold, values, -torch.inf)
+        there, at = slot >= 0, slot.clamp_min(0)
+        levels = self.row_level_of_slot.to(slot.device)
+        if self.layout.slots == 0:
+            missing = torch.full_like(slot, -1)
+            nan = torch.full(slot.shape, torch.nan, dtype=torch.float64, device=slot.device)
+            return Retrieved(values, missing, nan, missing, nan, nan)
+        clock = torch.where(there[..., None], self.clock[stream][at], torch.nan)
+        return Retrieved(
+            values,
+            torch.where(there, self.entry[stream, :, FRAME][at], -1),
+            clock[..., TIME],
+            torch.where(there, levels[at], -1),
+            clock[..., START],
+            clock[..., STOP],
+        )
+
+    @property
+    def row_level_of_slot(self) -> Tensor:
+        return torch.tensor([self.levels[t] for t in self.layout.tier_of], dtype=torch.int64)
+
+    def _keys(self) -> Tensor:
+        """Each slot's mean as its own tier sees it, `[S, M, K]`."""
+        if self.descriptor.shape[2] == 1:
+            return self.descriptor[:, :, 0]
+        slot = torch.arange(self.layout.slots, device=self.descriptor.device)
+        return self.descriptor[:, slot, torch.tensor(self.layout.tier_of, device=self.descriptor.device)]
+
+    def entries(self, stream: int = 0) -> Entries:
+        """What a stream holds, entry by entry in stream order; synchronises the host once."""
+        check_int("stream", stream, low=0, high=self.streams - 1)
+        entry, clock = self.entry[stream], self.clock[stream]
+        slots = torch.nonzero(entry[:, FRAME] >= 0).flatten()
+        slots = slots[entry[slots, FRAME].argsort()]
+        entry, clock = entry[slots], clock[slots]
+        level = self.row_level_of_slot.to(slots.device)[slots]
+        spans = (entry[:, column] for column in (FRAME, FIRST, LAST, FRAMES))
+        return Entries(*spans, clock[:, TIME], clock[:, START], clock[:, STOP], level, self._keys()[stream, slots])
+
+    def counts(self, stream: int = 0) -> dict[str, int]:
+        """Frames `seen`, `skipped` (no interval took them), `dropped` (evicted) and entries `held`; synchronises."""
+        counter = self.counter[stream].tolist()
+        return {
+            "seen": counter[SEEN],
+            "skipped": counter[SKIPPED],
+            "dropped": counter[DROPPED],
+            "held": sum(counter[LENGTH:]),
+        }
+
+    # keeping
+
+    def snapshot(self) -> BankState:
+        """A copy of the state; `restore` takes it back."""
+        return BankState(*(t.clone() for t in self.state))
+
+    def restore(self, snapshot: BankState) -> None:
+        """Go back to a snapshot of a bank of the same shape.
+
+        Raises:
+            ValueError: The snapshot's shapes or dtypes are not this bank's; nothing has changed then.
+        """
+        for name, held, new in zip(BankState._fields, self.state, snapshot, strict=True):
+            if held.shape != new.shape or held.dtype != new.dtype:
+                raise ValueError(
+                    f"snapshot.{name}: expected {shape_of(held)} {held.dtype}, got {shape_of(new)} {new.dtype}"
+                )
+        for held, new in zip(self.state, snapshot, strict=True):
+            held.copy_(new)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as plain values, enough to make an empty bank like this one."""
+        raise NotImplementedError
+
+    def save(self, path: str | Path, extra: dict[str, Tensor] | None = None, notes: dict[str, Any] | None = None) -> None:
+        """Write the state to a `.vmem` file (safetensors); a file that exists survives until the new one is whole.
+
+        Args:
+            path: Where to write.
+            extra: Further tensors to keep with the memory, for example thumbnails.
+            notes: Further plain values, stored as JSON.
+        """
+        BankFile(self.policy, self.config(), self.state._asdict(), extra or {}, notes or {}).write(Path(path))
+
+
+class FeatureAdapter(nn.Sequential):
+    """Linear and LayerNorm from an encoder's feature size to a bank's (VideoLLaMA3 memory bank port)."""
+
+    def __init__(self, features: int, dim: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(
+            nn.Linear(features, dim, device=device, dtype=dtype), nn.LayerNorm(dim, device=device, dtype=dtype)
+        )
+
+
+@lru_cache(maxsize=64)
+def clamped(layout: BankLayout, frames: int) -> BankLayout:
+    """The layout with no tier larger than a clip of so many frames can fill: decides alike, allocates less."""
+    capacities = tuple(min(c, max(frames, 1)) for c in layout.capacities)
+    if capacities == layout.capacities:
+        return layout
+    return BankLayout(
+        layout.grid, layout.dim, layout.key_dim, capacities, layout.grids, layout.rule, layout.intervals, layout.entries
+    )
+
+
+def make_layout(
+    dim: int,
+    grid: tuple[int, int],
+    capacities: Sequence[int],
+    grids: Sequence[tuple[int, int] | None],
+    rule: str,
+    intervals: Sequence[int] | None,
+    key_dim: int,
+) -> tuple[BankLayout, tuple[int, ...]]:
+    """The tiers that exist, and the level (place in `capacities`) of each.
+
+    Raises:
+        ValueError: The tiers, grids or intervals do not fit each other.
+    """
+    if len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid: expected (H, W), both at least 1, got {grid!r}")
+    if len(capacities) != len(grids):
+        raise ValueError(f"grids: expected one per capacity ({len(capacities)}), got {len(grids)}")
+    for c in capacities:
+        check_int("capacities", c, low=0)
+    sizes = [(grid[0], grid[1]) if g is None else (int(g[0]), int(g[1])) for g in grids]
+    for h, w in sizes:
+        if not (1 <= h <= grid[0] and 1 <= w <= grid[1]):
+            raise ValueError(f"grids: expected between (1, 1) and {tuple(grid)}, got {(h, w)}")
+    levels = tuple(i for i, c in enumerate(capacities) if c > 0)
+    steps = tuple(intervals or ())
+    if steps and len(steps) > len(capacities):
+        raise ValueError(f"intervals: expected at most one per tier ({len(capacities)}), got {len(steps)}")
+    for step in steps:
+        check_int("intervals", step, low=1)
+    entries = tuple(next((n for n, level in enumerate(levels) if level >= i), -1) for i in range(len(steps)))
+    layout = BankLayout(
+        (int(grid[0]), int(grid[1])),
+        dim,
+        key_dim,
+        tuple(capacities[i] for i in levels),
+        tuple(sizes[i] for i in levels),
+        rule,
+        steps,
+        entries,
+    )
+    return layout, levels

@@ -1,0 +1,128 @@
+"""What a memory gives back: tokens with their provenance, read out of a bank's state without leaving the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmemory.reference.bank_layout import FRAME, START, STOP, TIME, BankLayout
+
+_FREE = torch.iinfo(torch.int64).max
+
+
+class MemoryTokens(NamedTuple):
+    """Tokens of a memory in stream order, N of them; padded reads put `[S, Nmax]` in front and fill `count [S]`.
+
+    Attributes:
+        tokens: `[N, D]`, the bank's dtype.
+        frame: `[N]` int64 number of the frame a token comes from (a merged token: the first of its frames); −1 = padding.
+        time: `[N]` float64 seconds, NaN where frames came without (a merged token: the mean of its frames).
+        cell: `[N]` int64 cell h·W + w of the input grid that the token owns.
+        level: `[N]` int64 tier, 0 first.
+        weight: `[N]` float32 input cells the token is the mean of.
+        source: `[N]` int64 position in the flattened T·H·W stream: sorted, unique, one source token per token.
+        start, stop: `[N]` float64 seconds of the first and last frame merged into the token.
+        count: `[S]` int64 tokens per stream of a padded read, else None.
+    """
+
+    tokens: Tensor
+    frame: Tensor
+    time: Tensor
+    cell: Tensor
+    level: Tensor
+    weight: Tensor
+    source: Tensor
+    start: Tensor
+    stop: Tensor
+    count: Tensor | None = None
+
+
+class Retrieved(NamedTuple):
+    """The entries most similar to each query, best first; places that cannot be filled hold −inf, −1 and NaN.
+
+    values `[Q, k]` float32 cosine; frame `[Q, k]` int64; time, start, stop `[Q, k]` float64 seconds; level `[Q, k]` int64.
+    """
+
+    values: Tensor
+    frame: Tensor
+    time: Tensor
+    level: Tensor
+    start: Tensor
+    stop: Tensor
+
+
+class Entries(NamedTuple):
+    """What one stream holds, entry by entry in stream order.
+
+    frame, first, last, frames `[n]` int64 (number, span and how many were merged); time, start, stop `[n]` float64
+    seconds; level `[n]` int64; descriptor `[n, K]` the mean that similarity looks at.
+    """
+
+    frame: Tensor
+    first: Tensor
+    last: Tensor
+    frames: Tensor
+    time: Tensor
+    start: Tensor
+    stop: Tensor
+    level: Tensor
+    descriptor: Tensor
+
+
+def row_tables(layout: BankLayout, levels: tuple[int, ...]) -> dict[str, Tensor]:
+    """Static facts of each token row: `row_slot`, `row_cell`, `row_level`, all `[L]` int64.
+
+    Output cell i of h along an axis owns input cell floor((i + 1/2) · H / h).
+    """
+    slot, cell, level = [], [], []
+    H, W = layout.grid
+    for tier, (h, w) in enumerate(layout.grids):
+        rows = torch.tensor([(2 * i + 1) * H // (2 * h) for i in range(h)], dtype=torch.int64)
+        columns = torch.tensor([(2 * j + 1) * W // (2 * w) for j in range(w)], dtype=torch.int64)
+        owned = (rows[:, None] * W + columns).flatten()
+        capacity = layout.capacities[tier]
+        slot.append(layout.first_slot[tier] + torch.arange(capacity).repeat_interleave(h * w))
+        cell.append(owned.repeat(capacity))
+        level.append(torch.full((capacity * h * w,), levels[tier], dtype=torch.int64))
+    empty = [torch.zeros(0, dtype=torch.int64)]
+    return {
+        "row_slot": torch.cat(slot or empty),
+        "row_cell": torch.cat(cell or empty),
+        "row_level": torch.cat(level or empty),
+    }
+
+
+def padded_tokens(
+    slots: Tensor, mass: Tensor, entry: Tensor, clock: Tensor, tables: dict[str, Tensor], cells: int
+) -> MemoryTokens:
+    """Read every stream, `[S, L, ...]`: live rows first, in stream order, then padding. No host synchronisation."""
+    row_slot, row_cell, row_level = (tables[name] for name in ("row_slot", "row_cell", "row_level"))
+    live = mass > 0
+    # [S, L]
+    source = torch.where(live, entry[:, row_slot, FRAME] * cells + row_cell, _FREE)
+    source, place = source.sort(dim=1, stable=True)
+    live = source != _FREE
+    slot = row_slot[place]
+    time, start, stop = (clock[..., c].gather(1, slot) for c in (TIME, START, STOP))
+    nan = torch.full_like(time, torch.nan)
+    return MemoryTokens(
+        tokens=slots.gather(1, place[..., None].expand(-1, -1, slots.shape[-1])),
+        frame=torch.where(live, entry[..., FRAME].gather(1, slot), -1),
+        time=torch.where(live, time, nan),
+        cell=torch.where(live, row_cell[place], -1),
+        level=torch.where(live, row_level[place], -1),
+        weight=mass.gather(1, place),
+        source=torch.where(live, source, -1),
+        start=torch.where(live, start, nan),
+        stop=torch.where(live, stop, nan),
+        count=live.sum(1),
+    )
+
+
+def compact_tokens(padded: MemoryTokens, stream: int) -> MemoryTokens:
+    """One stream of a padded read without its padding; reads the count, so it synchronises the host once."""
+    assert padded.count is not None
+    n = int(padded.count[stream])
+    return MemoryTokens(*(field[stream, :n] for field in padded[:-1]), count=None)
