@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
 from importlib.util import find_spec
 from typing import Any
 
 
 def collect() -> dict[str, Any]:
-    """Facts of this installation: versions, and for each backend whether it was built, whether it loaded, and why not."""
+    """Versions, and for each backend whether it was built, whether it loaded, and why not."""
     import torch
 
     from vmemory import __version__
@@ -20,7 +20,7 @@ def collect() -> dict[str, Any]:
     facts = STATUS.facts
     reasons = facts.get("reasons", {})
     try:
-        from vmemory import _host
+        _host = import_module("vmemory._host")
     except ImportError as error:
         host = {"built": bool(facts.get("host")), "loaded": False, "reason": reasons.get("host") or str(error)}
     else:

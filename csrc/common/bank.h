@@ -135,12 +135,32 @@ VMEMORY_HD inline bool is_finite(A x) {
   return x - x == A(0);
 }
 
+// what a full tier gives up
+struct Leaving {
+  int64_t place = 0;    // its list place
+  int64_t slot = -1;
+  int64_t merged = -1;  // slot that it is folded into, -1 = none
+};
+
+// which of the closest pair leaves; cosine is the pair's
 template <class A>
-VMEMORY_HD int64_t choose(const Geometry& g, const Stream<A>& s, int tier, int64_t frame, int64_t* merged) {
+VMEMORY_HD Leaving leaver(const Geometry& g, const Stream<A>& s, int tier, int64_t older, int64_t newer, A cosine) {
+  const int64_t* order = s.order + g.slot0[tier];
+  if (g.rule.nan_first && is_nan(cosine)) {
+    const A norm = s.norm[order[older] * g.R + g.descriptor_of(tier)];
+    const int64_t place = is_finite(norm) ? newer : older;
+    return {place, order[place], -1};
+  }
+  if (g.rule.merge) return {newer, order[newer], order[older]};
+  const int64_t place = g.rule.newer ? newer : older;
+  return {place, order[place], -1};
+}
+
+template <class A>
+VMEMORY_HD Leaving choose(const Geometry& g, const Stream<A>& s, int tier, int64_t frame) {
   const int64_t n = s.counter[kLength + tier], slot0 = g.slot0[tier];
   const int64_t* order = s.order + slot0;
-  *merged = -1;
-  if (n == 1 || g.rule.choose == Rule::kOldest) return 0;
+  if (n == 1 || g.rule.choose == Rule::kOldest) return {0, order[0], -1};
   if (g.rule.choose == Rule::kGap) {
     int64_t best = 1, smallest = 0;
     for (int64_t p = 1; p < n; ++p) {
@@ -148,7 +168,7 @@ VMEMORY_HD int64_t choose(const Geometry& g, const Stream<A>& s, int tier, int64
       const int64_t gap = after - s.entry[order[p - 1] * 4 + kFrame];
       if (p == 1 || gap < smallest) best = p, smallest = gap;
     }
-    return best;
+    return {best, order[best], -1};
   }
   int64_t older = 0, newer = 1;
   const A* link = s.link + g.link0[tier];
@@ -166,38 +186,39 @@ VMEMORY_HD int64_t choose(const Geometry& g, const Stream<A>& s, int tier, int64
     for (int64_t p = 2; p < n; ++p)
       if (exceeds(link[p], best)) best = link[p], older = p - 1, newer = p;
   }
-  if (g.rule.nan_first && is_nan(best)) {
-    const A norm = s.norm[order[older] * g.R + g.descriptor_of(tier)];
-    return is_finite(norm) ? newer : older;
+  return leaver(g, s, tier, older, newer, best);
+}
+
+// pick(tier) says what a full tier gives up; length holds the entries of each tier
+template <class Pick>
+VMEMORY_HD void decide(const Geometry& g, int64_t frame, const int64_t* length, const Pick& pick, Step* step) {
+  step->length = 0;
+  step->merged = step->fresh = -1;
+  int tier = step->first = g.entry_tier(frame);
+  if (tier < 0) return;
+  bool full = length[tier] == g.capacity[tier];
+  while (full) {
+    const int i = step->length++;
+    const Leaving leaving = pick(tier);
+    step->place[i] = leaving.place;
+    step->slot[i] = leaving.slot;
+    step->merged = leaving.merged;
+    step->target[i] = -1;
+    if (i > 0) step->target[i - 1] = step->slot[i];
+    if (step->merged >= 0 || tier + 1 == g.tiers || (!g.rule.cascade && step->length == 2)) break;
+    ++tier;
+    full = length[tier] == g.capacity[tier];
   }
-  if (g.rule.merge) {
-    *merged = order[older];
-    return newer;
-  }
-  return g.rule.newer ? newer : older;
+  const int64_t free = full ? -1 : g.slot0[tier] + length[tier];
+  if (!full && step->length > 0) step->target[step->length - 1] = free;
+  step->fresh = step->length > 0 ? step->slot[0] : free;
 }
 
 template <class A>
 VMEMORY_HD Step decide(const Geometry& g, const Stream<A>& s) {
   Step step;
   const int64_t frame = s.counter[kSeen];
-  int tier = g.entry_tier(frame);
-  step.first = tier;
-  if (tier < 0) return step;
-  bool full = s.counter[kLength + tier] == g.capacity[tier];
-  while (full) {
-    const int i = step.length++;
-    step.place[i] = choose(g, s, tier, frame, &step.merged);
-    step.slot[i] = s.order[g.slot0[tier] + step.place[i]];
-    step.target[i] = -1;
-    if (i > 0) step.target[i - 1] = step.slot[i];
-    if (step.merged >= 0 || tier + 1 == g.tiers || (!g.rule.cascade && step.length == 2)) break;
-    ++tier;
-    full = s.counter[kLength + tier] == g.capacity[tier];
-  }
-  const int64_t free = full ? -1 : g.slot0[tier] + s.counter[kLength + tier];
-  if (!full && step.length > 0) step.target[step.length - 1] = free;
-  step.fresh = step.length > 0 ? step.slot[0] : free;
+  decide(g, frame, s.counter + kLength, [&](int tier) { return choose(g, s, tier, frame); }, &step);
   return step;
 }
 

@@ -15,22 +15,25 @@ template <class A>
 struct Maps {
   std::vector<AxisMap<A>> rows, columns, step_rows, step_columns;
   std::vector<std::vector<A>> share;  // per source and descriptor: weight of each input cell, [H * W]
+  std::vector<Windows<A>> step;       // reduction to the next tier of a frame whose cells all have one mass
   int tiers;
 
   Maps(const Geometry& g, const A* table) : tiers(g.tiers) {
     const MapOffsets at(g);
-    for (int source = 0; source < g.tiers; ++source)
-      for (int tier = source; tier < g.tiers; ++tier) {
+    for (int source = 0; source < tiers; ++source)
+      for (int tier = source; tier < tiers; ++tier) {
         rows.emplace_back(table + at.rows[source][tier], g.H, g.height[tier]);
         columns.emplace_back(table + at.columns[source][tier], g.W, g.width[tier]);
       }
-    for (int tier = 0; tier + 1 < g.tiers; ++tier) {
+    for (int tier = 0; tier + 1 < tiers; ++tier) {
       step_rows.emplace_back(table + at.step_rows[tier], g.height[tier], g.height[tier + 1]);
       step_columns.emplace_back(table + at.step_columns[tier], g.width[tier], g.width[tier + 1]);
+      step.emplace_back(step_rows[tier], step_columns[tier], nullptr);
     }
-    if (g.R > 1)
-      for (int source = 0; source < tiers; ++source)
-        for (int tier = 0; tier < tiers; ++tier) share.push_back(tier < source ? std::vector<A>() : cell_shares(g, source, tier));
+    if (g.R == 1) return;
+    for (int source = 0; source < tiers; ++source)
+      for (int tier = 0; tier < tiers; ++tier)
+        share.push_back(tier < source ? std::vector<A>() : cell_shares(g, source, tier));
   }
   // composed maps lie source by source, each from its own tier on
   int index(int source, int tier) const { return source * tiers - source * (source - 1) / 2 + tier - source; }
@@ -52,34 +55,55 @@ struct Maps {
   }
 };
 
-// Descriptors of one frame, channels [d0, d1) of the first K, cell by cell in raster order: streaming and planning
-// sum alike, so that both decide alike. `valid` may be null; cells of weight 0 are not read.
+// Adds cells [c0, c1) of a frame to its descriptors, channels [d0, d1) of the first K, in raster order: streaming and
+// planning sum alike, so that both decide alike. Cells that are not valid are not read.
 template <class T>
-void describe(const Geometry& g, const Maps<acc_t<T>>& maps, int source, const T* frame, const bool* valid,
-              acc_t<T>* out, int64_t d0, int64_t d1) {
+struct Describe {
   using A = acc_t<T>;
-  constexpr int64_t L = kLanes<A>;
-  d1 = std::min(d1, g.K);
-  for (int64_t r = 0; r < g.R && d0 < d1; ++r) {
-    A* to = out + r * g.K;
-    std::fill(to + d0, to + d1, A(0));
-    if (g.R > 1 && r < source) continue;
-    const A* share = g.R > 1 ? maps.share[source * g.tiers + r].data() : nullptr;
-    A total = 0;
-    for (int64_t c = 0; c < g.H * g.W; ++c) {
-      if (valid && !valid[c]) continue;
-      const A w = share ? share[c] : A(1);
-      if (w == A(0)) continue;
-      total += w;
-      const T* from = frame + c * g.D;
-      int64_t d = d0;
-      for (; d + L <= d1; d += L) store(to + d, load(to + d) + load(from + d) * w);
-      if (d < d1) store(to + d, load(to + d, d1 - d) + load(from + d, d1 - d) * w, d1 - d);
-    }
-    if (total == A(0)) continue;
-    for (int64_t d = d0; d < d1; ++d) to[d] /= total;
+  const Geometry& g;
+  const Maps<A>& maps;
+  int source;
+  const bool* valid;  // may be null
+  A* out;             // [R, K]
+
+  int64_t first() const { return g.R > 1 ? source : 0; }
+  A weight(int64_t r, int64_t c) const {
+    return valid && !valid[c] ? A(0) : (g.R > 1 ? maps.share[source * g.tiers + r][c] : A(1));
   }
-}
+  void clear(int64_t d0, int64_t d1) const {
+    for (int64_t r = 0; r < g.R; ++r)
+      if (d0 < g.K) std::fill(out + r * g.K + d0, out + r * g.K + std::min(d1, g.K), A(0));
+  }
+  void add(const T* frame, int64_t c0, int64_t c1, int64_t d0, int64_t d1) const {
+    const int64_t n = std::min(d1, g.K) - d0;
+    for (int64_t r = first(); r < g.R && n > 0; ++r)
+      for (int64_t c = c0; c < c1; ++c) {
+        const A w = weight(r, c);
+        if (w != A(0)) add_row(frame + c * g.D + d0, w, out + r * g.K + d0, n);
+      }
+  }
+  void finish(int64_t d0, int64_t d1) const {
+    for (int64_t r = first(); r < g.R; ++r) {
+      A total = 0;
+      for (int64_t c = 0; c < g.H * g.W; ++c) total += weight(r, c);
+      if (total == A(0)) continue;
+      for (int64_t d = d0; d < std::min(d1, g.K); ++d) out[r * g.K + d] /= total;
+    }
+  }
+};
+
+// a frame's cell masses as floats, or null when every cell is there
+struct FrameMass {
+  std::vector<float> mass;
+  double total;
+
+  FrameMass(const Geometry& g, const bool* valid) : total(static_cast<double>(g.H * g.W)) {
+    if (!valid) return;
+    mass.assign(valid, valid + g.H * g.W);
+    total = static_cast<double>(std::count(valid, valid + g.H * g.W, true));
+  }
+  const float* data() const { return mass.empty() ? nullptr : mass.data(); }
+};
 
 template <class T>
 struct Bank {
@@ -90,34 +114,87 @@ struct Bank {
   T* slots = nullptr;     // [L, D]; null while planning
   float* mass = nullptr;  // [L]
 
-  // tokens and descriptors of one step, channels [d0, d1), deepest tier first
-  void move(const Step& step, const T* frame, const bool* valid, const float* frame_mass, int64_t d0, int64_t d1) const {
-    for (int i = step.length - 1; i >= 0; --i) {
+  // One frame's way in: reductions are laid out once, then every slice of channels moves on its own.
+  struct Passage {
+    Step step;
+    const T* frame = nullptr;
+    const bool* valid = nullptr;
+    std::vector<Windows<A>> own;             // of frames with uneven masses
+    const Windows<A>* demote[kMaxTiers] = {};  // null = nothing is reduced
+    const Windows<A>* enter = nullptr;         // null = the frame is copied
+  };
+
+  Passage prepare(const Step& step, const T* frame, const bool* valid, const float* frame_mass) const {
+    Passage p{step, frame, valid, {}};
+    p.own.reserve(kMaxTiers + 1);
+    for (int i = 0; i < step.length; ++i) {
+      if (step.merged >= 0 || step.target[i] < 0) continue;
       const int tier = step.first + i;
-      const int64_t slot = step.slot[i], target = step.target[i];
-      if (step.merged >= 0) {
-        merge(step.merged, slot, tier, d0, d1);
-      } else if (target >= 0) {
-        if (slots)
-          pool_tokens(slots + g.row_of(slot) * g.D, mass + g.row_of(slot), maps.step_rows[tier], maps.step_columns[tier],
-                      slots + g.row_of(target) * g.D, g.D, d0, d1);
-        for (int64_t r = 0; r < g.R && d0 < g.K; ++r)
-          std::copy(s.descriptor + (slot * g.R + r) * g.K + d0, s.descriptor + (slot * g.R + r) * g.K + std::min(d1, g.K),
-                    s.descriptor + (target * g.R + r) * g.K + d0);
-      }
+      const float* m = mass + g.row_of(step.slot[i]);
+      const bool even = std::all_of(m, m + g.cells(tier), [m](float x) { return x == *m; }) && *m > 0;
+      if (!even) p.own.emplace_back(maps.step_rows[tier], maps.step_columns[tier], m);
+      p.demote[i] = even ? &maps.step[tier] : &p.own.back();
     }
-    if (slots) enter(step, frame, frame_mass, d0, d1);
-    if (frame) describe(g, maps, step.first, frame, valid, s.descriptor + step.fresh * g.R * g.K, d0, d1);
+    if (g.height[step.first] != g.H || g.width[step.first] != g.W || frame_mass) {
+      p.own.emplace_back(maps.row(step.first, step.first), maps.column(step.first, step.first), frame_mass);
+      p.enter = &p.own.back();
+    }
+    return p;
   }
 
-  void enter(const Step& step, const T* frame, const float* frame_mass, int64_t d0, int64_t d1) const {
-    T* to = slots + g.row_of(step.fresh) * g.D;
-    const bool whole = g.height[step.first] == g.H && g.width[step.first] == g.W && !frame_mass;
-    if (!whole) {
-      pool_tokens(frame, frame_mass, maps.row(step.first, step.first), maps.column(step.first, step.first), to, g.D, d0, d1);
-      return;
+  // tokens and descriptors of one step, channels [d0, d1), deepest tier first
+  void move(const Passage& p, int64_t d0, int64_t d1) const {
+    const Step& step = p.step;
+    for (int i = step.length - 1; i >= 0; --i) {
+      const int64_t slot = step.slot[i], target = step.target[i];
+      if (step.merged >= 0) {
+        merge(step.merged, slot, step.first + i, d0, d1);
+      } else if (target >= 0) {
+        if (i > 0) pool_slot(*p.demote[i], slot, target, 0, p.demote[i]->height, d0, d1);
+        copy_descriptor(slot, target, d0, d1);
+      }
     }
-    for (int64_t c = 0; c < g.H * g.W; ++c) std::copy(frame + c * g.D + d0, frame + c * g.D + d1, to + c * g.D + d0);
+    const Describe<T> describe{g, maps, step.first, p.valid, s.descriptor + step.fresh * g.R * g.K};
+    describe.clear(d0, d1);
+    const bool demotes = step.length > 0 && step.merged < 0 && step.target[0] >= 0;
+    if (p.enter) {
+      if (demotes) pool_slot(*p.demote[0], step.slot[0], step.target[0], 0, p.demote[0]->height, d0, d1);
+      pool_cells(*p.enter, 0, g.cells(step.first), p.frame, row(step.fresh), g.D, d0, d1);
+      describe.add(p.frame, 0, g.H * g.W, d0, d1);
+    } else {
+      // the frame takes its victim's rows while they are still in cache, as soon as nothing below needs them
+      int64_t done = 0;
+      for (int64_t i = 0; demotes && i < p.demote[0]->height; ++i) {
+        const AxisMap<A>& rows = maps.step_rows[step.first];
+        pool_slot(*p.demote[0], step.slot[0], step.target[0], i, i + 1, d0, d1);
+        const int64_t free = i + 1 < rows.m ? std::max(done, rows.begin(i + 1)) : g.H;
+        take_rows(p, describe, done, free, d0, d1);
+        done = free;
+      }
+      take_rows(p, describe, done, g.H, d0, d1);
+    }
+    describe.finish(d0, d1);
+  }
+
+  void take_rows(const Passage& p, const Describe<T>& describe, int64_t y0, int64_t y1, int64_t d0, int64_t d1) const {
+    T* to = row(p.step.fresh);
+    for (int64_t c = y0 * g.W; c < y1 * g.W; ++c) {
+      std::copy(p.frame + c * g.D + d0, p.frame + c * g.D + d1, to + c * g.D + d0);
+      describe.add(p.frame, c, c + 1, d0, d1);
+    }
+  }
+
+  T* row(int64_t slot) const { return slots + g.row_of(slot) * g.D; }
+
+  void pool_slot(const Windows<A>& windows, int64_t from, int64_t to, int64_t i0, int64_t i1, int64_t d0, int64_t d1) const {
+    pool_cells(windows, i0 * windows.width, i1 * windows.width, row(from), row(to), g.D, d0, d1);
+  }
+
+  void copy_descriptor(int64_t from, int64_t to, int64_t d0, int64_t d1) const {
+    for (int64_t r = 0; r < g.R && d0 < g.K; ++r) {
+      const A* x = s.descriptor + (from * g.R + r) * g.K;
+      std::copy(x + d0, x + std::min(d1, g.K), s.descriptor + (to * g.R + r) * g.K + d0);
+    }
   }
 
   void merge(int64_t a, int64_t b, int tier, int64_t d0, int64_t d1) const {
@@ -144,19 +221,21 @@ struct Bank {
       }
   }
 
-  // after every channel has moved: masses, lists, norms and the few links that changed
-  void commit(const Step& step, const float* frame_mass, double time, double total) const {
-    if (mass && step.first >= 0) move_mass(step, frame_mass);
-    Dirty dirty;
-    apply(g, s, step, time, total, &dirty);
-    if (step.first < 0) return;
-    refresh_norm(step.fresh);
-    if (step.merged >= 0) refresh_norm(step.merged);
-    for (int tier = 0; tier < g.tiers; ++tier)
-      for (int i = 0; i < dirty.count[tier]; ++i) refresh_link(tier, dirty.place[tier][i]);
+  // a step on descriptors alone: `fresh` [R, K] are the new frame's
+  void move_descriptors(const Step& step, const A* fresh) const {
+    for (int i = step.length - 1; i >= 0; --i) {
+      if (step.merged >= 0) {
+        merge(step.merged, step.slot[i], step.first + i, 0, g.D);
+      } else if (step.target[i] >= 0) {
+        copy_descriptor(step.slot[i], step.target[i], 0, g.K);
+      }
+    }
+    std::copy(fresh, fresh + g.R * g.K, s.descriptor + step.fresh * g.R * g.K);
   }
 
-  void move_mass(const Step& step, const float* frame_mass) const {
+  // source cells that each token stands for, after the tokens have moved
+  void move_mass(const Passage& p) const {
+    const Step& step = p.step;
     for (int i = step.length - 1; i >= 0; --i) {
       const int tier = step.first + i;
       const float* from = mass + g.row_of(step.slot[i]);
@@ -164,16 +243,33 @@ struct Bank {
         float* to = mass + g.row_of(step.merged);
         for (int64_t c = 0; c < g.cells(tier); ++c) to[c] += from[c];
       } else if (step.target[i] >= 0) {
-        pool_mass(from, maps.step_rows[tier], maps.step_columns[tier], mass + g.row_of(step.target[i]));
+        // the shared windows were made without masses: theirs are all alike
+        const A scale = p.demote[i] == &maps.step[tier] ? static_cast<A>(*from) : A(1);
+        write_mass(*p.demote[i], scale, g.cells(tier), mass + g.row_of(step.target[i]));
       }
     }
     float* fresh = mass + g.row_of(step.fresh);
-    if (frame_mass) {
-      pool_mass(frame_mass, maps.row(step.first, step.first), maps.column(step.first, step.first), fresh);
+    if (p.enter) {
+      write_mass(*p.enter, A(1), g.H * g.W, fresh);
     } else {
-      const int64_t cells = g.cells(step.first);
-      std::fill(fresh, fresh + cells, static_cast<float>(g.H * g.W) / static_cast<float>(cells));
+      std::fill(fresh, fresh + g.cells(step.first), 1.0f);
     }
+  }
+
+  void write_mass(const Windows<A>& windows, A scale, int64_t cells, float* to) const {
+    const size_t n = windows.held.size();
+    for (size_t k = 0; k < n; ++k) to[k] = static_cast<float>(windows.held[k] * scale * (A(cells) / A(n)));
+  }
+
+  // after every channel has moved: lists, norms and the few links that changed
+  void commit(const Step& step, double time, double total) const {
+    Dirty dirty;
+    apply(g, s, step, time, total, &dirty);
+    if (step.first < 0) return;
+    refresh_norm(step.fresh);
+    if (step.merged >= 0) refresh_norm(step.merged);
+    for (int tier = 0; tier < g.tiers; ++tier)
+      for (int i = 0; i < dirty.count[tier]; ++i) refresh_link(tier, dirty.place[tier][i]);
   }
 
   void refresh_norm(int64_t slot) const {

@@ -31,17 +31,30 @@ struct AxisMap {
   std::vector<int64_t> span_;
 };
 
-// the source cells of one output cell, with weights that sum to one; empty when all have mass 0
+// the source cells of each output cell with weights that sum to one; none where all have mass 0
 template <class A>
-struct Window {
+struct Windows {
+  std::vector<int64_t> first;  // [cells + 1], where each output cell's sources begin
   std::vector<int64_t> cell;
   std::vector<A> weight;
-  A held = 0;  // summed weight before normalisation
+  std::vector<A> held;  // summed weight before normalisation
+  int64_t height = 0, width = 0;
 
-  void collect(const AxisMap<A>& rows, const AxisMap<A>& columns, int64_t i, int64_t j, const float* mass) {
-    cell.clear();
-    weight.clear();
-    held = 0;
+  Windows() = default;
+  // mass [rows.n * columns.n] may be null = every source counts once
+  Windows(const AxisMap<A>& rows, const AxisMap<A>& columns, const float* mass) : height(rows.m), width(columns.m) {
+    for (int64_t i = 0; i < height; ++i)
+      for (int64_t j = 0; j < width; ++j) add(rows, columns, i, j, mass);
+  }
+
+  void clear() {
+    first.clear(), cell.clear(), weight.clear(), held.clear();
+  }
+
+  void add(const AxisMap<A>& rows, const AxisMap<A>& columns, int64_t i, int64_t j, const float* mass) {
+    if (first.empty()) first.push_back(0);
+    const size_t begin = cell.size();
+    A total = 0;
     for (int64_t y = rows.begin(i); y < rows.end(i); ++y)
       for (int64_t x = columns.begin(j); x < columns.end(j); ++x) {
         const int64_t c = y * columns.n + x;
@@ -49,28 +62,38 @@ struct Window {
         if (w == A(0)) continue;
         cell.push_back(c);
         weight.push_back(w);
-        held += w;
+        total += w;
       }
-    if (held != A(1))
-      for (A& w : weight) w /= held;
+    if (total != A(1))
+      for (size_t k = begin; k < weight.size(); ++k) weight[k] /= total;
+    held.push_back(total);
+    first.push_back(static_cast<int64_t>(cell.size()));
   }
 };
 
-// out[d0, d1) = sum of weight * row, rows `stride` elements apart
+// out[d0, d1) = the weighted mean of one output cell's source rows, `stride` elements apart
 template <class T, class U>
-void weighted_sum(const Window<acc_t<T>>& window, const T* in, int64_t stride, U* out, int64_t d0, int64_t d1) {
+void pool_cell(const Windows<acc_t<T>>& windows, int64_t k, const T* in, int64_t stride, U* out, int64_t d0,
+               int64_t d1) {
   using A = acc_t<T>;
   constexpr int64_t L = kLanes<A>;
-  const size_t n = window.cell.size();
+  const int64_t begin = windows.first[k], end = windows.first[k + 1];
   for (int64_t d = d0; d < d1; d += L) {
     const int64_t left = d1 - d < L ? d1 - d : L;
     vec<A> s{};
-    for (size_t c = 0; c < n; ++c) {
-      const T* from = in + window.cell[c] * stride + d;
-      s += (left == L ? load(from) : load(from, left)) * window.weight[c];
+    for (int64_t c = begin; c < end; ++c) {
+      const T* from = in + windows.cell[c] * stride + d;
+      s += (left == L ? load(from) : load(from, left)) * windows.weight[c];
     }
     left == L ? store(out + d, s) : store(out + d, s, left);
   }
+}
+
+// output cells [k0, k1) of tokens [H, W, D], channels [d0, d1)
+template <class T>
+void pool_cells(const Windows<acc_t<T>>& windows, int64_t k0, int64_t k1, const T* in, T* out, int64_t D, int64_t d0,
+                int64_t d1) {
+  for (int64_t k = k0; k < k1; ++k) pool_cell(windows, k, in, D, out + k * D, d0, d1);
 }
 
 // to += weight * row
@@ -83,44 +106,12 @@ void add_row(const T* row, acc_t<T> weight, acc_t<T>* to, int64_t D) {
   if (d < D) store(to + d, load(to + d, D - d) + load(row + d, D - d) * weight, D - d);
 }
 
-// the window's rows with their weights as collected, before normalisation, added to `to`
-template <class T>
-void add_rows(const Window<acc_t<T>>& window, const T* in, int64_t D, acc_t<T>* to, bool fresh) {
-  if (fresh) std::fill(to, to + D, acc_t<T>(0));
-  for (size_t c = 0; c < window.cell.size(); ++c)
-    add_row(in + window.cell[c] * D, window.weight[c] * window.held, to, D);
-}
-
 template <class A, class T>
 void scale_row(const A* row, A weight, T* to, int64_t D) {
   constexpr int64_t L = kLanes<A>;
   int64_t d = 0;
   for (; d + L <= D; d += L) store(to + d, load(row + d) * weight);
   if (d < D) store(to + d, load(row + d, D - d) * weight, D - d);
-}
-
-// tokens [H, W, D] to [h, w, D], channels [d0, d1); mass may be null = every cell counts once
-template <class T, class U>
-void pool_tokens(const T* in, const float* mass, const AxisMap<acc_t<T>>& rows, const AxisMap<acc_t<T>>& columns,
-                 U* out, int64_t D, int64_t d0, int64_t d1) {
-  Window<acc_t<T>> window;
-  for (int64_t i = 0; i < rows.m; ++i)
-    for (int64_t j = 0; j < columns.m; ++j) {
-      window.collect(rows, columns, i, j, mass);
-      weighted_sum(window, in, D, out + (i * columns.m + j) * D, d0, d1);
-    }
-}
-
-// source cells each output cell stands for
-template <class A>
-void pool_mass(const float* mass, const AxisMap<A>& rows, const AxisMap<A>& columns, float* out) {
-  const A ratio = static_cast<A>(rows.n * columns.n) / static_cast<A>(rows.m * columns.m);
-  Window<A> window;
-  for (int64_t i = 0; i < rows.m; ++i)
-    for (int64_t j = 0; j < columns.m; ++j) {
-      window.collect(rows, columns, i, j, mass);
-      out[i * columns.m + j] = static_cast<float>(window.held * ratio);
-    }
 }
 
 }  // namespace vmemory

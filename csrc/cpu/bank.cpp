@@ -19,19 +19,6 @@ Stream<A> stream_of(const Geometry& g, int64_t i, const Tensor& descriptor, cons
           mutable_data<int64_t>(counter) + i * (kLength + g.tiers)};
 }
 
-// a frame's cell masses as floats, or null when every cell is there
-struct FrameMass {
-  std::vector<float> mass;
-  double total;
-
-  FrameMass(const Geometry& g, const bool* valid) : total(static_cast<double>(g.H * g.W)) {
-    if (!valid) return;
-    mass.assign(valid, valid + g.H * g.W);
-    total = std::count(valid, valid + g.H * g.W, true);
-  }
-  const float* data() const { return mass.empty() ? nullptr : mass.data(); }
-};
-
 void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descriptor, const Tensor& norm,
                 const Tensor& link, const Tensor& entry, const Tensor& clock, const Tensor& order, const Tensor& counter,
                 const Tensor& frames_, std::optional<Tensor> time, std::optional<Tensor> valid_,
@@ -58,16 +45,17 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
         const FrameMass frame_mass(g, valid_cells);
         const Step step = decide(g, bank.s);
         if (step.first >= 0) {
+          const auto passage = bank.prepare(step, frame, valid_cells, frame_mass.data());
           // a slice of channels is a thread's own from the deepest tier to the new frame: no barrier inside a step
           const int64_t lanes = 64, blocks = (D + lanes - 1) / lanes;
-          const int64_t grain = alone ? std::max<int64_t>(1, kParallelBytes / (H * W * lanes * sizeof(T) + 1)) : blocks;
+          const int64_t grain = std::max<int64_t>(1, kParallelBytes / (H * W * lanes * sizeof(T) + 1));
           const auto slice = [&](int64_t begin, int64_t end) {
-            bank.move(step, frame, valid_cells, frame_mass.data(), begin * lanes, std::min(end * lanes, D));
+            bank.move(passage, begin * lanes, std::min(end * lanes, D));
           };
-          alone ? parallel(blocks, grain, slice) : slice(0, blocks);
+          alone && blocks > grain ? parallel(blocks, grain, slice) : slice(0, blocks);
+          bank.move_mass(passage);
         }
-        bank.commit(step, frame_mass.data(), time ? data<double>(*time)[f] : std::numeric_limits<double>::quiet_NaN(),
-                    frame_mass.total);
+        bank.commit(step, time ? data<double>(*time)[f] : std::numeric_limits<double>::quiet_NaN(), frame_mass.total);
       }
     };
     if (S < torch::stable::get_num_threads()) {
@@ -113,6 +101,7 @@ Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time, std::optional<
     std::fill_n(mutable_data<A>(link), S * g.P, A(0));
     const Maps<A> maps(g, data<A>(table));
     const auto cells_of = [&](int64_t f) { return valid_ ? data<bool>(valid) + f * H * W : nullptr; };
+    const Windows<A> whole = small ? Windows<A>(maps.row(0, last), maps.column(0, last), nullptr) : Windows<A>();
     // a block of channels of the whole frame stays in cache between the two readers
     const int64_t block = std::max<int64_t>(64, (256 << 10) / (H * W * sizeof(T) + 1) / 64 * 64);
     parallel(S * N, 1, [&](int64_t begin, int64_t end) {
@@ -120,13 +109,19 @@ Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time, std::optional<
         const int source = g.entry_tier(f % N);
         if (source < 0) continue;
         const T* frame = data<T>(frames) + f * H * W * D;
-        const FrameMass frame_mass(g, cells_of(f));
+        const Describe<T> describe{g, maps, source, cells_of(f), mutable_data<A>(seen) + f * R * K};
+        Windows<A> uneven;
+        if (small && valid_) {
+          const FrameMass frame_mass(g, cells_of(f));
+          uneven = Windows<A>(maps.row(0, last), maps.column(0, last), frame_mass.data());
+        }
         for (int64_t d = 0; d < D; d += block) {
           const int64_t to = std::min(d + block, D);
-          describe(g, maps, source, frame, cells_of(f), mutable_data<A>(seen) + f * R * K, d, to);
+          describe.clear(d, to);
+          describe.add(frame, 0, H * W, d, to);
+          describe.finish(d, to);
           if (small)
-            pool_tokens(frame, frame_mass.data(), maps.row(0, last), maps.column(0, last),
-                        mutable_data<T>(pooled) + f * small * D, D, d, to);
+            pool_cells(valid_ ? uneven : whole, 0, small, frame, mutable_data<T>(pooled) + f * small * D, D, d, to);
         }
       }
     });
@@ -137,12 +132,8 @@ Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time, std::optional<
         for (int64_t n = 0; n < N; ++n) {
           const Step step = decide(g, bank.s);
           relabel(bank.s, step, n, to);
-          if (step.first >= 0) {
-            bank.move(step, nullptr, nullptr, nullptr, 0, D);
-            const A* from = data<A>(seen) + (i * N + n) * R * K;
-            std::copy(from, from + R * K, bank.s.descriptor + step.fresh * R * K);
-          }
-          bank.commit(step, nullptr, time ? data<double>(*time)[i * N + n] : std::numeric_limits<double>::quiet_NaN(),
+          if (step.first >= 0) bank.move_descriptors(step, data<A>(seen) + (i * N + n) * R * K);
+          bank.commit(step, time ? data<double>(*time)[i * N + n] : std::numeric_limits<double>::quiet_NaN(),
                       FrameMass(g, cells_of(i * N + n)).total);
         }
       }
@@ -187,7 +178,7 @@ std::tuple<Tensor, Tensor> bank_gather(const Tensor& frames_, std::optional<Tens
         const A ratio = static_cast<A>(H * W) / static_cast<A>(g.cells(tier));
         // by cell, not by slot: every thread touches every slot alike, whatever tier it lies in
         parallel(g.cells(tier), 1, [&](int64_t begin, int64_t end) {
-          Window<A> window;
+          Windows<A> window;
           std::vector<A> sum(D);
           std::vector<float> frame_mass(valid_ ? H * W : 0);
           for (int64_t slot = g.slot0[tier]; slot < g.slot0[tier] + g.capacity[tier]; ++slot)
@@ -202,19 +193,20 @@ std::tuple<Tensor, Tensor> bank_gather(const Tensor& frames_, std::optional<Tens
                 const bool* cells = valid_ ? data<bool>(valid) + (i * N + n) * H * W : nullptr;
                 if (cells) std::copy(cells, cells + H * W, frame_mass.begin());
                 const int source = g.entry_tier(n);
-                window.collect(maps.row(source, tier), maps.column(source, tier), cell / w, cell % w,
-                               cells ? frame_mass.data() : nullptr);
-                if (run == 1) {
-                  if (small && tier == g.tiers - 1) {
-                    const T* from = data<T>(pooled) + ((i * N + n) * small + cell) * D;
-                    std::copy(from, from + D, to);
-                  } else {
-                    weighted_sum(window, frame, D, to, 0, D);
-                  }
+                window.clear();
+                window.add(maps.row(source, tier), maps.column(source, tier), cell / w, cell % w,
+                           cells ? frame_mass.data() : nullptr);
+                if (run > 1) {
+                  if (members == 0) std::fill(sum.begin(), sum.end(), A(0));
+                  for (size_t c = 0; c < window.cell.size(); ++c)
+                    add_row(frame + window.cell[c] * D, window.weight[c] * window.held[0], sum.data(), D);
+                } else if (small && tier == g.tiers - 1) {
+                  const T* from = data<T>(pooled) + ((i * N + n) * small + cell) * D;
+                  std::copy(from, from + D, to);
                 } else {
-                  add_rows(window, frame, D, sum.data(), members == 0);
+                  pool_cell(window, 0, frame, D, to, 0, D);
                 }
-                held += window.held;
+                held += window.held[0];
                 ++members;
               });
               if (run > 1) scale_row(sum.data(), held == A(0) ? A(0) : A(1) / held, to, D);
@@ -241,7 +233,7 @@ Tensor bank_gather_backward(const Tensor& grad_, const Tensor& mass, std::option
     using A = acc_t<T>;
     const Maps<A> maps(g, data<A>(table));
     parallel(S * N, 1, [&](int64_t begin, int64_t end) {
-      Window<A> window;
+      Windows<A> window;
       std::vector<A> sum(H * W * D);
       for (int64_t f = begin; f < end; ++f) {
         T* to = mutable_data<T>(out) + f * H * W * D;
@@ -258,10 +250,11 @@ Tensor bank_gather_backward(const Tensor& grad_, const Tensor& mass, std::option
           const int64_t row = f / N * g.L + g.row_of(slot) + cell;
           const A held = static_cast<A>(data<float>(mass)[row]) / ratio;
           if (held == A(0)) continue;
-          window.collect(maps.row(source, tier), maps.column(source, tier), cell / g.width[tier], cell % g.width[tier],
-                         frame_mass.data());
+          window.clear();
+          window.add(maps.row(source, tier), maps.column(source, tier), cell / g.width[tier], cell % g.width[tier],
+                     frame_mass.data());
           for (size_t c = 0; c < window.cell.size(); ++c)
-            add_row(data<T>(grad) + row * D, window.weight[c] * window.held / held, sum.data() + window.cell[c] * D, D);
+            add_row(data<T>(grad) + row * D, window.weight[c] * window.held[0] / held, sum.data() + window.cell[c] * D, D);
         }
         scale_row(sum.data(), A(1), to, H * W * D);
       }

@@ -16,9 +16,7 @@ from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved
 from vmemory.reference.bank_layout import BankState
 
 # a new policy is one class and one line here; the shared contract tests run on all of them
-POLICIES: dict[str, type[Bank]] = {
-    bank.policy: bank for bank in (HierarchicalBank, MergingBank, UniformBank, RingBank)
-}
+POLICIES: dict[str, type[Bank]] = {bank.policy: bank for bank in (HierarchicalBank, MergingBank, UniformBank, RingBank)}
 
 
 def make(policy: str, **arguments: Any) -> Bank:
@@ -39,10 +37,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Bank, Ba
         BankFileError: The file cannot be used; one line says why.
     """
     file = BankFile.read(Path(path))
-    config = {name: tuple(v) if isinstance(v, list) else v for name, v in file.config.items()}
-    config["dtype"] = getattr(torch, config["dtype"])
-    if "grids" in config:
-        config["grids"] = [None if g is None else tuple(g) for g in config["grids"]]
+    config = dict(file.config)
+    config["dtype"] = getattr(torch, str(config["dtype"]))
     bank = make(file.policy, device=device, **config)
     bank.restore(BankState(**{name: t.to(device) for name, t in file.state.items()}))
     return bank, file

@@ -130,7 +130,9 @@ class Bank(nn.Module):
     # writing
 
     @torch.no_grad()
-    def push(self, frames: Tensor, time: Times = None, *, valid: Tensor | None = None, streams: Tensor | None = None) -> None:
+    def push(
+        self, frames: Tensor, time: Times = None, *, valid: Tensor | None = None, streams: Tensor | None = None
+    ) -> None:
         """Take frames in, oldest first. No host synchronisation; a failed push changes nothing.
 
         Args:
@@ -152,7 +154,9 @@ class Bank(nn.Module):
             self._check_increasing(times, streams)
         bank_push_(self.state, self.layout, frames, time=times, valid=valid, streams=streams, maps=self.maps)
 
-    def _arrange(self, frames: Tensor, time: Times, valid: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _arrange(
+        self, frames: Tensor, time: Times, valid: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if not isinstance(frames, Tensor):
             raise TypeError(f"frames: expected a tensor [S, T, H, W, D] or [T, H, W, D], got {type(frames).__name__}")
         if frames.dim() not in (4, 5):
@@ -180,13 +184,17 @@ class Bank(nn.Module):
             if times.shape[0] == held.shape[0]:
                 late = (live >= 0) & (held >= times[:, :1])
                 if bool(late.any()):
-                    raise ValueError(f"time: expected more than {float(held[late].max())} s, the last seen, got {float(times[0, 0])}")
+                    raise ValueError(
+                        f"time: expected more than {float(held[late].max())} s, the last seen, got {float(times[0, 0])}"
+                    )
         if bool((times.diff(dim=1) <= 0).any()):
             raise ValueError("time: expected strictly increasing seconds along the frames")
 
     def reset(self, streams: Sequence[int] | None = None) -> None:
         """Forget everything, of all streams or of those named."""
-        which = slice(None) if streams is None else torch.tensor(list(streams), dtype=torch.int64, device=self.entry.device)
+        which = (
+            slice(None) if streams is None else torch.tensor(list(streams), dtype=torch.int64, device=self.entry.device)
+        )
         for name in BankState._fields:
             getattr(self, name)[which] = -1 if name in ("entry", "order") else 0
 
@@ -219,8 +227,8 @@ class Bank(nn.Module):
         The whole clip is read once to decide, then each survivor is reduced straight to the size it ends with.
 
         Args:
-            clip, time, valid: As `frames`, `time`, `valid` of `push`. `[T, H, W, D]` gives a compact result, `[S, T, H, W, D]`
-                a padded one.
+            clip, time, valid: As `frames`, `time`, `valid` of `push`. `[T, H, W, D]` gives a compact result,
+                `[S, T, H, W, D]` a padded one.
         """
         frames, valid, times = self._arrange(clip, time, valid)
         if times is not None and times.device.type == "cpu" and bool((times.diff(dim=1) <= 0).any()):
@@ -230,7 +238,9 @@ class Bank(nn.Module):
         maps = self.maps if whole else layout_maps(layout, frames)
         plan = bank_plan(frames, layout, time=times, valid=valid, maps=maps)
         slots, mass = bank_gather(frames, plan, layout, valid=valid, maps=maps)
-        tables = self._tables() if whole else {k: t.to(slots.device) for k, t in row_tables(layout, self.levels).items()}
+        tables = (
+            self._tables() if whole else {k: t.to(slots.device) for k, t in row_tables(layout, self.levels).items()}
+        )
         tokens = padded_tokens(slots, mass, plan.entry, plan.clock, tables, self._cells)
         return compact_tokens(tokens, 0) if clip.dim() == 4 else tokens
 
@@ -293,8 +303,17 @@ class Bank(nn.Module):
         slots = slots[entry[slots, FRAME].argsort()]
         entry, clock = entry[slots], clock[slots]
         level = self.row_level_of_slot.to(slots.device)[slots]
-        spans = (entry[:, column] for column in (FRAME, FIRST, LAST, FRAMES))
-        return Entries(*spans, clock[:, TIME], clock[:, START], clock[:, STOP], level, self._keys()[stream, slots])
+        return Entries(
+            frame=entry[:, FRAME],
+            first=entry[:, FIRST],
+            last=entry[:, LAST],
+            frames=entry[:, FRAMES],
+            time=clock[:, TIME],
+            start=clock[:, START],
+            stop=clock[:, STOP],
+            level=level,
+            descriptor=self._keys()[stream, slots],
+        )
 
     def counts(self, stream: int = 0) -> dict[str, int]:
         """Frames `seen`, `skipped` (no interval took them), `dropped` (evicted) and entries `held`; synchronises."""
@@ -330,7 +349,9 @@ class Bank(nn.Module):
         """The constructor's arguments as plain values, enough to make an empty bank like this one."""
         raise NotImplementedError
 
-    def save(self, path: str | Path, extra: dict[str, Tensor] | None = None, notes: dict[str, Any] | None = None) -> None:
+    def save(
+        self, path: str | Path, extra: dict[str, Tensor] | None = None, notes: dict[str, Any] | None = None
+    ) -> None:
         """Write the state to a `.vmem` file (safetensors); a file that exists survives until the new one is whole.
 
         Args:
@@ -344,7 +365,9 @@ class Bank(nn.Module):
 class FeatureAdapter(nn.Sequential):
     """Linear and LayerNorm from an encoder's feature size to a bank's (VideoLLaMA3 memory bank port)."""
 
-    def __init__(self, features: int, dim: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, features: int, dim: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__(
             nn.Linear(features, dim, device=device, dtype=dtype), nn.LayerNorm(dim, device=device, dtype=dtype)
         )

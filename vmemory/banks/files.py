@@ -88,7 +88,9 @@ class BankFile:
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
             parts[kind][rest] = tensor
-        return cls(header["policy"], json.loads(header["config"]), parts["state"], parts["extra"], json.loads(header["notes"]))
+        return cls(
+            header["policy"], json.loads(header["config"]), parts["state"], parts["extra"], json.loads(header["notes"])
+        )
 
 
 def checksum(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
@@ -97,5 +99,5 @@ def checksum(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.view(torch.uint8).numpy() if tensor.numel() else b"")
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

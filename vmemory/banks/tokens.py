@@ -17,7 +17,7 @@ class MemoryTokens(NamedTuple):
 
     Attributes:
         tokens: `[N, D]`, the bank's dtype.
-        frame: `[N]` int64 number of the frame a token comes from (a merged token: the first of its frames); −1 = padding.
+        frame: `[N]` int64 number of the frame a token comes from (merged: the first of its frames); −1 = padding.
         time: `[N]` float64 seconds, NaN where frames came without (a merged token: the mean of its frames).
         cell: `[N]` int64 cell h·W + w of the input grid that the token owns.
         level: `[N]` int64 tier, 0 first.
@@ -36,13 +36,13 @@ class MemoryTokens(NamedTuple):
     source: Tensor
     start: Tensor
     stop: Tensor
-    count: Tensor | None = None
+    count: Tensor | None = None  # type: ignore[assignment]  # shadows tuple.count on purpose
 
 
 class Retrieved(NamedTuple):
     """The entries most similar to each query, best first; places that cannot be filled hold −inf, −1 and NaN.
 
-    values `[Q, k]` float32 cosine; frame `[Q, k]` int64; time, start, stop `[Q, k]` float64 seconds; level `[Q, k]` int64.
+    values `[Q, k]` float32 cosine; frame, level `[Q, k]` int64; time, start, stop `[Q, k]` float64 seconds.
     """
 
     values: Tensor
@@ -123,6 +123,6 @@ def padded_tokens(
 
 def compact_tokens(padded: MemoryTokens, stream: int) -> MemoryTokens:
     """One stream of a padded read without its padding; reads the count, so it synchronises the host once."""
-    assert padded.count is not None
+    assert isinstance(padded.count, Tensor)
     n = int(padded.count[stream])
-    return MemoryTokens(*(field[stream, :n] for field in padded[:-1]), count=None)
+    return MemoryTokens(*(field[stream, :n] for field in padded[:-1]))

@@ -21,7 +21,7 @@ class Op:
     def __init__(self, name: str, schema: str, fake: Callable[..., Any], triton: bool = True) -> None:
         self.name = name
         self.native = self._define("vmemory", schema, fake)
-        self.triton = None
+        self.triton: Any = None
         if triton:
             self.triton = self._define("vmemory_triton", schema, fake)
             torch.library.impl(f"vmemory_triton::{name}", "CUDA", self._launch)
@@ -39,5 +39,4 @@ class Op:
         return getattr(import_module(f"vmemory.kernels.{stem}"), self.name)(*args)
 
     def __call__(self, impl: str, *args: Any) -> Any:
-        kernel = self.native if impl == "native" else self.triton
-        return kernel(*args)
+        return (self.native if impl == "native" else self.triton)(*args)

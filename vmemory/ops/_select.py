@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -13,6 +12,9 @@ import torch
 from vmemory.ops._native import STATUS
 
 Impl = Literal["auto", "native", "triton", "reference"]
+# best first
+IMPLEMENTATIONS = ("native", "triton", "reference")
+HAS_TRITON = find_spec("triton") is not None
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -59,18 +61,17 @@ class Backends:
             return f"Triton kernels run on CUDA devices, the tensors are on {device}"
         if dtype not in self.triton_dtypes:
             return f"the Triton kernel does not take {dtype}"
-        return "" if find_spec("triton") else "triton is not installed"
+        return "" if HAS_TRITON else "triton is not installed"
 
-    @lru_cache(maxsize=256)  # noqa: B019  instances are module constants, one an op
-    def order(self, device: str, dtype: torch.dtype) -> tuple[str, ...]:
-        """Usable implementations, best first."""
-        return tuple(impl for impl in ("native", "triton", "reference") if not self.why_not(impl, device, dtype))
+    def best(self, device: str, dtype: torch.dtype) -> str:
+        """The implementation that `impl="auto"` takes."""
+        return next(impl for impl in IMPLEMENTATIONS if not self.why_not(impl, device, dtype))
 
     def pick(self, tensor: torch.Tensor, impl: Impl = "auto") -> str:
         """The implementation to run; raises RuntimeError when an explicitly named one cannot."""
         if impl == "auto":
-            return self.order(tensor.device.type, tensor.dtype)[0]
-        if impl not in ("native", "triton", "reference"):
+            return self.best(tensor.device.type, tensor.dtype)
+        if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl: expected 'auto', 'native', 'triton' or 'reference', got {impl!r}")
         reason = self.why_not(impl, tensor.device.type, tensor.dtype)
         if reason:
@@ -95,10 +96,10 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     if tensor is None:
         raise TypeError("args: expected at least one tensor to decide by, got none")
     device, dtype = tensor.device.type, tensor.dtype
-    chosen = backends.order(device, dtype)[0]
+    chosen = backends.best(device, dtype)
     rejected = {
         impl: backends.why_not(impl, device, dtype) or f"{chosen} is preferred on {device}"
-        for impl in ("native", "triton", "reference")
+        for impl in IMPLEMENTATIONS
         if impl != chosen
     }
     return Explanation(backends.op, chosen, rejected)

@@ -58,15 +58,17 @@ def _fake_plan(
     links = sum(c * c for c in capacities) if rule == "all-pairs" else M
     last = grids[-2] * grids[-1] if grids else 0
     small = last if n > 1 and not intervals and rule != "merge" and 4 * last <= H * W else 0
-    wide = [((S, M, maps_per_slot, key_dim)), (S, M, maps_per_slot), (S, links)]
-    whole = [(S, M), (S, LENGTH + n), (S, T)]
-    order, counter, assign = (frames.new_empty(shape, dtype=torch.int64) for shape in whole)
     return BankPlan(
-        *(frames.new_empty(shape, dtype=maps.dtype) for shape in wide),
-        frames.new_empty((S, M, 4), dtype=torch.int64),
-        frames.new_empty((S, M, 4), dtype=torch.float64),
-        order, counter, assign, frames.new_empty((S, T, small, D)),
-    )  # fmt: skip
+        descriptor=frames.new_empty((S, M, maps_per_slot, key_dim), dtype=maps.dtype),
+        norm=frames.new_empty((S, M, maps_per_slot), dtype=maps.dtype),
+        link=frames.new_empty((S, links), dtype=maps.dtype),
+        entry=frames.new_empty((S, M, 4), dtype=torch.int64),
+        clock=frames.new_empty((S, M, 4), dtype=torch.float64),
+        order=frames.new_empty((S, M), dtype=torch.int64),
+        counter=frames.new_empty((S, LENGTH + n), dtype=torch.int64),
+        assign=frames.new_empty((S, T), dtype=torch.int64),
+        pooled=frames.new_empty((S, T, small, D)),
+    )
 
 
 def _fake_gather(
@@ -204,9 +206,7 @@ def bank_plan(
         state, assign = _reference.bank_plan(frames, layout, time, valid)
         return BankPlan(*state[2:], assign, frames.new_empty((*frames.shape[:2], 0, layout.dim)))
     table = layout_maps(layout, frames) if maps is None else maps
-    made = _plan(
-        picked, frames, time, valid, table, *layout.kernel_args, layout.descriptors, layout.key_dim
-    )
+    made = _plan(picked, frames, time, valid, table, *layout.kernel_args, layout.descriptors, layout.key_dim)
     return BankPlan(*made)
 
 
@@ -271,6 +271,4 @@ def bank_gather(
     if torch.is_grad_enabled() and frames.requires_grad:
         kept = plan.pooled, plan.assign, plan.entry
         return BankTokens(*_Gather.apply(frames, valid, *kept, table, layout, picked))
-    return BankTokens(
-        *_gather(picked, frames, valid, plan.pooled, plan.assign, plan.entry, table, *layout.kernel_args)
-    )
+    return BankTokens(*_gather(picked, frames, valid, plan.pooled, plan.assign, plan.entry, table, *layout.kernel_args))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -109,7 +110,7 @@ class Stream:
         if self.rule.choose == "all":
             pairs = [(a, b) for i, a in enumerate(slots) for b in slots[i + 1 :]]
         else:
-            pairs = list(zip(slots, slots[1:], strict=False))
+            pairs = list(pairwise(slots))
         older, newer = self.closest(tier, pairs)
         if self.rule.nan_first and math.isnan(self.cosine(tier, older, newer)):
             r = tier if self.layout.descriptors > 1 else 0
@@ -225,7 +226,12 @@ class Tokens:
 
 
 def bank_push_(
-    state: BankState, layout: BankLayout, frames: Tensor, time: Tensor | None, valid: Tensor | None, streams: Tensor | None
+    state: BankState,
+    layout: BankLayout,
+    frames: Tensor,
+    time: Tensor | None,
+    valid: Tensor | None,
+    streams: Tensor | None,
 ) -> None:
     """Take `frames [S, T, H, W, D]` into `state`, in place."""
     for i in range(frames.shape[0]):
@@ -241,10 +247,13 @@ def bank_push_(
             stream.push(descriptor, float(mass.sum()), when, Tokens(stream.state, layout, frames[i, t], mass))
 
 
-def bank_plan(frames: Tensor, layout: BankLayout, time: Tensor | None, valid: Tensor | None) -> tuple[BankState, Tensor]:
+def bank_plan(
+    frames: Tensor, layout: BankLayout, time: Tensor | None, valid: Tensor | None
+) -> tuple[BankState, Tensor]:
     """Replay every decision of a fresh memory over `frames [S, T, H, W, D]` on descriptors alone.
 
-    Returns the state without tokens (slots and mass empty) and `assign [S, T]` int64: the slot each frame ends in, −1 = none.
+    Returns the state without tokens (slots and mass empty) and `assign [S, T]` int64, the slot each frame ends in
+    (−1 = none).
     """
     S, T = frames.shape[:2]
     state = layout.new_state(S, frames.device, frames.dtype)
@@ -288,4 +297,3 @@ def bank_gather(frames: Tensor, assign: Tensor, layout: BankLayout, valid: Tenso
             masses = masses.index_put((torch.tensor(s), rows), held.flatten(), accumulate=True)
     tokens = torch.where(masses[..., None] > 0, sums / masses[..., None].clamp_min(1e-30).to(wide), 0)
     return tokens.to(frames.dtype), masses
-

@@ -179,7 +179,9 @@ class BankLayout:
     @cached_property
     def entered(self) -> tuple[int, ...]:
         """Tiers that frames can enter from outside."""
-        return tuple(sorted({t for t in self.entries if t >= 0})) if self.intervals else tuple(range(min(self.tiers, 1)))
+        return (
+            tuple(sorted({t for t in self.entries if t >= 0})) if self.intervals else tuple(range(min(self.tiers, 1)))
+        )
 
     def maps(self, source: int, tier: int) -> tuple[Tensor, Tensor]:
         """Row and column weights that take an input frame, entered at tier `source`, to `tier`'s grid."""
@@ -210,7 +212,7 @@ class BankLayout:
     def packed_maps(self) -> Tensor:
         """All weights in one float64 table, as the kernels read it.
 
-        For each source <= tier the composed row and column weights, then for each tier but the last the step to the next.
+        For each source <= tier the composed row and column weights, then for each tier but the last its step.
         """
         parts = [m for a in range(self.tiers) for b in range(a, self.tiers) for m in self.maps(a, b)]
         parts += [self.step(tier, axis) for tier in range(self.tiers - 1) for axis in (0, 1)]
