@@ -22,11 +22,11 @@ enum { kSeen, kSkipped, kDropped, kLength };
 
 struct Rule {
   enum Choose { kAdjacent, kAll, kGap, kOldest } choose = kAdjacent;
-  bool newer = false;      // the newer of the closest pair leaves, else the older
-  bool merge = false;      // the newer is folded into the older
-  bool by_time = true;     // demoted frames are inserted by time, else appended
-  bool cascade = true;     // through every tier, else what the second tier evicts is dropped
-  bool nan_first = true;   // a frame with a non-finite descriptor leaves before any other
+  bool newer = false;     // the newer of the closest pair leaves, else the older
+  bool merge = false;     // the newer is folded into the older
+  bool by_time = true;    // demoted frames are inserted by time, else appended
+  bool cascade = true;    // through every tier, else what the second tier evicts is dropped
+  bool nan_first = true;  // a frame with a non-finite descriptor leaves before any other
 };
 
 struct Geometry {
@@ -35,7 +35,7 @@ struct Geometry {
   int64_t capacity[kMaxTiers], height[kMaxTiers], width[kMaxTiers];
   int64_t slot0[kMaxTiers], row0[kMaxTiers], link0[kMaxTiers];
   int64_t interval[kMaxTiers], entry[kMaxTiers];
-  int64_t M = 0, L = 0, P = 0;           // slots, token rows, links
+  int64_t M = 0, L = 0, P = 0;                // slots, token rows, links
   int64_t R = 1, K = 0, D = 0, H = 0, W = 0;  // descriptors a slot, key channels, channels, input grid
 
   VMEMORY_HD int tier_of(int64_t slot) const {
@@ -98,8 +98,8 @@ struct Stream {
 
 // what one frame does: decided from the state before it, so that every block of a launch decides alike
 struct Step {
-  int first = -1;   // tier the frame enters, -1 = it leaves at once
-  int length = 0;   // full tiers on its way down
+  int first = -1;             // tier the frame enters, -1 = it leaves at once
+  int length = 0;             // full tiers on its way down
   int64_t place[kMaxTiers];   // list place of each one's victim
   int64_t slot[kMaxTiers];    // its slot
   int64_t target[kMaxTiers];  // where it goes in the next tier, -1 = it leaves
@@ -137,7 +137,7 @@ VMEMORY_HD inline bool is_finite(A x) {
 
 // what a full tier gives up
 struct Leaving {
-  int64_t place = 0;    // its list place
+  int64_t place = 0;  // its list place
   int64_t slot = -1;
   int64_t merged = -1;  // slot that it is folded into, -1 = none
 };

@@ -119,7 +119,7 @@ struct Bank {
     Step step;
     const T* frame = nullptr;
     const bool* valid = nullptr;
-    std::vector<Windows<A>> own;             // of frames with uneven masses
+    std::vector<Windows<A>> own;               // of frames with uneven masses
     const Windows<A>* demote[kMaxTiers] = {};  // null = nothing is reduced
     const Windows<A>* enter = nullptr;         // null = the frame is copied
   };
@@ -179,14 +179,19 @@ struct Bank {
   void take_rows(const Passage& p, const Describe<T>& describe, int64_t y0, int64_t y1, int64_t d0, int64_t d1) const {
     T* to = row(p.step.fresh);
     for (int64_t c = y0 * g.W; c < y1 * g.W; ++c) {
-      std::copy(p.frame + c * g.D + d0, p.frame + c * g.D + d1, to + c * g.D + d0);
-      describe.add(p.frame, c, c + 1, d0, d1);
+      if (g.R == 1 && g.K == g.D && !p.valid) {
+        copy_and_add(p.frame + c * g.D + d0, to + c * g.D + d0, describe.out + d0, d1 - d0);
+      } else {
+        std::copy(p.frame + c * g.D + d0, p.frame + c * g.D + d1, to + c * g.D + d0);
+        describe.add(p.frame, c, c + 1, d0, d1);
+      }
     }
   }
 
   T* row(int64_t slot) const { return slots + g.row_of(slot) * g.D; }
 
-  void pool_slot(const Windows<A>& windows, int64_t from, int64_t to, int64_t i0, int64_t i1, int64_t d0, int64_t d1) const {
+  void pool_slot(const Windows<A>& windows, int64_t from, int64_t to, int64_t i0, int64_t i1, int64_t d0,
+                 int64_t d1) const {
     pool_cells(windows, i0 * windows.width, i1 * windows.width, row(from), row(to), g.D, d0, d1);
   }
 

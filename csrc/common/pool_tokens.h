@@ -47,9 +47,7 @@ struct Windows {
       for (int64_t j = 0; j < width; ++j) add(rows, columns, i, j, mass);
   }
 
-  void clear() {
-    first.clear(), cell.clear(), weight.clear(), held.clear();
-  }
+  void clear() { first.clear(), cell.clear(), weight.clear(), held.clear(); }
 
   void add(const AxisMap<A>& rows, const AxisMap<A>& columns, int64_t i, int64_t j, const float* mass) {
     if (first.empty()) first.push_back(0);
@@ -104,6 +102,24 @@ void add_row(const T* row, acc_t<T> weight, acc_t<T>* to, int64_t D) {
   int64_t d = 0;
   for (; d + L <= D; d += L) store(to + d, load(to + d) + load(row + d) * weight);
   if (d < D) store(to + d, load(to + d, D - d) + load(row + d, D - d) * weight, D - d);
+}
+
+// to = row and sum += row in one reading, in the order of add_row
+template <class T>
+void copy_and_add(const T* row, T* to, acc_t<T>* sum, int64_t D) {
+  using A = acc_t<T>;
+  constexpr int64_t L = kLanes<A>;
+  int64_t d = 0;
+  for (; d + L <= D; d += L) {
+    const vec<A> x = load(row + d);
+    store(to + d, x);
+    store(sum + d, load(sum + d) + x);
+  }
+  if (d < D) {
+    const vec<A> x = load(row + d, D - d);
+    store(to + d, x, D - d);
+    store(sum + d, load(sum + d, D - d) + x, D - d);
+  }
 }
 
 template <class A, class T>

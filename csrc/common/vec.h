@@ -67,8 +67,7 @@ inline vec<float> widen(const f16* p) {
   std::memcpy(&out, &wide, sizeof out);
 #elif defined(__F16C__)
   __m256 half[2];
-  for (int i = 0; i < 2; ++i)
-    half[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i)));
+  for (int i = 0; i < 2; ++i) half[i] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i)));
   std::memcpy(&out, half, sizeof out);
 #else
   for (int i = 0; i < 16; ++i) {
@@ -89,8 +88,7 @@ inline void narrow(f16* p, vec<float> x) {
   __m256 half[2];
   std::memcpy(half, &x, sizeof half);
   for (int i = 0; i < 2; ++i)
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * i),
-                     _mm256_cvtps_ph(half[i], _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * i), _mm256_cvtps_ph(half[i], _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < 16; ++i) {
     const _Float16 h = static_cast<_Float16>(x[i]);

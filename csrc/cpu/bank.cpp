@@ -1,7 +1,6 @@
-#include "common/bank_host.h"
-
 #include <limits>
 
+#include "common/bank_host.h"
 #include "torch/bank_args.h"
 #include "torch/stable.h"
 
@@ -13,21 +12,25 @@ constexpr int64_t kParallelBytes = 1 << 16;  // below this a second thread costs
 template <class A>
 Stream<A> stream_of(const Geometry& g, int64_t i, const Tensor& descriptor, const Tensor& norm, const Tensor& link,
                     const Tensor& entry, const Tensor& clock, const Tensor& order, const Tensor& counter) {
-  return {mutable_data<A>(descriptor) + i * g.M * g.R * g.K, mutable_data<A>(norm) + i * g.M * g.R,
-          mutable_data<A>(link) + i * g.P,                   mutable_data<int64_t>(entry) + i * g.M * 4,
-          mutable_data<double>(clock) + i * g.M * 4,         mutable_data<int64_t>(order) + i * g.M,
+  return {mutable_data<A>(descriptor) + i * g.M * g.R * g.K,
+          mutable_data<A>(norm) + i * g.M * g.R,
+          mutable_data<A>(link) + i * g.P,
+          mutable_data<int64_t>(entry) + i * g.M * 4,
+          mutable_data<double>(clock) + i * g.M * 4,
+          mutable_data<int64_t>(order) + i * g.M,
           mutable_data<int64_t>(counter) + i * (kLength + g.tiers)};
 }
 
 void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descriptor, const Tensor& norm,
-                const Tensor& link, const Tensor& entry, const Tensor& clock, const Tensor& order, const Tensor& counter,
-                const Tensor& frames_, std::optional<Tensor> time, std::optional<Tensor> valid_,
+                const Tensor& link, const Tensor& entry, const Tensor& clock, const Tensor& order,
+                const Tensor& counter, const Tensor& frames_, std::optional<Tensor> time, std::optional<Tensor> valid_,
                 std::optional<Tensor> streams, const Tensor& table, Ints capacities, Ints grids, Ints intervals,
                 Ints entries, std::string rule) {
   const Tensor frames = dense(frames_);
   const Tensor valid = valid_ ? dense(*valid_) : frames;
   const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
-  const Geometry g = parse_geometry(capacities, grids, intervals, entries, rule, H, W, D, descriptor.size(2), descriptor.size(3));
+  const Geometry g =
+      parse_geometry(capacities, grids, intervals, entries, rule, H, W, D, descriptor.size(2), descriptor.size(3));
   const int64_t state_streams = slots.size(0);
   dispatch_floating(frames.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
@@ -52,7 +55,7 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
           const auto slice = [&](int64_t begin, int64_t end) {
             bank.move(passage, begin * lanes, std::min(end * lanes, D));
           };
-          alone && blocks > grain ? parallel(blocks, grain, slice) : slice(0, blocks);
+          alone&& blocks > grain ? parallel(blocks, grain, slice) : slice(0, blocks);
           bank.move_mass(passage);
         }
         bank.commit(step, time ? data<double>(*time)[f] : std::numeric_limits<double>::quiet_NaN(), frame_mass.total);
@@ -254,7 +257,8 @@ Tensor bank_gather_backward(const Tensor& grad_, const Tensor& mass, std::option
           window.add(maps.row(source, tier), maps.column(source, tier), cell / g.width[tier], cell % g.width[tier],
                      frame_mass.data());
           for (size_t c = 0; c < window.cell.size(); ++c)
-            add_row(data<T>(grad) + row * D, window.weight[c] * window.held[0] / held, sum.data() + window.cell[c] * D, D);
+            add_row(data<T>(grad) + row * D, window.weight[c] * window.held[0] / held, sum.data() + window.cell[c] * D,
+                    D);
         }
         scale_row(sum.data(), A(1), to, H * W * D);
       }
