@@ -104,6 +104,28 @@ void add_row(const T* row, acc_t<T> weight, acc_t<T>* to, int64_t D) {
   if (d < D) store(to + d, load(to + d, D - d) + load(row + d, D - d) * weight, D - d);
 }
 
+// Windows the other way round: where each source cell goes, and with what weight.
+template <class A>
+struct Scatter {
+  std::vector<int64_t> first;  // [sources + 1]
+  std::vector<int64_t> target;
+  std::vector<A> weight;
+
+  Scatter(const Windows<A>& windows, int64_t sources) : first(sources + 1) {
+    for (const int64_t c : windows.cell) ++first[c + 1];
+    for (int64_t c = 0; c < sources; ++c) first[c + 1] += first[c];
+    target.resize(windows.cell.size());
+    weight.resize(windows.cell.size());
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    for (size_t k = 0; k < windows.held.size(); ++k)
+      for (int64_t i = windows.first[k]; i < windows.first[k + 1]; ++i) {
+        const int64_t at = next[windows.cell[i]]++;
+        target[at] = static_cast<int64_t>(k);
+        weight[at] = windows.weight[i];
+      }
+  }
+};
+
 // to = row and sum += row in one reading, in the order of add_row
 template <class T>
 void copy_and_add(const T* row, T* to, acc_t<T>* sum, int64_t D) {

@@ -104,28 +104,30 @@ Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time, std::optional<
     std::fill_n(mutable_data<A>(link), S * g.P, A(0));
     const Maps<A> maps(g, data<A>(table));
     const auto cells_of = [&](int64_t f) { return valid_ ? data<bool>(valid) + f * H * W : nullptr; };
-    const Windows<A> whole = small ? Windows<A>(maps.row(0, last), maps.column(0, last), nullptr) : Windows<A>();
-    // a block of channels of the whole frame stays in cache between the two readers
-    const int64_t block = std::max<int64_t>(64, (256 << 10) / (H * W * sizeof(T) + 1) / 64 * 64);
+    const Scatter<A> whole(small ? Windows<A>(maps.row(0, last), maps.column(0, last), nullptr) : Windows<A>(), H * W);
     parallel(S * N, 1, [&](int64_t begin, int64_t end) {
+      std::vector<A> sums(small * D);
       for (int64_t f = begin; f < end; ++f) {
         const int source = g.entry_tier(f % N);
         if (source < 0) continue;
         const T* frame = data<T>(frames) + f * H * W * D;
         const Describe<T> describe{g, maps, source, cells_of(f), mutable_data<A>(seen) + f * R * K};
-        Windows<A> uneven;
+        std::optional<Scatter<A>> uneven;
         if (small && valid_) {
           const FrameMass frame_mass(g, cells_of(f));
-          uneven = Windows<A>(maps.row(0, last), maps.column(0, last), frame_mass.data());
+          uneven.emplace(Windows<A>(maps.row(0, last), maps.column(0, last), frame_mass.data()), H * W);
         }
-        for (int64_t d = 0; d < D; d += block) {
-          const int64_t to = std::min(d + block, D);
-          describe.clear(d, to);
-          describe.add(frame, 0, H * W, d, to);
-          describe.finish(d, to);
-          if (small)
-            pool_cells(valid_ ? uneven : whole, 0, small, frame, mutable_data<T>(pooled) + f * small * D, D, d, to);
+        const Scatter<A>& scatter = uneven ? *uneven : whole;
+        std::fill(sums.begin(), sums.end(), A(0));
+        describe.clear(0, D);
+        for (int64_t c = 0; c < H * W; ++c) {
+          describe.add(frame, c, c + 1, 0, D);
+          // the row is in the first-level cache now
+          for (int64_t k = small ? scatter.first[c] : 0; k < (small ? scatter.first[c + 1] : 0); ++k)
+            add_row(frame + c * D, scatter.weight[k], sums.data() + scatter.target[k] * D, D);
         }
+        describe.finish(0, D);
+        if (small) scale_row(sums.data(), A(1), mutable_data<T>(pooled) + f * small * D, small * D);
       }
     });
     parallel(S, 1, [&](int64_t begin, int64_t end) {

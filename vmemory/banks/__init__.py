@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from vmemory.banks.bank import Bank, FeatureAdapter
+from vmemory.banks.adapter import FeatureAdapter
+from vmemory.banks.bank import Bank
 from vmemory.banks.budget import format_bytes, parse_bytes
 from vmemory.banks.files import BankFile, BankFileError
 from vmemory.banks.hierarchical import HierarchicalBank

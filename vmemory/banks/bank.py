@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vmemory.banks.files import BankFile
+from vmemory.banks.tiers import clamped, make_layout
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved, compact_tokens, padded_tokens, row_tables
 from vmemory.ops._checks import check_int, check_tensor, shape_of
 from vmemory.ops.bank import bank_gather, bank_plan, bank_push_, layout_maps
@@ -27,7 +27,6 @@ from vmemory.reference.bank_layout import (
     START,
     STOP,
     TIME,
-    BankLayout,
     BankState,
 )
 
@@ -360,69 +359,3 @@ class Bank(nn.Module):
             notes: Further plain values, stored as JSON.
         """
         BankFile(self.policy, self.config(), self.state._asdict(), extra or {}, notes or {}).write(Path(path))
-
-
-class FeatureAdapter(nn.Sequential):
-    """Linear and LayerNorm from an encoder's feature size to a bank's (VideoLLaMA3 memory bank port)."""
-
-    def __init__(
-        self, features: int, dim: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-    ) -> None:
-        super().__init__(
-            nn.Linear(features, dim, device=device, dtype=dtype), nn.LayerNorm(dim, device=device, dtype=dtype)
-        )
-
-
-@lru_cache(maxsize=64)
-def clamped(layout: BankLayout, frames: int) -> BankLayout:
-    """The layout with no tier larger than a clip of so many frames can fill: decides alike, allocates less."""
-    capacities = tuple(min(c, max(frames, 1)) for c in layout.capacities)
-    if capacities == layout.capacities:
-        return layout
-    return BankLayout(
-        layout.grid, layout.dim, layout.key_dim, capacities, layout.grids, layout.rule, layout.intervals, layout.entries
-    )
-
-
-def make_layout(
-    dim: int,
-    grid: tuple[int, int],
-    capacities: Sequence[int],
-    grids: Sequence[tuple[int, int] | None],
-    rule: str,
-    intervals: Sequence[int] | None,
-    key_dim: int,
-) -> tuple[BankLayout, tuple[int, ...]]:
-    """The tiers that exist, and the level (place in `capacities`) of each.
-
-    Raises:
-        ValueError: The tiers, grids or intervals do not fit each other.
-    """
-    if len(grid) != 2 or min(grid) < 1:
-        raise ValueError(f"grid: expected (H, W), both at least 1, got {grid!r}")
-    if len(capacities) != len(grids):
-        raise ValueError(f"grids: expected one per capacity ({len(capacities)}), got {len(grids)}")
-    for c in capacities:
-        check_int("capacities", c, low=0)
-    sizes = [(grid[0], grid[1]) if g is None else (int(g[0]), int(g[1])) for g in grids]
-    for h, w in sizes:
-        if not (1 <= h <= grid[0] and 1 <= w <= grid[1]):
-            raise ValueError(f"grids: expected between (1, 1) and {tuple(grid)}, got {(h, w)}")
-    levels = tuple(i for i, c in enumerate(capacities) if c > 0)
-    steps = tuple(intervals or ())
-    if steps and len(steps) > len(capacities):
-        raise ValueError(f"intervals: expected at most one per tier ({len(capacities)}), got {len(steps)}")
-    for step in steps:
-        check_int("intervals", step, low=1)
-    entries = tuple(next((n for n, level in enumerate(levels) if level >= i), -1) for i in range(len(steps)))
-    layout = BankLayout(
-        (int(grid[0]), int(grid[1])),
-        dim,
-        key_dim,
-        tuple(capacities[i] for i in levels),
-        tuple(sizes[i] for i in levels),
-        rule,
-        steps,
-        entries,
-    )
-    return layout, levels

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmemory._files import replacing
+
 VERSION = 1
 
 
@@ -52,14 +54,10 @@ class BankFile:
         }
         header["checksum"] = checksum(tensors, header)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
+        with replacing(path) as partial:
             save_file(tensors, partial, metadata=header)
             with partial.open("rb") as handle:
                 os.fsync(handle.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: Path) -> BankFile:

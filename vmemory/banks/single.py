@@ -9,7 +9,7 @@ from torch import nn
 
 from vmemory.banks.bank import Bank
 from vmemory.banks.budget import largest_entries
-from vmemory.banks.sizing import state_bytes
+from vmemory.banks.tiers import state_bytes
 
 
 class SingleTierBank(Bank):

@@ -1,0 +1,86 @@
+"""Tiers as people write them, as the layout that kernels take; and what they weigh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+
+from vmemory.ops._checks import check_int
+from vmemory.reference.bank_layout import BankLayout
+
+
+@lru_cache(maxsize=64)
+def clamped(layout: BankLayout, frames: int) -> BankLayout:
+    """The layout with no tier larger than a clip of so many frames can fill: decides alike, allocates less."""
+    capacities = tuple(min(c, max(frames, 1)) for c in layout.capacities)
+    if capacities == layout.capacities:
+        return layout
+    return BankLayout(
+        layout.grid, layout.dim, layout.key_dim, capacities, layout.grids, layout.rule, layout.intervals, layout.entries
+    )
+
+
+def make_layout(
+    dim: int,
+    grid: tuple[int, int],
+    capacities: Sequence[int],
+    grids: Sequence[tuple[int, int] | None],
+    rule: str,
+    intervals: Sequence[int] | None,
+    key_dim: int,
+) -> tuple[BankLayout, tuple[int, ...]]:
+    """The tiers that exist, and the level (place in `capacities`) of each.
+
+    Raises:
+        ValueError: The tiers, grids or intervals do not fit each other.
+    """
+    if len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid: expected (H, W), both at least 1, got {grid!r}")
+    if len(capacities) != len(grids):
+        raise ValueError(f"grids: expected one per capacity ({len(capacities)}), got {len(grids)}")
+    for c in capacities:
+        check_int("capacities", c, low=0)
+    sizes = [(grid[0], grid[1]) if g is None else (int(g[0]), int(g[1])) for g in grids]
+    for h, w in sizes:
+        if not (1 <= h <= grid[0] and 1 <= w <= grid[1]):
+            raise ValueError(f"grids: expected between (1, 1) and {tuple(grid)}, got {(h, w)}")
+    levels = tuple(i for i, c in enumerate(capacities) if c > 0)
+    steps = tuple(intervals or ())
+    if steps and len(steps) > len(capacities):
+        raise ValueError(f"intervals: expected at most one per tier ({len(capacities)}), got {len(steps)}")
+    for step in steps:
+        check_int("intervals", step, low=1)
+    entries = tuple(next((n for n, level in enumerate(levels) if level >= i), -1) for i in range(len(steps)))
+    layout = BankLayout(
+        (int(grid[0]), int(grid[1])),
+        dim,
+        key_dim,
+        tuple(capacities[i] for i in levels),
+        tuple(sizes[i] for i in levels),
+        rule,
+        steps,
+        entries,
+    )
+    return layout, levels
+
+
+def state_bytes(
+    dim: int,
+    grid: tuple[int, int],
+    capacities: Sequence[int],
+    grids: Sequence[tuple[int, int] | None],
+    rule: str,
+    intervals: Sequence[int] | None,
+    streams: int,
+    dtype: torch.dtype,
+    key_dim: int | None,
+) -> int:
+    """`nbytes` of the bank that these arguments make."""
+    layout, _ = make_layout(dim, grid, capacities, grids, rule, intervals, dim if key_dim is None else key_dim)
+    state = sum(math.prod(shape) * kind.itemsize for shape, kind in layout.state_shapes(streams, dtype).values())
+    wide = torch.promote_types(dtype, torch.float32)
+    # the weight table and three int64 facts of each token row
+    return state + layout.packed_maps.numel() * wide.itemsize + 3 * 8 * layout.rows
