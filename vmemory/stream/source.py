@@ -1,0 +1,167 @@
+"""A frame source: a video file, a directory of images or an array, as a stream of timed frames."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from vmemory.stream._readers import ArrayReader, ImageReader, Reader, SourceError
+
+__all__ = ["Frame", "FrameSource", "SourceError"]
+
+
+class Frame(NamedTuple):
+    """One frame of a stream: `image` uint8 RGB `[H, W, 3]`, `time` in seconds from the start of the stream,
+    `index` the number of the emitted frame, from 0."""
+
+    image: np.ndarray
+    time: float
+    index: int  # type: ignore[assignment]
+
+
+class FrameSource:
+    """Iterable of `Frame` over a video file, a directory of images or a uint8 array `[T, H, W, 3]`.
+
+    Times are seconds from the first frame of the stream: presentation timestamps for a video (so variable
+    frame rates keep their true times), `position / (fps or 1)` for a directory in natural order,
+    `i / source_fps` for an array. Times strictly increase.
+
+    Args:
+        source: path of a video file or directory, or uint8 RGB array or tensor `[T, H, W, 3]`.
+        fps: constant-rate sampling: emit the first frame at or after each multiple of `1 / fps` seconds,
+            to within one tick of the container's clock; a frame is emitted once. None emits every frame.
+        start, stop: emit frames with `start <= time < stop`, seconds; the sampling grid does not move.
+        size: `(height, width)`, or the length of the shorter side, to scale to (bicubic) while decoding.
+        source_fps: frames per second of an array.
+
+    Attributes:
+        duration: length of the whole source in seconds, None if the container does not tell.
+        expected: estimated number of frames to be emitted, or None.
+        emitted: number of frames emitted by the latest iteration.
+        truncated: True when the latest iteration ended before the length the file announces.
+        warning: one line about a truncated or damaged source, or None.
+
+    Video pixels are taken as stored: rotation is applied, the sample aspect ratio is not.
+
+    Raises:
+        SourceError: the path is missing, is not a video, has no video stream, no frame or no image; also
+            from the iteration, when no frame lies between `start` and `stop`.
+        ValueError, TypeError: a bad argument.
+    """
+
+    def __init__(
+        self,
+        source: str | Path | np.ndarray | torch.Tensor,
+        fps: float | None = None,
+        start: float = 0.0,
+        stop: float | None = None,
+        size: int | tuple[int, int] | None = None,
+        *,
+        source_fps: float = 1.0,
+    ) -> None:
+        if fps is not None:
+            _check_rate("fps", fps)
+        _check_rate("source_fps", source_fps)
+        if not (math.isfinite(start) and start >= 0):
+            raise ValueError(f"start: expected a number of seconds >= 0, got {start}")
+        if stop is not None and not stop > start:
+            raise ValueError(f"stop: expected more than start ({start}), got {stop}")
+        self.fps, self.start, self.stop = fps, float(start), stop
+        self._reader = _open_reader(source, fps, _check_size(size), source_fps)
+        self.name = self._reader.name
+        self.duration = self._reader.duration
+        self.expected = self._estimate()
+        self.emitted = 0
+        self.truncated = False
+        self.warning: str | None = None
+
+    def _estimate(self) -> int | None:
+        rate = self._reader.rate
+        if self.duration is None or (self.fps is None and rate is None):
+            return None
+        end = self.duration if self.stop is None else min(self.stop, self.duration)
+        per_second = min(x for x in (self.fps, rate) if x is not None)
+        first = math.ceil(self.start * per_second - 1e-6)
+        return max(0, math.ceil(end * per_second - 1e-6) - first)
+
+    def __iter__(self) -> Iterator[Frame]:
+        reader = self._reader
+        self.emitted, self.truncated, self.warning = 0, False, None
+        reader.broken = False
+        reader.problems.clear()
+        due = 0 if self.fps is None else math.ceil(self.start * self.fps - 1e-9)
+        with closing(reader.read(self.start)) as pictures:
+            for time, image in pictures:
+                if self.stop is not None and time >= self.stop:
+                    break
+                if time < self.start:
+                    continue
+                if self.fps is not None:
+                    # timestamps are rounded to the clock of the container: a frame one tick early is on time
+                    reached = math.floor((time + reader.tick) * self.fps)
+                    if reached < due:
+                        continue
+                    due = reached + 1
+                frame = Frame(image(), time, self.emitted)
+                self.emitted += 1
+                yield frame
+        self.truncated = reader.broken
+        if reader.problems:
+            count = f"{self.emitted} frame{'' if self.emitted == 1 else 's'}"
+            self.warning = f"{self.name}: {'; '.join(reader.problems)} ({count} kept)"
+        if self.emitted == 0:
+            window = f"from {self.start:g} s" + ("" if self.stop is None else f" to {self.stop:g} s")
+            length = "" if self.duration is None else f" (the source lasts {self.duration:.1f} s)"
+            raise SourceError(f"{self.name}: no frame {window}{length}")
+
+
+def _open_reader(
+    source: str | Path | np.ndarray | torch.Tensor,
+    fps: float | None,
+    size: int | tuple[int, int] | None,
+    source_fps: float,
+) -> Reader:
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if path.is_dir():
+            return ImageReader(path, fps or 1.0, size)
+        if not path.exists():
+            raise SourceError(f"{path}: no such file or directory")
+        try:
+            from vmemory.stream._video import VideoReader
+        except ModuleNotFoundError as error:
+            if error.name != "av":
+                raise
+            raise SourceError(f'{path}: reading video needs PyAV: pip install "vmemory[stream]"') from error
+        return VideoReader(path, size)
+    if isinstance(source, torch.Tensor):
+        source = source.detach().cpu().numpy()
+    if not isinstance(source, np.ndarray):
+        raise TypeError(f"source: expected a path, an array or a tensor, got {type(source).__name__}")
+    if source.dtype != np.uint8:
+        raise ValueError(f"source: expected uint8, got {source.dtype}")
+    if source.ndim != 4 or source.shape[3] != 3:
+        raise ValueError(f"source: expected [T, H, W, 3], got {list(source.shape)}")
+    return ArrayReader(source, source_fps, size)
+
+
+def _check_rate(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a number > 0, got {value}")
+
+
+def _check_size(size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+    if size is None:
+        return None
+    sides = size if isinstance(size, tuple | list) else (size,)
+    if not all(isinstance(side, int) for side in sides):
+        raise TypeError(f"size: expected an int or (height, width), got {size!r}")
+    if len(sides) > 2 or min(sides) < 1 or (isinstance(size, tuple | list) and len(sides) != 2):
+        raise ValueError(f"size: expected an int or (height, width) of at least 1, got {size!r}")
+    return (sides[0], sides[1]) if len(sides) == 2 else sides[0]
