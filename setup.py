@@ -163,7 +163,10 @@ class CMakeBuild(build_ext):
                 PLAN.reasons[stem.strip("_")] = "Python's development headers were missing at build time"
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(made, target)
+            # renamed into place: overwriting a library that a running process has mapped would crash it
+            fresh = target.with_suffix(".new")
+            shutil.copy2(made, fresh)
+            fresh.replace(target)
 
 
 class WriteFacts(build_py):
