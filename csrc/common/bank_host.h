@@ -55,8 +55,8 @@ struct Maps {
   }
 };
 
-// Adds cells [c0, c1) of a frame to its descriptors, channels [d0, d1) of the first K, in raster order: streaming and
-// planning sum alike, so that both decide alike. Cells that are not valid are not read.
+// Adds cells of a frame to its descriptors, channels [d0, d1) of the first K, in one order: streaming and planning sum
+// alike, so that both decide alike. Cells that are not valid are not read.
 template <class T>
 struct Describe {
   using A = acc_t<T>;
@@ -66,6 +66,8 @@ struct Describe {
   const bool* valid;  // may be null
   A* out;             // [R, K]
 
+  // one plain mean over all channels: rows of the grid are summed in groups of four cells
+  bool plain() const { return g.R == 1 && g.K == g.D && !valid; }
   int64_t first() const { return g.R > 1 ? source : 0; }
   A weight(int64_t r, int64_t c) const {
     return valid && !valid[c] ? A(0) : (g.R > 1 ? maps.share[source * g.tiers + r][c] : A(1));
@@ -74,13 +76,28 @@ struct Describe {
     for (int64_t r = 0; r < g.R; ++r)
       if (d0 < g.K) std::fill(out + r * g.K + d0, out + r * g.K + std::min(d1, g.K), A(0));
   }
-  void add(const T* frame, int64_t c0, int64_t c1, int64_t d0, int64_t d1) const {
+  // grid rows [y0, y1), copied to `to` on the way unless it is null
+  void add(const T* frame, int64_t y0, int64_t y1, T* to, int64_t d0, int64_t d1) const {
+    for (int64_t y = y0; y < y1; ++y)
+      for (int64_t x = 0; x < g.W; x += plain() ? 4 : 1) add_cells(frame, y, x, to, nullptr, A(0), d0, d1);
+  }
+  // the cell, or the group of up to four when plain(); `pooled` += weight * their sum unless it is null
+  void add_cells(const T* frame, int64_t y, int64_t x, T* to, A* pooled, A pooled_weight, int64_t d0,
+                 int64_t d1) const {
+    const int64_t c = y * g.W + x;
+    const T* from = frame + c * g.D + d0;
+    T* copy = to ? to + c * g.D + d0 : nullptr;
+    if (plain()) {
+      add_group(from, g.D, std::min<int64_t>(4, g.W - x), copy, out + d0, pooled ? pooled + d0 : nullptr, pooled_weight,
+                d1 - d0);
+      return;
+    }
+    if (copy) std::copy(from, from + (d1 - d0), copy);
     const int64_t n = std::min(d1, g.K) - d0;
-    for (int64_t r = first(); r < g.R && n > 0; ++r)
-      for (int64_t c = c0; c < c1; ++c) {
-        const A w = weight(r, c);
-        if (w != A(0)) add_row(frame + c * g.D + d0, w, out + r * g.K + d0, n);
-      }
+    for (int64_t r = first(); r < g.R && n > 0; ++r) {
+      const A w = weight(r, c);
+      if (w != A(0)) add_row(from, w, out + r * g.K + d0, n);
+    }
   }
   void finish(int64_t d0, int64_t d1) const {
     for (int64_t r = first(); r < g.R; ++r) {
@@ -160,7 +177,7 @@ struct Bank {
     if (p.enter) {
       if (demotes) pool_slot(*p.demote[0], step.slot[0], step.target[0], 0, p.demote[0]->height, d0, d1);
       pool_cells(*p.enter, 0, g.cells(step.first), p.frame, row(step.fresh), g.D, d0, d1);
-      describe.add(p.frame, 0, g.H * g.W, d0, d1);
+      describe.add(p.frame, 0, g.H, nullptr, d0, d1);
     } else {
       // the frame takes its victim's rows while they are still in cache, as soon as nothing below needs them
       int64_t done = 0;
@@ -168,24 +185,12 @@ struct Bank {
         const AxisMap<A>& rows = maps.step_rows[step.first];
         pool_slot(*p.demote[0], step.slot[0], step.target[0], i, i + 1, d0, d1);
         const int64_t free = i + 1 < rows.m ? std::max(done, rows.begin(i + 1)) : g.H;
-        take_rows(p, describe, done, free, d0, d1);
+        describe.add(p.frame, done, free, row(step.fresh), d0, d1);
         done = free;
       }
-      take_rows(p, describe, done, g.H, d0, d1);
+      describe.add(p.frame, done, g.H, row(step.fresh), d0, d1);
     }
     describe.finish(d0, d1);
-  }
-
-  void take_rows(const Passage& p, const Describe<T>& describe, int64_t y0, int64_t y1, int64_t d0, int64_t d1) const {
-    T* to = row(p.step.fresh);
-    for (int64_t c = y0 * g.W; c < y1 * g.W; ++c) {
-      if (g.R == 1 && g.K == g.D && !p.valid) {
-        copy_and_add(p.frame + c * g.D + d0, to + c * g.D + d0, describe.out + d0, d1 - d0);
-      } else {
-        std::copy(p.frame + c * g.D + d0, p.frame + c * g.D + d1, to + c * g.D + d0);
-        describe.add(p.frame, c, c + 1, d0, d1);
-      }
-    }
   }
 
   T* row(int64_t slot) const { return slots + g.row_of(slot) * g.D; }

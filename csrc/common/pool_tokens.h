@@ -111,6 +111,16 @@ struct Scatter {
   std::vector<int64_t> target;
   std::vector<A> weight;
 
+  // where a group of n sources goes if it is one place with one weight, else -1
+  int64_t common(int64_t source, int64_t n) const {
+    for (int64_t c = source; c < source + n; ++c) {
+      const int64_t at = first[c];
+      if (first[c + 1] != at + 1 || target[at] != target[first[source]] || weight[at] != weight[first[source]])
+        return -1;
+    }
+    return target[first[source]];
+  }
+
   Scatter(const Windows<A>& windows, int64_t sources) : first(sources + 1) {
     for (const int64_t c : windows.cell) ++first[c + 1];
     for (int64_t c = 0; c < sources; ++c) first[c + 1] += first[c];
@@ -126,22 +136,45 @@ struct Scatter {
   }
 };
 
-// to = row and sum += row in one reading, in the order of add_row
-template <class T>
-void copy_and_add(const T* row, T* to, acc_t<T>* sum, int64_t D) {
+// n <= 4 rows, `pitch` elements apart, read once: copied to `to` (same pitch), their sum added to `sum` and, weighted,
+// to `pooled`; `to` and `pooled` may be null.
+template <bool Copy, bool Pool, class T>
+void add_group_as(const T* row, int64_t pitch, int64_t n, T* to, acc_t<T>* sum, acc_t<T>* pooled, acc_t<T> weight,
+                  int64_t D) {
   using A = acc_t<T>;
   constexpr int64_t L = kLanes<A>;
+  const auto step = [&](int64_t d, auto get, auto put) {
+    vec<A> x[4];
+    for (int64_t k = 0; k < n; ++k) {
+      x[k] = get(row + k * pitch + d);
+      if constexpr (Copy) put(to + k * pitch + d, x[k]);
+    }
+    const vec<A> s = n == 4   ? (x[0] + x[1]) + (x[2] + x[3])
+                     : n == 3 ? (x[0] + x[1]) + x[2]
+                     : n == 2 ? x[0] + x[1]
+                              : x[0];
+    put(sum + d, get(sum + d) + s);
+    if constexpr (Pool) put(pooled + d, get(pooled + d) + s * weight);
+  };
   int64_t d = 0;
-  for (; d + L <= D; d += L) {
-    const vec<A> x = load(row + d);
-    store(to + d, x);
-    store(sum + d, load(sum + d) + x);
-  }
-  if (d < D) {
-    const vec<A> x = load(row + d, D - d);
-    store(to + d, x, D - d);
-    store(sum + d, load(sum + d, D - d) + x, D - d);
-  }
+  for (; d + L <= D; d += L) step(d, [](const auto* p) { return load(p); }, [](auto* p, vec<A> v) { store(p, v); });
+  const int64_t rest = D - d;
+  if (rest > 0)
+    step(d, [rest](const auto* p) { return load(p, rest); }, [rest](auto* p, vec<A> v) { store(p, v, rest); });
+}
+
+template <class T>
+void add_group(const T* row, int64_t pitch, int64_t n, T* to, acc_t<T>* sum, acc_t<T>* pooled, acc_t<T> weight,
+               int64_t D) {
+  const auto run = [&](auto copy, auto pool) {
+    constexpr bool kCopy = decltype(copy)::value, kPool = decltype(pool)::value;
+    // the count known to the compiler keeps four rows in flight
+    n == 4 ? add_group_as<kCopy, kPool>(row, pitch, 4, to, sum, pooled, weight, D)
+           : add_group_as<kCopy, kPool>(row, pitch, n, to, sum, pooled, weight, D);
+  };
+  using yes = std::true_type;
+  using no = std::false_type;
+  to ? (pooled ? run(yes{}, yes{}) : run(yes{}, no{})) : (pooled ? run(no{}, yes{}) : run(no{}, no{}));
 }
 
 template <class A, class T>

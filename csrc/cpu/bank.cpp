@@ -120,12 +120,19 @@ Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time, std::optional<
         const Scatter<A>& scatter = uneven ? *uneven : whole;
         std::fill(sums.begin(), sums.end(), A(0));
         describe.clear(0, D);
-        for (int64_t c = 0; c < H * W; ++c) {
-          describe.add(frame, c, c + 1, 0, D);
-          // the row is in the first-level cache now
-          for (int64_t k = small ? scatter.first[c] : 0; k < (small ? scatter.first[c + 1] : 0); ++k)
-            add_row(frame + c * D, scatter.weight[k], sums.data() + scatter.target[k] * D, D);
-        }
+        for (int64_t y = 0; y < H; ++y)
+          for (int64_t x = 0, n; x < W; x += n) {
+            n = describe.plain() ? std::min<int64_t>(4, W - x) : 1;
+            const int64_t c = y * W + x, one = small ? scatter.common(c, n) : -1;
+            A* to = one < 0 ? nullptr : sums.data() + one * D;
+            const A weight = one < 0 ? A(0) : scatter.weight[scatter.first[c]];
+            describe.add_cells(frame, y, x, nullptr, describe.plain() ? to : nullptr, weight, 0, D);
+            if (!small || (to && describe.plain())) continue;
+            // the rows are in the first-level cache now
+            for (int64_t source = c; source < c + n; ++source)
+              for (int64_t k = scatter.first[source]; k < scatter.first[source + 1]; ++k)
+                add_row(frame + source * D, scatter.weight[k], sums.data() + scatter.target[k] * D, D);
+          }
         describe.finish(0, D);
         if (small) scale_row(sums.data(), A(1), mutable_data<T>(pooled) + f * small * D, small * D);
       }

@@ -17,7 +17,7 @@ def similarity_topk(
     metric: str = "cosine",
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`query [S, Q, D]` against `memory [S, M, D]`: values and indices `[S, Q, k]`, best first, the lower index first of equals.
+    """`query [S, Q, D]` against `memory [S, M, D]`: values and indices `[S, Q, k]`, best first, lower index first.
 
     A NaN score is the largest of all. Places that cannot be filled are −inf / −1.
     """
