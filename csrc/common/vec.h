@@ -42,12 +42,19 @@ typedef uint16_t vec_u16 __attribute__((vector_size(32)));
 typedef uint32_t vec_u32 __attribute__((vector_size(64)));
 
 inline vec<float> widen(const bf16* p) {
+#if defined(__AVX512F__)
+  // GCC widens the two halves apart otherwise
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+  return reinterpret_cast<vec<float>>(wide);
+#else
   vec_u16 raw;
   std::memcpy(&raw, p, sizeof raw);
   const vec_u32 bits = __builtin_convertvector(raw, vec_u32) << 16;
   vec<float> out;
   std::memcpy(&out, &bits, sizeof out);
   return out;
+#endif
 }
 
 inline void narrow(bf16* p, vec<float> x) {
@@ -56,8 +63,13 @@ inline void narrow(bf16* p, vec<float> x) {
   // round to nearest even; a NaN must not round up into infinity
   const vec_u32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const vec_u16 raw = __builtin_convertvector((is_nan ? (bits | 0x00400000u) : rounded) >> 16, vec_u16);
+  const vec_u32 high = (is_nan ? (bits | 0x00400000u) : rounded) >> 16;
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(high)));
+#else
+  const vec_u16 raw = __builtin_convertvector(high, vec_u16);
   std::memcpy(p, &raw, sizeof raw);
+#endif
 }
 
 inline vec<float> widen(const f16* p) {

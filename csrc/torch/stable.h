@@ -2,6 +2,7 @@
 #pragma once
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -56,8 +57,21 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// A large buffer comes fresh from the kernel each time, and touching it in 4 KB pages can cost more than computing what
+// goes into it. Advice only: where huge pages are switched off it changes nothing.
+inline void advise_huge_pages(void* begin, size_t bytes) {
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  if (bytes < 2 * kPage) return;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
+// an uninitialised tensor on the device of `like`
 inline Tensor make(const Tensor& like, const Ints& sizes, std::optional<ScalarType> type = std::nullopt) {
-  return torch::stable::new_empty(like, sizes, type);
+  Tensor out = torch::stable::new_empty(like, sizes, type);
+  if (out.is_cpu()) advise_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
+  return out;
 }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }

@@ -1,0 +1,95 @@
+"""`python -m benchmarks.report results.json`: a Markdown table and a roofline of a benchmark run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+COLUMNS = {
+    "case": "case",
+    "ms": "ms, median",
+    "best_ms": "best",
+    "floor_ms": "floor",
+    "ratio_to_floor": "× floor",
+    "best_ratio_to_floor": "× floor, best",
+    "gb_per_s": "GB/s",
+    "percent_of_copy": "% of copy",
+    "eager_over_ours": "eager ÷ ours",
+    "compile_over_ours": "compile ÷ ours",
+    "peak_mb": "peak MB",
+    "launches": "launches",
+}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The run as Markdown, one table an op."""
+    machine, rows = results["machine_info"], results["benchmarks"]
+    lines = [
+        f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, vmemory {machine['vmemory']}, "
+        f"commit {results['commit_info'].get('id', 'unknown')[:12]}, {results['datetime'][:16]}.",
+        "",
+        "Floor: bytes read and written ÷ the copy rate measured between the calls. Cold cache, contestants in turn.",
+    ]
+    for group, members in groupby(rows, key=lambda row: row["group"]):
+        members = [row["extra_info"] for row in members]
+        rates = sorted(info["copy_gb_per_s"] for info in members)
+        lines += ["", f"## {group}", "", f"Copy: {rates[0]:.1f} to {rates[-1]:.1f} GB/s.", ""]
+        lines.append("| " + " | ".join(COLUMNS.values()) + " |")
+        lines.append("|---" + "|---:" * (len(COLUMNS) - 1) + "|")
+        lines += ["| " + " | ".join(_cell(info.get(key)) for key in COLUMNS) + " |" for info in members]
+    return "\n".join(lines) + "\n"
+
+
+def roofline(results: dict[str, Any], target: Path) -> None:
+    """Each case by its arithmetic intensity, under the copy rate and the matrix-product rate of the run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in results["benchmarks"] if row["extra_info"]["flops"] > 0]
+    copy = max(row["extra_info"]["copy_gb_per_s"] for row in rows) * 1e9
+    peak = results["machine_info"]["matmul_rate"]
+    figure, axes = pyplot.subplots(figsize=(9, 6))
+    intensity = [row["extra_info"]["flops"] / row["extra_info"]["bytes"] for row in rows]
+    edges = [min(intensity) / 2, peak / copy, 4 * peak / copy]
+    axes.plot(edges, [min(edge * copy, peak) / 1e9 for edge in edges], color="black", linewidth=1.2)
+    axes.annotate(f"copy {copy / 1e9:.1f} GB/s", (edges[0], edges[0] * copy / 1e9), va="bottom", fontsize=8)
+    axes.annotate(f"matmul {peak / 1e9:.0f} GFLOP/s", (edges[1], peak / 1e9), va="bottom", fontsize=8)
+    for row, x in zip(rows, intensity, strict=True):
+        info = row["extra_info"]
+        axes.scatter(x, info["flops"] / info["ms"] / 1e6, s=22, label=f"{row['group']}: {info['case']}")
+    axes.set(
+        xscale="log", yscale="log", xlabel="FLOP per byte", ylabel="GFLOP/s", title=results["machine_info"]["device"]
+    )
+    axes.legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(target, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("results", type=Path, help="file written by --benchmark-json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write into")
+    given = parser.parse_args()
+    results = json.loads(given.results.read_text())
+    given.out.mkdir(parents=True, exist_ok=True)
+    text = table(results)
+    (given.out / f"{given.results.stem}.md").write_text(text)
+    roofline(results, given.out / f"{given.results.stem}.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Fixtures of all tests. Triton kernels run in two ways, both in one pytest run and without a GPU.
+
+`interpreter(module, launcher, *args)` interprets a launcher on CPU tensors in a child process (float32 and float16);
+`vmemory.testing.compile_triton` compiles a kernel ahead of time in this one. Both skip where triton is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from vmemory.ops._native import STATUS
+from vmemory.testing import TritonInterpreter
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[TritonInterpreter]:
+    pytest.importorskip("triton", reason="triton is not installed")
+    child = TritonInterpreter()
+    yield child
+    child.close()
+
+
+@pytest.fixture(scope="session")
+def triton_compiler() -> None:
+    """Skips where kernels cannot be compiled ahead of time."""
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+
+
+@pytest.fixture(scope="session")
+def native() -> None:
+    """Skips where the compiled CPU ops are missing, with the reason `vmemory.info` gives."""
+    if not STATUS.cpu:
+        pytest.skip(STATUS.cpu_reason)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return Path(__file__).parent / "golden"

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from vmemory.testing import assert_within_budget
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+cases = load("cases")
+
+
+@pytest.mark.parametrize("case", [*cases.GRID_POOL, *cases.ADJACENT_SIMILARITY], ids=lambda case: case.name)
+def test_what_is_timed_is_right(case):
+    x = case.input(frames=3)
+    wide = x.detach().double().requires_grad_(case.backward)
+    assert_within_budget(case.run(x), case.reference(x), case.reference(wide))
+
+
+def test_written_bytes_of_a_case_are_those_of_its_output():
+    for case in cases.GRID_POOL:
+        if case.backward:
+            continue
+        x = case.input(frames=8)
+        out = case.run(x)
+        tokens = out[0] if isinstance(out, tuple) else out
+        assert tokens.numel() / x.numel() == pytest.approx(case.written)
+
+
+def test_report_writes_a_table_and_a_roofline(tmp_path):
+    info = {
+        "case": "area", "bytes": 1e6, "flops": 2e6, "ms": 0.1, "best_ms": 0.09, "floor_ms": 0.05, "ratio_to_floor": 2.0,
+        "best_ratio_to_floor": 1.8, "gb_per_s": 10.0, "copy_gb_per_s": 20.0, "percent_of_copy": 50.0,
+        "eager_over_ours": 3.0, "compile_over_ours": 2.0, "peak_mb": 1.0, "launches": None,
+    }  # fmt: skip
+    results = {
+        "machine_info": {"device": "a processor", "threads": 2, "torch": "2", "vmemory": "0", "matmul_rate": 1e11},
+        "commit_info": {"id": "0123456789abcdef"},
+        "datetime": "2026-01-01T00:00:00",
+        "benchmarks": [{"group": "grid_pool", "extra_info": info}],
+    }
+    report = load("report")
+    text = report.table(json.loads(json.dumps(results)))
+    assert "| area | 0.10 | 0.09 | 0.05 | 2.00 | 1.80 | 10.0 | 50.0 | 3.00 | 2.00 | 1.00 | – |" in text
+    report.roofline(results, tmp_path / "roofline.png")
+    assert (tmp_path / "roofline.png").stat().st_size > 1000

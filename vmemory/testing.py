@@ -1,0 +1,214 @@
+"""For tests of code built on vmemory: an error budget, input layouts, poisoned memory, Triton without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["CompiledKernel", "TritonInterpreter", "assert_within_budget", "compile_triton", "layouts", "poisoned",
+           "random_tensor"]  # fmt: skip
+
+A100_SHARED_BYTES = 163 * 1024
+
+
+def assert_within_budget(actual: Any, low_precision_reference: Any, reference64: Any, name: str = "output") -> None:
+    """Judge a kernel by what plain PyTorch achieves in the same dtype, not by a hand-set tolerance.
+
+    Per tensor, `max|actual - reference64| <= 2 * (max|low_precision_reference - reference64| + r)`, with r one rounding
+    of the output dtype at the largest magnitude of `reference64` (for float64, which has no finer reference to tell its
+    own error, 1024 roundings). NaN and infinities have to stand where
+    `low_precision_reference` has them. Integer and bool tensors have to be equal.
+
+    Args:
+        actual: Tensor, or (nested) tuple or list of tensors, as the tested code returned it.
+        low_precision_reference: The reference on the same inputs, same structure, shapes and dtypes.
+        reference64: The reference on the inputs in float64, same structure and shapes.
+        name: What to call the tensor in the message.
+
+    Raises:
+        AssertionError: Structure, shape, dtype, NaN or infinity pattern differ, or the error exceeds the budget.
+    """
+    if isinstance(low_precision_reference, (tuple, list)):
+        sizes = [len(x) for x in (actual, low_precision_reference, reference64)]
+        assert len(set(sizes)) == 1, f"{name}: expected equally many tensors, got {sizes}"
+        parts = zip(actual, low_precision_reference, reference64, strict=True)
+        for i, (a, low, wide) in enumerate(parts):
+            assert_within_budget(a, low, wide, f"{name}[{i}]")
+        return
+    low = low_precision_reference
+    assert actual.shape == low.shape == reference64.shape, (
+        f"{name}: shapes {tuple(actual.shape)}, {tuple(low.shape)}, {tuple(reference64.shape)} differ"
+    )
+    assert actual.dtype == low.dtype, f"{name}: expected {low.dtype}, got {actual.dtype}"
+    actual, low, wide = (x.detach().cpu() for x in (actual, low, reference64))
+    if not actual.dtype.is_floating_point:
+        assert torch.equal(actual, low), f"{name}: {int((actual != low).sum())} of {actual.numel()} entries differ"
+        return
+    for kind, pattern in (("NaN", torch.isnan), ("+inf", torch.isposinf), ("-inf", torch.isneginf)):
+        wrong = int((pattern(actual) != pattern(low)).sum())
+        assert wrong == 0, f"{name}: {wrong} of {actual.numel()} entries differ in being {kind}"
+    finite = torch.isfinite(low) & torch.isfinite(wide)
+    if not finite.any():
+        return
+    truth = wide[finite].double()
+    error = (actual[finite].double() - truth).abs().max().item()
+    allowed = (low[finite].double() - truth).abs().max().item()
+    limits = torch.finfo(actual.dtype)
+    rounding = max(truth.abs().max().item() * limits.eps / 2, limits.smallest_normal * limits.eps)
+    if actual.dtype == torch.float64:
+        rounding *= 1024
+    assert error <= 2 * (allowed + rounding), (
+        f"{name}: error {error:.3e} exceeds 2 * ({allowed:.3e} of the reference + {rounding:.3e} rounding)"
+    )
+
+
+def random_tensor(
+    *shape: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
+) -> Tensor:
+    """Standard normal values that depend on shape and seed only, rounded to `dtype`."""
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return values.to(device, dtype)
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The same values in memory layouts that kernels get wrong.
+
+    Returns a dict: "contiguous"; "offset" (contiguous, one element past an aligned address); "strided" (every other
+    element of the last dimension); "reversed" (dimensions stored in reverse order); "padded" (rows longer than the
+    last dimension). The gaps hold NaN where the dtype has it.
+    """
+    filler = float("nan") if x.dtype.is_floating_point else 0
+    offset = x.new_full((x.numel() + 1,), filler)[1:].view(x.shape).copy_(x)
+    strided = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), filler)[..., ::2].copy_(x)
+    padded = x.new_full((*x.shape[:-1], x.shape[-1] + 3), filler)[..., : x.shape[-1]].copy_(x)
+    order = tuple(reversed(range(x.dim())))
+    turned = x.permute(order).contiguous().permute(order)
+    return {"contiguous": x.contiguous(), "offset": offset, "strided": strided, "reversed": turned, "padded": padded}
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fill what `torch.empty` and its relatives return, from Python and from C++ ops, with NaN (integers: the maximum).
+
+    Within the context a kernel that leaves part of its output unwritten is seen by the test instead of by chance.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+def _launch(module: str, launcher: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with poisoned():
+        return getattr(import_module(module), launcher)(*args, **kwargs)
+
+
+class TritonInterpreter:
+    """Runs Triton launchers on CPU tensors, in a child process that was started with TRITON_INTERPRET=1.
+
+    Triton reads that variable when a kernel is defined, so one process can either interpret kernels or compile them;
+    with the child, tests of both kinds fit in one pytest run. Outputs are poisoned with NaN before the launch.
+    bfloat16 is refused, because the interpreter computes it wrongly.
+    """
+
+    def __init__(self) -> None:
+        before = os.environ.get("TRITON_INTERPRET")
+        os.environ["TRITON_INTERPRET"] = "1"
+        try:
+            # spawn: a forked child would inherit a triton that may already be imported
+            self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+            self._pool.submit(import_module, "triton").exception()
+        finally:
+            if before is None:
+                del os.environ["TRITON_INTERPRET"]
+            else:
+                os.environ["TRITON_INTERPRET"] = before
+
+    def __call__(self, module: str, launcher: str, *args: Any, **kwargs: Any) -> Any:
+        """`launcher(*args, **kwargs)` of `module`, for example of "vmemory.kernels.grid_pool".
+
+        Raises:
+            ValueError: A tensor is bfloat16.
+            Exception: Whatever the launcher raised, with the child's traceback.
+        """
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
+                raise ValueError("args: expected float32 or float16, the Triton interpreter is wrong in bfloat16")
+        plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+        return self._pool.submit(_launch, module, launcher, plain, kwargs).result()
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """What a compiled kernel needs: bytes of shared memory a block, registers and spilled bytes a thread."""
+
+    shared: int
+    registers: int
+    spills: int
+
+
+def compile_triton(
+    kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any], arch: int = 90, **options: Any
+) -> CompiledKernel:
+    """Compile a `@triton.jit` kernel for a CUDA architecture on a machine without a GPU.
+
+    Args:
+        kernel: The jitted function.
+        signature: Triton type per runtime argument, e.g. `{"x": "*bf16", "n": "i64"}`. Arguments in neither mapping
+            and in `constexprs` are compile-time constants.
+        constexprs: Value per compile-time argument.
+        arch: 80 for A100, 90 for H100 and H200.
+        options: num_warps, num_stages and the like.
+
+    Raises:
+        RuntimeError: Kernels are interpreted in this process (TRITON_INTERPRET=1).
+    """
+    from triton import compile as compile_source
+    from triton.backends import nvidia
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not hasattr(kernel, "arg_names") or type(kernel).__name__ != "JITFunction":
+        raise RuntimeError(f"kernel: expected a compiled @triton.jit function, got {type(kernel).__name__}")
+    types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
+    source = ASTSource(kernel, types, {(kernel.arg_names.index(k),): v for k, v in constexprs.items()})
+    compiled = compile_source(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        tool = Path(nvidia.__path__[0]) / "bin/cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+    return CompiledKernel(compiled.metadata.shared, registers, stack + local)
+
+
+def python(code: str, **environment: str) -> str:
+    """Run a snippet in a fresh interpreter and return what it printed; its failure is the caller's, with the output."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
+    )
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
