@@ -1,0 +1,19 @@
+"""The `vmemory` command."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+
+# what the command needs beside the library: module, and the extra that brings it
+_NEEDED = ("typer", "rich", "av", "PIL", "matplotlib", "jinja2")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command and exit: 0 = done, 1 = the input cannot be used, 2 = wrong usage, 130 = interrupted."""
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        sys.exit(f'vmemory: the command needs {", ".join(missing)}: pip install "vmemory[stream]"')
+    from vmemory.cli.app import run
+
+    sys.exit(run(arguments))

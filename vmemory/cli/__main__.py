@@ -1,0 +1,3 @@
+from vmemory.cli import main
+
+main()

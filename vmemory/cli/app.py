@@ -1,0 +1,49 @@
+"""The commands together, and the one place where errors become lines on stderr."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from vmemory.banks import BankFileError
+from vmemory.cli.ask import ask
+from vmemory.cli.demo import demo
+from vmemory.cli.errors import UserError, one_line
+from vmemory.cli.info import info
+from vmemory.cli.localize import localize
+from vmemory.cli.stream import stream
+from vmemory.data import FilmError
+from vmemory.encoders import AssetError
+from vmemory.stream import SourceError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Watch video through a bounded memory, and ask the memory about it.",
+)
+for command in (stream, ask, demo, localize, info):
+    app.command()(command)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    try:
+        return app(arguments, prog_name="vmemory", standalone_mode=False) or 0
+    except typer.TyperException as error:
+        return fail(error.format_message(), error.exit_code)
+    except (UserError, SourceError, BankFileError, AssetError, FilmError) as error:
+        return fail(error)
+    except ModuleNotFoundError as error:
+        return fail(f'{error.name} is not installed: pip install "vmemory[stream]"')
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+
+
+def fail(message: object, code: int = 1) -> int:
+    print(f"vmemory: {one_line(message)}", file=sys.stderr)
+    return code

@@ -1,0 +1,122 @@
+"""What several commands share: encoder, memory and pictures from what the user gave, and answers in the terminal."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from vmemory.banks import Bank
+from vmemory.cli.errors import UserError, user_input
+from vmemory.encoders import FrameEncoder
+from vmemory.stream.memory_stream import Answer, MemoryStream
+from vmemory.stream.video_bank import video_bank
+
+# answers to one question lie at least this many seconds apart
+APART = 4.0
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+class Question(NamedTuple):
+    """A sentence or a picture, and what the memory answered; `truth` in seconds where it is known."""
+
+    text: str
+    image: np.ndarray | None
+    answers: list[Answer]
+    truth: float | None = None
+
+
+def make_encoder(name: str | None = None) -> FrameEncoder:
+    """The default encoder, or the one that a file names."""
+    encoder = FrameEncoder()
+    if name not in (None, encoder.name):
+        raise UserError(f"the memory was written with encoder {name!r}, this vmemory has {encoder.name!r}")
+    return encoder
+
+
+def make_bank(
+    encoder: FrameEncoder, policy: str, rule: str | None, budget: str | None, entries: int | None, dtype: str
+) -> Bank:
+    """The memory that the options of `vmemory stream` describe; 64 MiB if they give no size."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    if budget is not None and entries is not None:
+        raise UserError("budget, entries: expected one of them, got both")
+    if budget is None and entries is None:
+        budget = "64MiB"
+    with user_input():
+        return video_bank(
+            policy, encoder.grid, encoder.dim, rule=rule, entries=entries, budget=budget, dtype=DTYPES[dtype]
+        )
+
+
+def check_writable(path: Path, *, folder: bool) -> None:
+    """Fail now rather than after minutes of work."""
+    if path.exists() and path.is_dir() != folder:
+        raise UserError(f"{path}: {'not a directory' if folder else 'is a directory'}")
+    place = path if folder else path.parent
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{place}: not a directory")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{place}: cannot be written to")
+
+
+def read_image(path: Path) -> np.ndarray:
+    """A picture file as uint8 RGB `[H, W, 3]`."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with Image.open(path) as opened:
+            return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not a picture that can be read ({error})") from error
+
+
+def answer_all(
+    stream: MemoryStream, texts: Sequence[str], images: Sequence[tuple[str, np.ndarray]], k: int
+) -> list[Question]:
+    """Ask every sentence and every named picture."""
+    asked = [Question(text, None, stream.ask(text, k, apart=APART)) for text in texts]
+    return asked + [Question(name, image, stream.find(image, k, apart=APART)) for name, image in images]
+
+
+def timecode(seconds: float) -> str:
+    """`333.5` as `5:33`, hours in front where there are any."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def span_text(answer: Answer) -> str:
+    """The span merged into an entry, empty for a single frame."""
+    return f"{timecode(answer.start)} to {timecode(answer.stop)}" if answer.stop > answer.start else ""
+
+
+def concepts_text(answer: Answer) -> str:
+    """The likeliest concept, and others that have a tenth of the probability or more."""
+    return ", ".join(name for rank, (name, p) in enumerate(answer.concepts) if rank == 0 or p >= 0.1)
+
+
+def print_answers(console: Console, questions: Sequence[Question]) -> None:
+    """A table a question: when, how alike, and what the encoder takes it for."""
+    for question in questions:
+        truth = "" if question.truth is None else f"  (truly at {timecode(question.truth)})"
+        title = f"[bold]{'picture ' if question.image is not None else ''}{question.text}[/bold]{truth}"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+        for name in ("at", "span", "score", "tier", "nearest concepts"):
+            table.add_column(name, justify="right" if name in ("at", "score", "tier") else "left")
+        for answer in question.answers:
+            at, score, tier = timecode(answer.time), f"{answer.score:.2f}", str(answer.level + 1)
+            table.add_row(at, span_text(answer), score, tier, concepts_text(answer))
+        console.print(table)
+        console.print()

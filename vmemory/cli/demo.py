@@ -1,0 +1,110 @@
+"""`vmemory demo`: a ten-minute film in a small memory, questions to it, and how the memories compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+
+from vmemory.cli.common import (
+    APART,
+    Question,
+    answer_all,
+    check_writable,
+    make_bank,
+    make_encoder,
+    print_answers,
+    timecode,
+)
+from vmemory.cli.report import Report, write_report
+from vmemory.cli.scores import Scores, measure, print_scores
+from vmemory.cli.stream import summary
+from vmemory.cli.watch import watch
+from vmemory.data import fetch_film, fetch_trailer, trailer_to_film
+from vmemory.data.film import ATTRIBUTION
+from vmemory.encoders import FrameEncoder
+from vmemory.eval.features import Features, video_features
+from vmemory.stream import Frame, FrameSource
+from vmemory.stream.memory_stream import MemoryStream, calibrate
+
+TEXTS = ("a rabbit", "a bird flying in the sky", "a bow and arrow", "end credits, text on a screen")
+# second of the trailer whose picture is looked for
+STILL = 41.0
+
+
+class Recorder:
+    """An encoder that keeps the tokens it made."""
+
+    def __init__(self, encoder: FrameEncoder) -> None:
+        self.name = encoder.name
+        self.joint, self.text, self.concepts = encoder.joint, encoder.text, encoder.concepts
+        self._encoder = encoder
+        self.tokens: list[Tensor] = []
+
+    def encode(self, frames: Sequence[np.ndarray]) -> Tensor:
+        tokens = self._encoder.encode(frames)
+        self.tokens.append(tokens.half())
+        return tokens
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for report.html, timeline.png and film.vmem.")] = Path("out"),
+    budget: Annotated[str, typer.Option(help="Hard bound on the memory's bytes.")] = "12MiB",
+) -> None:
+    """Watch Big Buck Bunny at one frame a second, ask about it, and measure how memories find moments again.
+
+    The film is decoded once, at two frames a second: every second one enters the memory, all of them the measurement.
+    """
+    check_writable(out, folder=True)
+    encoder = make_encoder()
+    bank = make_bank(encoder, "hierarchical", None, budget, None, "float16")
+    film, trailer = fetch_film(), fetch_trailer()
+    size, batch = encoder.frame_size, encoder.batch_size
+    origin = calibrate(encoder, FrameSource(film, 1.0, stop=60.0, size=size), batch)
+    facts = {"video": film.name, "title": "Big Buck Bunny", "fps": 1.0, "attribution": ATTRIBUTION}
+    recorder, between = Recorder(encoder), Recorder(encoder)
+    memory = MemoryStream(recorder, bank, origin=origin, facts=facts)
+    times: list[float] = []
+
+    def push(frames: list[Frame]) -> None:
+        memory.push(frames[::2])
+        between.encode([frame.image for frame in frames[1::2]])
+        times.extend(frame.time for frame in frames)
+
+    source = FrameSource(film, 2.0, size=size)
+    watched = watch(memory, source, batch=2 * batch, duration=source.duration, name="Big Buck Bunny", push=push)
+    memory.facts["duration"] = source.duration
+    memory.encoder = encoder
+    out.mkdir(parents=True, exist_ok=True)
+    memory.save(out / "film.vmem")
+    console = Console()
+    console.print(summary(memory, watched), highlight=False)
+    console.print()
+
+    still = next(iter(FrameSource(trailer, start=STILL, size=size))).image
+    questions = answer_all(memory, TEXTS, [], 5)
+    picture = f"the trailer at {timecode(STILL)}"
+    questions.append(Question(picture, still, memory.find(still, 5, apart=APART), trailer_to_film(STILL)))
+    print_answers(console, questions)
+    scores = None if watched.interrupted else _scores(recorder, between, times, trailer, encoder)
+    if scores is not None:
+        print_scores(console, scores)
+    report = Report(memory, questions, watched=watched, budget=budget, warning=source.warning, scores=scores)
+    console.print(f"report: {write_report(out, report)}", highlight=False, soft_wrap=True)
+    if watched.interrupted:
+        raise typer.Exit(130)
+
+
+def _scores(recorder: Recorder, between: Recorder, times: list[float], trailer: Path, encoder: FrameEncoder) -> Scores:
+    even, odd = torch.cat(recorder.tokens), torch.cat(between.tokens)
+    recorder.tokens, between.tokens = [], []
+    tokens = even.new_empty((len(times), *even.shape[1:]))
+    tokens[::2], tokens[1::2] = even, odd
+    film = Features(tokens, torch.tensor(times, dtype=torch.float64), None)
+    return measure(film, video_features(trailer, encoder, 2.0))

@@ -1,0 +1,23 @@
+"""What a user can get wrong, told in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class UserError(Exception):
+    """Input that cannot be used; the message is shown as it is."""
+
+
+@contextmanager
+def user_input() -> Iterator[None]:
+    """A ValueError inside is about what the user gave, not about this program."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def one_line(text: object) -> str:
+    return " ".join(str(text).split())

@@ -1,0 +1,27 @@
+"""`vmemory info`: versions, and which backends were built and loaded."""
+
+from __future__ import annotations
+
+import json as json_format
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vmemory.info import collect
+
+
+def info(json: Annotated[bool, typer.Option("--json", help="Machine-readable facts.")] = False) -> None:
+    """Tell what was built, what loaded, and the reason for anything missing."""
+    facts = collect()
+    if json:
+        print(json_format.dumps(facts, indent=1))
+        return
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name in ("vmemory", "python", "torch", "triton", "cpu_capability", "device"):
+        table.add_row(name.replace("_", " "), str(facts[name] or "none"))
+    for name, state in facts["backends"].items():
+        words = "loaded" if state["loaded"] else ("built, not loaded" if state["built"] else "not built")
+        table.add_row(f"{name} backend", words + (f": {state['reason']}" if state["reason"] else ""))
+    Console().print(table)

@@ -1,0 +1,215 @@
+"""The report: one HTML file without external parts, and its timeline as a picture beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vmemory
+from vmemory._files import replacing
+from vmemory.banks import format_bytes, parse_bytes
+from vmemory.cli.common import Question, concepts_text, span_text, timecode
+from vmemory.cli.curve import draw_curve
+from vmemory.cli.scores import Scores, table_of
+from vmemory.cli.timeline import DARK, LIGHT, draw_timeline
+from vmemory.cli.watch import Watched
+from vmemory.eval.trailer import CALIBRATION, LONGEST_SPAN, TOLERANCE
+from vmemory.stream.memory_stream import MemoryStream
+from vmemory.stream.thumbnails import jpeg
+
+# pictures a tier shows at most, and how wide they are, tier by tier
+_SHOWN, _WIDTHS = 300, (128, 96, 72)
+
+
+@dataclass
+class Report:
+    """What a report is made of; every part may be missing.
+
+    Attributes:
+        memory: What is held at the end.
+        questions: Sentences and pictures with their answers.
+        watched: Where the time went; None for a memory that was loaded.
+        budget: As the user gave it.
+        warning: About the source.
+        scores: Trailer localisation.
+    """
+
+    memory: MemoryStream | None = None
+    questions: Sequence[Question] = ()
+    watched: Watched | None = None
+    budget: str | None = None
+    warning: str | None = None
+    scores: Scores | None = None
+    attribution: str | None = field(default=None)
+
+
+def write_report(folder: Path, report: Report) -> Path:
+    """Write `report.html`, `timeline.png` and `localisation.png` into a folder; returns the page's path."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    pictures: dict[str, bytes] = {}
+    context: dict[str, Any] = {
+        "version": vmemory.__version__,
+        "light": LIGHT,
+        "dark": DARK,
+        "blank": "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=",
+        "warning": report.warning,
+        "title": "Finding moments again",
+        "facts": [],
+        "footer": _footer(report),
+    }
+    if report.memory is not None:
+        context |= _memory_parts(report, report.memory, pictures)
+    if report.scores is not None:
+        context |= _score_parts(report.scores, pictures)
+    environment = Environment(
+        loader=PackageLoader("vmemory.cli", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    defaults = dict.fromkeys(("lead", "timeline", "questions", "tables", "tiers", "latency"))
+    page = environment.get_template("report.html.j2").render(defaults | context)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in pictures.items():
+        with replacing(folder / name) as partial:
+            partial.write_bytes(data)
+    path = folder / "report.html"
+    with replacing(path) as partial:
+        partial.write_text(page, encoding="utf-8")
+    return path
+
+
+def _memory_parts(report: Report, memory: MemoryStream, pictures: dict[str, bytes]) -> dict[str, Any]:
+    counts, latency = memory.bank.counts(), memory.latency
+    budget = memory.bank.nbytes if report.budget is None else parse_bytes(report.budget)
+    video, last = memory.facts.get("title") or memory.facts.get("video", "a video"), float(memory.history.time[-1])
+    duration = max(float(memory.facts.get("duration") or 0.0), last)
+    raw = counts["seen"] * memory.bank.layout.grid[0] * memory.bank.layout.grid[1] * memory.bank.layout.dim
+    raw *= memory.bank.slots.element_size()
+    light, dark = (draw_timeline(memory, report.questions, budget, duration, palette) for palette in (LIGHT, DARK))
+    pictures["timeline.png"] = light
+    encode, work = 1e3 * latency.encode / latency.frames, 1e3 * latency.memory / latency.frames
+    held = f"held, of a budget of {format_bytes(budget)}; all tokens would take {format_bytes(raw)}"
+    facts = [
+        (format_bytes(memory.bank.nbytes), held),
+        (f"{counts['held']}", f"entries, for {counts['seen']} frames seen; {counts['dropped']} dropped"),
+        (timecode(last), f"of video watched, {_rate(memory)}"),
+        (f"{work:.2f} ms", f"of memory work a frame, beside {encode:.0f} ms of encoding"),
+    ]
+    tiers, partly = _sheet(memory)
+    return {
+        "title": f"What {format_bytes(budget).replace('.0 ', ' ')} remembers of {video}",
+        "facts": facts,
+        "timeline": {"light": _uri(light, "png"), "dark": _uri(dark, "png")},
+        "questions": [_question(question) for question in report.questions],
+        "tiers": tiers,
+        "thumbnails": None if memory.thumbnails is None else format_bytes(memory.thumbnails.nbytes),
+        "most_shown": _SHOWN if partly else None,
+        "encoder": memory.encoder.name,
+        "latency": _latency(memory, report.watched),
+    }
+
+
+def _rate(memory: MemoryStream) -> str:
+    fps = memory.facts.get("fps")
+    return "every frame" if fps is None else f"{fps:g} frame{'s' if fps != 1 else ''} a second"
+
+
+def _question(question: Question) -> dict[str, Any]:
+    return {
+        "text": question.text,
+        "image": None if question.image is None else _uri(jpeg(question.image, 320, 82), "jpeg"),
+        "truth": None if question.truth is None else timecode(question.truth),
+        "answers": [
+            {
+                "time": timecode(answer.time),
+                "span": span_text(answer),
+                "score": f"{answer.score:.2f}",
+                "tier": answer.level + 1,
+                "concepts": concepts_text(answer),
+                "picture": answer.thumbnail and _uri(answer.thumbnail, "jpeg"),
+            }
+            for answer in question.answers
+        ],
+    }
+
+
+def _sheet(memory: MemoryStream) -> tuple[list[dict[str, Any]], bool]:
+    """Thumbnails by tier, and whether some were left out."""
+    entries, grids, tiers, partly = memory.entries, memory.bank.layout.grids, [], False
+    for tier, (h, w) in enumerate(grids):
+        there = torch.nonzero(entries.level == memory.bank.levels[tier]).flatten().tolist()
+        step = -(-len(there) // _SHOWN) or 1
+        partly |= step > 1
+        shown = [
+            {"time": timecode(float(entries.time[i])), "picture": data and _uri(data, "jpeg")}
+            for i in there[::step]
+            for data in (memory.thumbnail(entries, i),)
+        ]
+        count = f"{len(there)} entr{'y' if len(there) == 1 else 'ies'} of {h}×{w} tokens"
+        tiers.append(
+            {
+                "name": f"Tier {tier + 1}" if len(grids) > 1 else "Entries",
+                "text": count,
+                "colour": tier % len(LIGHT.tiers) + 1,
+                "width": _WIDTHS[min(tier, len(_WIDTHS) - 1)],
+                "entries": shown,
+            }
+        )
+    return tiers, partly
+
+
+def _latency(memory: MemoryStream, watched: Watched | None) -> list[dict[str, Any]]:
+    latency = memory.latency
+    parts = [] if watched is None else [("decoding", watched.decode, "var(--line)")]
+    parts += [
+        ("encoding", latency.encode, "var(--tier3)"),
+        ("memory", latency.memory, "var(--tier1)"),
+        ("thumbnails", latency.thumbnails, "var(--tier2)"),
+    ]
+    whole = sum(seconds for _, seconds, _ in parts) or 1.0
+    return [
+        {
+            "name": name,
+            "ms": f"{1e3 * seconds / latency.frames:.2f}",
+            "share": f"{seconds / whole:.5f}",
+            "percent": f"{100 * seconds / whole:.2f}",
+            "colour": colour,
+        }
+        for name, seconds, colour in parts
+    ]
+
+
+def _score_parts(scores: Scores, pictures: dict[str, bytes]) -> dict[str, Any]:
+    unbounded = scores.by_entries[0][0]
+    light, dark = (draw_curve(scores.by_bytes, unbounded, palette) for palette in (LIGHT, DARK))
+    pictures["localisation.png"] = light
+    captions = [f"{group[0].held} entries each" for group in scores.by_entries]
+    captions[0] = "A memory without bounds"
+    captions += [f"{budget.replace('MiB', ' MiB')} each" for budget in scores.budgets]
+    groups = [*scores.by_entries, *scores.by_bytes]
+    return {
+        "curve": {"light": _uri(light, "png"), "dark": _uri(dark, "png")},
+        "tables": [table_of(caption, group) for caption, group in zip(captions, groups, strict=True)],
+        "asked": groups[0][0].asked,
+        "tolerance": f"{TOLERANCE:g}",
+        "longest": f"{LONGEST_SPAN:g}",
+        "calibration": f"{CALIBRATION:g}",
+    }
+
+
+def _footer(report: Report) -> list[str]:
+    threads = torch.get_num_threads()
+    lines = [
+        f"vmemory {vmemory.__version__}, torch {torch.__version__}, {threads} thread{'s' if threads != 1 else ''}, "
+        f"{torch.backends.cpu.get_cpu_capability()}"
+    ]
+    attribution = report.attribution or (report.memory and report.memory.facts.get("attribution"))
+    return [attribution, *lines] if attribution else lines
+
+
+def _uri(data: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

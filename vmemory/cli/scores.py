@@ -1,0 +1,82 @@
+"""Trailer localisation as tables, in the terminal and in the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from vmemory.banks import format_bytes
+from vmemory.cli.curve import label
+from vmemory.eval.features import Features
+from vmemory.eval.trailer import (
+    BUDGETS,
+    ENTRIES,
+    LONGEST_SPAN,
+    TOLERANCE,
+    Score,
+    by_bytes,
+    by_entries,
+    trailer_queries,
+)
+
+
+class Scores(NamedTuple):
+    """Groups of scores at equal entries, after the unbounded memory, and at equal bytes."""
+
+    by_entries: list[list[Score]]
+    by_bytes: list[list[Score]]
+    budgets: Sequence[str]
+
+
+def measure(film: Features, trailer: Features) -> Scores:
+    """Every memory at every size."""
+    queries = trailer_queries(trailer)
+    return Scores(by_entries(film, queries, ENTRIES), by_bytes(film, queries, BUDGETS), BUDGETS)
+
+
+def table_of(caption: str, group: Sequence[Score]) -> dict[str, Any]:
+    """One group as text, as the page's template takes it."""
+    most = max(score.hits for score in group)
+    return {
+        "caption": caption,
+        "asked": group[0].asked,
+        "rows": [
+            {
+                "name": label(score),
+                "entries": score.held,
+                "nbytes": format_bytes(score.nbytes),
+                "hits": score.hits,
+                "share": f"{80 * score.hits / score.asked:.1f}",
+                "exact": score.exact,
+                "error": f"{score.error:.2f} s" if score.error < 10 else f"{score.error:.0f} s",
+                "push": f"{score.push:.0f} µs",
+                "best": score.hits == most and len(group) > 1,
+            }
+            for score in group
+        ],
+    }
+
+
+def print_scores(console: Console, scores: Scores) -> None:
+    """One table for equal entries and one for equal bytes."""
+    asked = scores.by_entries[0][0].asked
+    for title, groups in (("equal entries", scores.by_entries), ("equal bytes", scores.by_bytes)):
+        title = f"[bold]{asked} trailer frames looked up in the film, {title}[/bold]"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+        for name in ("memory", "entries", "bytes", "found", "exactly", "error", "push"):
+            table.add_column(name, justify="left" if name == "memory" else "right", no_wrap=True)
+        for group in groups:
+            for row in table_of("", group)["rows"]:
+                cells = (str(row[key]) for key in ("name", "entries", "nbytes", "hits", "exact", "error", "push"))
+                table.add_row(*cells, style="bold" if row["best"] else "")
+            table.add_row()
+        console.print(table)
+    console.print(
+        f"found: within {TOLERANCE:g} s, or inside a merged span of at most {LONGEST_SPAN:g} s; exactly: the span's length "
+        "counts as error; error: median; push: median of one frame",
+        style="dim",
+        highlight=False,
+    )

@@ -1,0 +1,88 @@
+"""`vmemory stream`: watch a video, keep a bounded memory, answer questions from it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vmemory.banks import format_bytes
+from vmemory.cli.common import answer_all, check_writable, make_bank, make_encoder, print_answers, read_image, timecode
+from vmemory.cli.errors import UserError, one_line, user_input
+from vmemory.cli.report import Report, write_report
+from vmemory.cli.watch import Watched, watch
+from vmemory.stream import FrameSource
+from vmemory.stream.memory_stream import MemoryStream, calibrate
+
+
+def stream(
+    video: Annotated[Path, typer.Argument(help="A video file, or a directory of pictures.")],
+    bank: Annotated[str, typer.Option(help="hierarchical, merging, uniform or recent.")] = "hierarchical",
+    rule: Annotated[
+        str | None, typer.Option(help="Of the hierarchical bank: paper, videochat-online or all-pairs.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Hard bound on the memory's bytes.  [default: 64MiB]")] = None,
+    entries: Annotated[int | None, typer.Option(help="Entries to hold, instead of a budget.")] = None,
+    fps: Annotated[float, typer.Option(help="Frames a second to look at.")] = 1.0,
+    ask: Annotated[list[str], typer.Option(help="A sentence to look for; may be repeated.")] = [],  # noqa: B006
+    image: Annotated[list[Path], typer.Option(help="A picture to look for; may be repeated.")] = [],  # noqa: B006
+    k: Annotated[int, typer.Option("-k", help="Answers a question.", min=1, max=100)] = 5,
+    out: Annotated[Path | None, typer.Option(help="Directory for report.html and timeline.png.")] = None,
+    save: Annotated[Path | None, typer.Option(help="A .vmem file that `vmemory ask` reads.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the tokens held: float16 or float32.")] = "float16",
+    seconds: Annotated[
+        float, typer.Option("--calibrate", help="Seconds whose mean token is subtracted from all; 0 = none.", min=0)
+    ] = 60.0,
+) -> None:
+    """Watch a video through a bounded memory, and ask the memory about it."""
+    if out is not None:
+        check_writable(out, folder=True)
+    if save is not None:
+        check_writable(save, folder=False)
+    pictures = [(path.name, read_image(path)) for path in image]
+    with user_input():
+        FrameSource(video, fps)
+    encoder = make_encoder()
+    empty = make_bank(encoder, bank, rule, budget, entries, dtype)
+    source = FrameSource(video, fps, size=encoder.frame_size)
+    origin = None
+    if seconds > 0:
+        origin = calibrate(encoder, FrameSource(video, fps, stop=seconds, size=encoder.frame_size), encoder.batch_size)
+    memory = MemoryStream(encoder, empty, origin=origin, facts={"video": video.name, "fps": fps})
+
+    watched = watch(memory, source, batch=encoder.batch_size, duration=source.duration, name=video.name)
+    memory.facts["duration"] = source.duration
+    if memory.latency.frames == 0:
+        raise UserError(f"{video}: interrupted before the first frame")
+    if source.warning:
+        print(f"vmemory: warning: {one_line(source.warning)}", file=sys.stderr)
+    if save is not None:
+        memory.save(save)
+    console = Console()
+    console.print(summary(memory, watched), highlight=False)
+    console.print()
+    questions = answer_all(memory, ask, pictures, k)
+    print_answers(console, questions)
+    if out is not None:
+        page = write_report(out, Report(memory, questions, watched=watched, budget=budget, warning=source.warning))
+        console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    if watched.interrupted:
+        print(f"vmemory: interrupted after {memory.latency.frames} frames; kept what was seen", file=sys.stderr)
+        raise typer.Exit(130)
+
+
+def summary(memory: MemoryStream, watched: Watched) -> str:
+    """Two lines: what was seen and held, and where the time went."""
+    counts, latency = memory.bank.counts(), memory.latency
+    last = float(memory.history.time[-1])
+    return (
+        f"{counts['seen']} frames to {timecode(last)}, {counts['held']} entries held in "
+        f"{format_bytes(memory.bytes_in_use)} of {format_bytes(memory.bank.nbytes)}, {counts['dropped']} dropped\n"
+        f"a frame: decoding {1e3 * watched.decode / latency.frames:.1f} ms, "
+        f"encoding {1e3 * latency.encode / latency.frames:.1f} ms, "
+        f"memory {1e3 * latency.memory / latency.frames:.2f} ms, "
+        f"thumbnails {1e3 * latency.thumbnails / latency.frames:.2f} ms"
+    )

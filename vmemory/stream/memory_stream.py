@@ -1,0 +1,324 @@
+"""A video watched through a bounded memory: frames go in, questions come back as moments."""
+
+from __future__ import annotations
+
+import time as clock
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vmemory.banks import Bank, BankFileError, load
+from vmemory.banks.tokens import Entries
+from vmemory.ops.similarity_topk import MAX_K
+from vmemory.reference.bank_layout import FIRST, FRAME, LAST, LENGTH, SEEN, TIME
+from vmemory.stream.search import Found, centred_search, spread
+from vmemory.stream.source import Frame
+from vmemory.stream.thumbnails import Thumbnails
+from vmemory.stream.trace import Trace
+
+
+class Encoder(Protocol):
+    """What a memory stream needs of an encoder; `vmemory.encoders.FrameEncoder` is one."""
+
+    name: str
+
+    def encode(self, frames: Sequence[np.ndarray]) -> Tensor:
+        """Tokens `[B, H, W, D]` float32 of uint8 RGB frames `[h, w, 3]`."""
+        ...
+
+    def joint(self, tokens: Tensor) -> Tensor:
+        """Unit vectors `[n, E]` of pooled tokens `[n, D]`, in the space of `text`."""
+        ...
+
+    def text(self, query: str) -> Tensor:
+        """Unit vector `[E]` of a sentence."""
+        ...
+
+    def concepts(self, pooled: Tensor, k: int) -> Sequence[Sequence[tuple[str, float]]]:
+        """The k likeliest names, with probabilities, of each row of `[n, D]`."""
+        ...
+
+
+class Answer(NamedTuple):
+    """A moment that a memory gives for a question, best first.
+
+    time, start, stop: seconds of the entry and of the span merged into it; score: cosine; level: tier; frame: number of
+    its (first) frame; thumbnail: JPEG or None; concepts: names of the nearest classes with probabilities.
+    """
+
+    time: float
+    start: float
+    stop: float
+    score: float
+    level: int
+    frame: int
+    thumbnail: bytes | None
+    concepts: tuple[tuple[str, float], ...]
+
+
+def calibrate(encoder: Encoder, frames: Iterable[Frame], batch: int = 8) -> Tensor:
+    """Mean token `[D]` float32 of some frames: an origin for `MemoryStream`.
+
+    What all frames of a video have in common makes every pair of them look alike, and a memory that merges or drops the
+    most similar neighbours then follows small differences in a large common part. Taken about the mean of the first
+    minute, differences count.
+
+    Raises:
+        ValueError: There is no frame.
+    """
+    total, count = torch.zeros(()), 0
+    waiting = iter(frames)
+    while images := [frame.image for frame in islice(waiting, batch)]:
+        total = total + encoder.encode(images).mean((1, 2)).sum(0)
+        count += len(images)
+    if count == 0:
+        raise ValueError("frames: expected at least one")
+    return total / count
+
+
+class History(NamedTuple):
+    """Where each frame of a stream is now, one row a frame; evenly thinned out after 65,536 frames.
+
+    frame `[n]` int64 number; time `[n]` seconds; entry `[n]` int64 index into `entries()`, −1 = no longer held; level
+    `[n]` int64 tier, −1 likewise; nbytes `[n]` bytes in use just after the frame came.
+    """
+
+    frame: np.ndarray
+    time: np.ndarray
+    entry: np.ndarray
+    level: np.ndarray
+    nbytes: np.ndarray
+
+
+class Latency(NamedTuple):
+    """Seconds spent so far: encoding frames, updating the memory, choosing and making thumbnails."""
+
+    frames: int
+    encode: float
+    memory: float
+    thumbnails: float
+
+
+_NUMBER, _TIME, _NBYTES = range(3)
+
+
+class MemoryStream:
+    """Encoder, memory and thumbnails of one video.
+
+    Args:
+        encoder: Turns frames into tokens, and sentences into vectors comparable with them.
+        bank: A memory of one stream for tokens of the encoder's shape; it must look at all channels.
+        thumbnails: Keep a small JPEG of the frames that the memory refers to.
+        origin: `[D]` float32 subtracted from every token on the way in, see `calibrate`; None = nothing.
+        facts: Plain values kept with the memory, for example the video's name.
+
+    Raises:
+        ValueError: The bank has several streams, or ignores channels; the origin does not fit.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        bank: Bank,
+        thumbnails: bool = True,
+        *,
+        origin: Tensor | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        if bank.streams != 1:
+            raise ValueError(f"bank: expected one stream, got {bank.streams}")
+        if bank.layout.key_dim != bank.layout.dim:
+            raise ValueError(f"bank: expected key_dim = dim = {bank.layout.dim}, got {bank.layout.key_dim}")
+        if origin is not None and origin.shape != (bank.layout.dim,):
+            raise ValueError(f"origin: expected shape [{bank.layout.dim}], got {list(origin.shape)}")
+        self.encoder, self.bank = encoder, bank
+        self.origin = None if origin is None else origin.float().cpu()
+        self.thumbnails = Thumbnails() if thumbnails else None
+        self.facts = dict(facts or {})
+        self.latency = Latency(0, 0.0, 0.0, 0.0)
+        self._trace = Trace(3)
+
+    def push(self, frames: Sequence[Frame]) -> None:
+        """Encode frames and take them in, oldest first, times continuing those before.
+
+        Raises:
+            ValueError: Times do not increase, or the tokens do not fit the bank; nothing has changed then.
+        """
+        if not frames:
+            return
+        number = int(self.bank.counter[0, SEEN])
+        images, times = [frame.image for frame in frames], [frame.time for frame in frames]
+        started = clock.perf_counter()
+        tokens = self.encoder.encode(images)
+        encoded = clock.perf_counter()
+        slots = self.bank.slots
+        if self.origin is not None:
+            tokens = tokens - self.origin
+        self.bank.push(
+            tokens.to(slots.device, slots.dtype), torch.tensor(times, dtype=torch.float64, device=slots.device)
+        )
+        if slots.is_cuda:
+            # the push only queues work: without this the time would count as the thumbnails'
+            torch.cuda.synchronize(slots.device)
+        pushed = clock.perf_counter()
+        nbytes = float(self.bytes_in_use)
+        numbers = range(number, number + len(frames))
+        for n, t in zip(numbers, times, strict=True):
+            self._trace.append(n, t, nbytes)
+        if self.thumbnails is not None:
+            self._keep_thumbnails(self.thumbnails, numbers, times, images)
+        seen, encode, memory, pictures = self.latency
+        self.latency = Latency(
+            seen + len(frames),
+            encode + encoded - started,
+            memory + pushed - encoded,
+            pictures + clock.perf_counter() - pushed,
+        )
+
+    def _keep_thumbnails(
+        self, thumbnails: Thumbnails, numbers: Sequence[int], times: Sequence[float], images: Sequence[np.ndarray]
+    ) -> None:
+        entry, seconds = self.bank.entry[0].cpu().numpy(), self.bank.clock[0, :, TIME].cpu().numpy()
+        held = entry[:, FRAME] >= 0
+        entry, seconds = entry[held], seconds[held]
+        order = entry[:, FRAME].argsort()
+        entry, seconds = entry[order], seconds[order]
+        thumbnails.update(numbers, times, images, entry[:, FIRST], entry[:, LAST], seconds)
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of the bank that entries occupy; it holds `bank.nbytes` from the start."""
+        bank, state = self.bank, self.bank.state
+        held = bank.counter[0, LENGTH:].tolist()
+        rows = sum(n * cells for n, cells in zip(held, bank.layout.cells, strict=True))
+        per_row = sum(t[0, :1].numel() * t.element_size() for t in (state.slots, state.mass))
+        slots = (state.descriptor, state.norm, state.entry, state.clock, state.order)
+        per_entry = sum(t[0, :1].numel() * t.element_size() for t in slots)
+        return rows * per_row + sum(held) * per_entry
+
+    @property
+    def entries(self) -> Entries:
+        """What is held, in stream order."""
+        return self.bank.entries()
+
+    # asking
+
+    def ask(self, text: str, k: int = 5, *, apart: float = 0.0) -> list[Answer]:
+        """The moments nearest to a sentence.
+
+        Each entry's mean token goes through the encoder's bridge to sentences; the cosine is taken about the mean of
+        the entries, and the sentence is compared as it is.
+
+        Args:
+            text: What to look for.
+            k: Answers at most, 1 to 1024.
+            apart: Seconds that answers keep from every better one.
+        """
+        entries = self.entries
+        if len(entries.frame) == 0:
+            return []
+        joint = self.encoder.joint(self.pooled(entries))
+        return self._answers(entries, self.encoder.text(text)[None], joint, k, apart, centre=False)
+
+    def find(self, image: np.ndarray, k: int = 5, *, apart: float = 0.0) -> list[Answer]:
+        """The moments most similar to a picture, uint8 RGB `[H, W, 3]`, by mean tokens about the entries' mean."""
+        entries = self.entries
+        if len(entries.frame) == 0:
+            return []
+        query = self.encoder.encode([image]).mean((1, 2))
+        return self._answers(entries, query, self.pooled(entries), k, apart, centre=True)
+
+    def pooled(self, entries: Entries) -> Tensor:
+        """Mean token of each entry as the encoder gave it, `[n, D]` float32 on the CPU."""
+        mean = entries.descriptor.float().cpu()
+        return mean if self.origin is None else mean + self.origin
+
+    def _answers(
+        self, entries: Entries, query: Tensor, keys: Tensor, k: int, apart: float, *, centre: bool
+    ) -> list[Answer]:
+        count = min(len(entries.frame), MAX_K) if apart > 0 else k
+        found = spread(centred_search(query, keys, count, centre_queries=centre), entries.time, k, apart)
+        return self.describe(entries, found)
+
+    def describe(self, entries: Entries, found: Found) -> list[Answer]:
+        """Answers out of one query's search results."""
+        chosen = found.entry[0]
+        concepts = self.encoder.concepts(self.pooled(entries)[chosen], 3) if len(chosen) else []
+        return [
+            Answer(
+                time=float(entries.time[i]),
+                start=float(entries.start[i]),
+                stop=float(entries.stop[i]),
+                score=score,
+                level=int(entries.level[i]),
+                frame=int(entries.frame[i]),
+                thumbnail=self.thumbnail(entries, i),
+                concepts=tuple((name, p) for name, p in names),
+            )
+            for i, score, names in zip(chosen.tolist(), found.values[0].tolist(), concepts, strict=True)
+        ]
+
+    def thumbnail(self, entries: Entries, i: int) -> bytes | None:
+        """The JPEG of an entry, None if none was kept."""
+        if self.thumbnails is None:
+            return None
+        return self.thumbnails.of(int(entries.first[i]), int(entries.last[i]))
+
+    @property
+    def history(self) -> History:
+        """Where each frame seen is now."""
+        entries, rows = self.entries, self._trace.rows
+        number = rows[:, _NUMBER].astype(np.int64)
+        first, last, level = (t.cpu().numpy() for t in (entries.first, entries.last, entries.level))
+        index = np.searchsorted(first, number, "right") - 1
+        inside = index >= 0
+        inside[inside] = number[inside] <= last[index[inside]]
+        index = np.where(inside, index, -1)
+        found = np.where(inside, level[index] if len(level) else -1, -1)
+        return History(number, rows[:, _TIME], index, found, rows[:, _NBYTES])
+
+    # keeping
+
+    def save(self, path: str | Path) -> None:
+        """Write memory, thumbnails, history and facts to a `.vmem` file that `load` reads without the video."""
+        extra = {"trace": torch.from_numpy(self._trace.rows)}
+        if self.origin is not None:
+            extra["origin"] = self.origin
+        if self.thumbnails is not None:
+            extra |= {f"thumbnails.{name}": t for name, t in self.thumbnails.tensors().items()}
+        notes = {
+            "encoder": self.encoder.name,
+            "facts": self.facts,
+            "latency": list(self.latency),
+            "trace": [self._trace.seen, self._trace.stride],
+        }
+        self.bank.save(path, extra=extra, notes=notes)
+
+    @classmethod
+    def load(cls, path: str | Path, encoder: Callable[[str], Encoder]) -> MemoryStream:
+        """The stream that `save` wrote; it can be asked, and go on.
+
+        Args:
+            encoder: Gives the encoder of the name that the file names.
+
+        Raises:
+            BankFileError: The file cannot be used, or holds a memory that no stream wrote; one line says why.
+        """
+        bank, file = load(path)
+        notes = file.notes
+        if not {"encoder", "facts", "latency", "trace"} <= notes.keys():
+            raise BankFileError(f"{path}: a memory without a video stream (written by Bank.save)")
+        pictures = {name.partition(".")[2]: t for name, t in file.extra.items() if name.startswith("thumbnails.")}
+        stream = cls(
+            encoder(notes["encoder"]), bank, bool(pictures), origin=file.extra.get("origin"), facts=notes["facts"]
+        )
+        if stream.thumbnails is not None:
+            stream.thumbnails.restore(pictures)
+        stream.latency = Latency(*notes["latency"])
+        stream._trace.restore(file.extra["trace"].numpy(), *notes["trace"])
+        return stream
