@@ -1,9 +1,8 @@
-// The k best of many scored rows, with one rule for ties: the larger score, of equals the lower index, NaN the largest.
+// The k best of many scored slots, the same whatever the order in which threads find them.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 namespace vmemory {
@@ -11,52 +10,65 @@ namespace vmemory {
 template <class A>
 struct Scored {
   A score;
-  int64_t index;
+  int64_t slot;
 };
 
+// the order of every choice by score: NaN first, then larger scores, equal ones by slot
 template <class A>
-inline bool better(const Scored<A>& a, const Scored<A>& b) {
-  const bool nan_a = a.score != a.score, nan_b = b.score != b.score;
-  if (nan_a || nan_b) return nan_a && (!nan_b || a.index < b.index);
-  return a.score > b.score || (a.score == b.score && a.index < b.index);
+inline bool ranks_before(const Scored<A>& a, const Scored<A>& b) {
+  const bool a_nan = a.score != a.score, b_nan = b.score != b.score;
+  if (a_nan || b_nan) return a_nan == b_nan ? a.slot < b.slot : a_nan;
+  return a.score == b.score ? a.slot < b.slot : a.score > b.score;
 }
 
-// a bounded heap with the worst kept row on top
+// Candidates gather behind the best k found so far and are sifted out together, so that a slot costs a comparison with
+// the k-th best score, and no more than a constant on average if it passes.
 template <class A>
 class TopK {
  public:
-  explicit TopK(int64_t k) : k_(k) { heap_.reserve(k); }
+  explicit TopK(int64_t k) : k_(k), capacity_(2 * k + 16) { held_.reserve(capacity_); }
 
-  bool full() const { return static_cast<int64_t>(heap_.size()) == k_; }
-  // a score below this cannot enter, whatever its index; one equal to it or NaN still has to ask
-  A threshold() const { return full() && k_ > 0 ? heap_.front().score : -std::numeric_limits<A>::infinity(); }
-
-  void offer(A score, int64_t index) {
-    const Scored<A> row{score, index};
-    if (!full()) {
-      heap_.push_back(row);
-      std::push_heap(heap_.begin(), heap_.end(), better<A>);
-    } else if (k_ > 0 && better(row, heap_.front())) {
-      std::pop_heap(heap_.begin(), heap_.end(), better<A>);
-      heap_.back() = row;
-      std::push_heap(heap_.begin(), heap_.end(), better<A>);
+  // scores of slots in ascending order, here and from call to call: a later slot with the k-th best score ranks behind
+  void add(const A* score, const int64_t* slot, int64_t n) {
+    constexpr int64_t kGroup = 64;
+    for (int64_t i = 0; i < n; i += kGroup) {
+      if (full_ && least_ != least_) return;
+      const int64_t end = std::min(n, i + kGroup);
+      int passing = !full_;
+      // a NaN passes
+      for (int64_t j = i; j < end; ++j) passing |= !(score[j] <= least_);
+      if (!passing) continue;
+      for (int64_t j = i; j < end; ++j)
+        if (!full_ || !(score[j] <= least_)) push({score[j], slot[j]});
     }
   }
 
-  void merge(const TopK& other) {
-    for (const Scored<A>& row : other.heap_) offer(row.score, row.index);
-  }
+  void add(const Scored<A>& item) { push(item); }
 
-  // best first
-  std::vector<Scored<A>> sorted() const {
-    std::vector<Scored<A>> rows = heap_;
-    std::sort(rows.begin(), rows.end(), better<A>);
-    return rows;
+  // the best min(k, added), best first
+  const std::vector<Scored<A>>& finish() {
+    if (static_cast<int64_t>(held_.size()) > k_) sift();
+    std::sort(held_.begin(), held_.end(), ranks_before<A>);
+    return held_;
   }
 
  private:
-  int64_t k_;
-  std::vector<Scored<A>> heap_;
+  void push(const Scored<A>& item) {
+    held_.push_back(item);
+    if (static_cast<int64_t>(held_.size()) == capacity_) sift();
+  }
+
+  void sift() {
+    std::nth_element(held_.begin(), held_.begin() + (k_ - 1), held_.end(), ranks_before<A>);
+    held_.resize(k_);
+    least_ = held_.back().score;
+    full_ = true;
+  }
+
+  int64_t k_, capacity_;
+  bool full_ = false;
+  A least_ = 0;
+  std::vector<Scored<A>> held_;
 };
 
 }  // namespace vmemory

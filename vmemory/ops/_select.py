@@ -42,6 +42,10 @@ class Backends:
     triton: bool = True
     native_dtypes: tuple[torch.dtype, ...] = _FLOATING
     triton_dtypes: tuple[torch.dtype, ...] = _FLOATING[1:]
+    cuda_dtypes: tuple[torch.dtype, ...] | None = None
+    """What the native CUDA kernel takes where that is not what the CPU kernel takes."""
+    passed_over: Callable[[str, torch.Tensor], str] = lambda impl, tensor: ""
+    """Why `"auto"` passes an implementation over for a tensor of this device and shape; empty where it does not."""
 
     def why_not(self, impl: str, device: str, dtype: torch.dtype) -> str:
         """Empty when `impl` can run on this device type and dtype, else the reason."""
@@ -52,7 +56,8 @@ class Backends:
                 return f"no native kernel for device type {device}"
             if not getattr(self, device):
                 return f"the op has no native {device.upper()} kernel"
-            if dtype not in self.native_dtypes:
+            taken = self.cuda_dtypes if device == "cuda" and self.cuda_dtypes else self.native_dtypes
+            if dtype not in taken:
                 return f"the native kernel does not take {dtype}"
             return STATUS.cpu_reason if device == "cpu" else STATUS.cuda_reason
         if not self.triton:
@@ -63,14 +68,20 @@ class Backends:
             return f"the Triton kernel does not take {dtype}"
         return "" if HAS_TRITON else "triton is not installed"
 
-    def best(self, device: str, dtype: torch.dtype) -> str:
-        """The implementation that `impl="auto"` takes."""
-        return next(impl for impl in IMPLEMENTATIONS if not self.why_not(impl, device, dtype))
+    def why_not_auto(self, impl: str, tensor: torch.Tensor) -> str:
+        """Empty when `impl="auto"` may take `impl` for this tensor, else the reason."""
+        return self.why_not(impl, tensor.device.type, tensor.dtype) or self.passed_over(impl, tensor)
+
+    def best(self, tensor: torch.Tensor) -> str:
+        """What `impl="auto"` takes: an implementation that is passed over still comes before the reference."""
+        able = [impl for impl in IMPLEMENTATIONS if not self.why_not(impl, tensor.device.type, tensor.dtype)]
+        fit = [impl for impl in able if not self.passed_over(impl, tensor)]
+        return able[0] if fit == ["reference"] else fit[0]
 
     def pick(self, tensor: torch.Tensor, impl: Impl = "auto") -> str:
         """The implementation to run; raises RuntimeError when an explicitly named one cannot."""
         if impl == "auto":
-            return self.best(tensor.device.type, tensor.dtype)
+            return self.best(tensor)
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl: expected 'auto', 'native', 'triton' or 'reference', got {impl!r}")
         reason = self.why_not(impl, tensor.device.type, tensor.dtype)
@@ -84,7 +95,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
     Args:
         op: A public op, for example `vmemory.ops.grid_pool`.
-        args, kwargs: The arguments of the call; only the first tensor's device and dtype matter.
+        args, kwargs: The arguments of the call; only the first tensor's device, dtype and shape matter.
 
     Raises:
         TypeError: `op` is not one of vmemory's ops, or no argument is a tensor.
@@ -95,10 +106,9 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
     if tensor is None:
         raise TypeError("args: expected at least one tensor to decide by, got none")
-    device, dtype = tensor.device.type, tensor.dtype
-    chosen = backends.best(device, dtype)
+    chosen = backends.best(tensor)
     rejected = {
-        impl: backends.why_not(impl, device, dtype) or f"{chosen} is preferred on {device}"
+        impl: backends.why_not_auto(impl, tensor) or f"{chosen} is preferred on {tensor.device.type}"
         for impl in IMPLEMENTATIONS
         if impl != chosen
     }

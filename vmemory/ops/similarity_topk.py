@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from vmemory.ops._checks import (
@@ -21,8 +23,24 @@ from vmemory.ops._registry import Op
 from vmemory.ops._select import Backends, Impl, with_backends
 from vmemory.reference import similarity_topk as _reference
 
-_BACKENDS = Backends("similarity_topk", triton=False)
 MAX_K = 1024
+_NATIVE_CUDA_QUERIES = 16
+
+
+def _passed_over(impl: str, query: Tensor) -> str:
+    """On a GPU the native kernel reads the memory once for few queries; more of them are worth a matrix product."""
+    if impl == "native" and query.is_cuda and query.shape[1] > _NATIVE_CUDA_QUERIES:
+        return f"the native kernel is for at most {_NATIVE_CUDA_QUERIES} queries on a GPU"
+    return ""
+
+
+_BACKENDS = Backends(
+    "similarity_topk",
+    cuda=True,
+    cuda_dtypes=(torch.float32, torch.float16, torch.bfloat16),
+    passed_over=_passed_over,
+)
+_BACKWARD = Backends("similarity_topk_backward")
 
 
 class TopK(NamedTuple):
@@ -44,9 +62,18 @@ def _fake(
 
 
 def _fake_backward(
-    grad: Tensor, values: Tensor, indices: Tensor, query: Tensor, memory: Tensor, metric: str
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    query: Tensor,
+    memory: Tensor,
+    scale: Tensor | None,
+    metric: str,
+    for_query: bool,
+    for_memory: bool,
 ) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape), memory.new_empty(memory.shape)
+    to_query = query.new_empty(query.shape if for_query else (0,))
+    return to_query, query.new_empty(memory.shape if for_memory else (0,))
 
 
 _forward = Op(
@@ -54,14 +81,16 @@ _forward = Op(
     "(Tensor query, Tensor memory, Tensor? count, Tensor? where, Tensor? scale, int k, str metric) -> (Tensor, Tensor)",
     _fake,
 )
+# a gradient that is not asked for comes back as an empty tensor
 _backward = Op(
     "similarity_topk_backward",
-    "(Tensor grad, Tensor values, Tensor indices, Tensor query, Tensor memory, str metric) -> (Tensor, Tensor)",
+    "(Tensor grad, Tensor values, Tensor indices, Tensor query, Tensor memory, Tensor? scale, str metric,"
+    " bool for_query, bool for_memory) -> (Tensor, Tensor)",
     _fake_backward,
 )
 
 
-class _SimilarityTopK(torch.autograd.Function):
+class _SimilarityTopK(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -69,22 +98,27 @@ class _SimilarityTopK(torch.autograd.Function):
         memory: Tensor,
         count: Tensor | None,
         where: Tensor | None,
+        scale: Tensor | None,
         k: int,
         metric: str,
-        picked: str,
+        impl: str,
     ) -> tuple[Tensor, Tensor]:
-        values, indices = _forward(picked, query, memory, count, where, None, k, metric)
-        ctx.save_for_backward(values, indices, query, memory)
-        ctx.metric, ctx.picked = metric, picked
+        values, indices = _forward(impl, query, memory, count, where, scale, k, metric)
+        ctx.save_for_backward(values, indices, query, memory, scale)
+        ctx.metric = metric
         ctx.mark_non_differentiable(indices)
         return values, indices
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        values, indices, query, memory = ctx.saved_tensors
-        to_query, to_memory = _backward(ctx.picked, grad, values, indices, query, memory, ctx.metric)
-        return to_query, to_memory, None, None, None, None, None
+        values, indices, query, memory, scale = ctx.saved_tensors
+        for_query, for_memory = ctx.needs_input_grad[:2]
+        arguments = grad, values, indices, query, memory, scale, ctx.metric, for_query, for_memory
+        picked = _BACKWARD.pick(query)
+        run = _reference.similarity_topk_backward if picked == "reference" else partial(_backward, picked)
+        to_query, to_memory = run(*arguments)
+        return to_query if for_query else None, to_memory if for_memory else None, *(None,) * 6
 
 
 @with_backends(_BACKENDS)
@@ -94,33 +128,35 @@ def similarity_topk(
     k: int,
     *,
     count: Tensor | None = None,
-    metric: str = "cosine",
+    metric: Literal["cosine", "dot"] = "cosine",
     where: Tensor | None = None,
     scale: Tensor | None = None,
     impl: Impl = "auto",
 ) -> TopK:
-    """Find the k slots most similar to each query by an exact scan that never stores the score matrix.
-
-    Scores are summed in float32 (float64 for float64), in one order for every row: equal rows score equally wherever
-    they lie, and of equal scores the lower slot comes first. A NaN score sorts as the largest.
+    """Find the k slots of a memory most similar to each query, by an exact search that stores no score matrix.
 
     Args:
-        query: `[S, Q, D]`, float64, float32, float16 or bfloat16.
-        memory: `[S, M, D]`, the dtype of `query`, or int8 with `scale`; the device of `query`.
+        query: `[S, Q, D]`, float64, float32, float16 or bfloat16, any strides; S, Q, M and D may be 0.
+        memory: `[S, M, D]`, fewer than 2³¹ slots, the dtype of `query`, or int8 with `scale`; the device of `query`.
         k: Slots per query, 1 to 1024; may exceed M.
         count: `[S]` int64 on the device: items ever written; only the first `min(count, M)` slots are searched.
-        metric: `"cosine"`, dot / (max(‖a‖, 1e-8) · max(‖b‖, 1e-8)), or `"dot"`.
-        where: `[S, M]` bool, True = searchable.
-        scale: `[S, M]` float32, row = int8 values · scale.
-        impl: Which implementation to run.
+        metric: `"cosine"`: dot / (max(|a|, 1e-8) · max(|b|, 1e-8)); `"dot"`: the dot product.
+        where: `[S, M]` bool, True = searchable. Together with `count` a slot has to pass both.
+        scale: `[S, M]` float32: a row is its int8 values times its scale.
+        impl: Which implementation to run; `"auto"` picks by device, dtype and, on a GPU, the number of queries.
 
     Returns:
-        `TopK(values, indices)`. Values are float32 (float64 for float64). Gradients reach `query` and `memory` through
-        the values; not with int8.
+        `TopK(values [S, Q, k], indices [S, Q, k])`, best first; values float32 (float64 for a float64 query), indices
+        int64. Of equal scores the lower slot comes first, and a NaN score is the largest, as in `torch.topk`. Places
+        for which no slot is left hold −inf and −1. Scores are summed in float32 or better, for every row in the same
+        order: equal rows score equally to the bit wherever they lie. On the CPU that order does not depend on the
+        number of queries either. What slots hold that are not searched has no influence.
+        Gradients reach `query` and a floating `memory` through the values, once; none reaches `scale`.
 
     Raises:
         TypeError: An argument is of the wrong kind.
         ValueError: Shapes, dtypes or devices do not fit, or k is out of range.
+        RuntimeError: `impl` names an implementation that cannot run here.
     """
     check_tensor("query", query, "[S, Q, D]")
     check_tensor("memory", memory, "[S, M, D]")
@@ -128,6 +164,8 @@ def similarity_topk(
     check_int("k", k, low=1, high=MAX_K)
     check_choice("metric", metric, ("cosine", "dot"))
     S, M, D = memory.shape
+    if M >= 2**31:
+        raise ValueError(f"memory: expected fewer than 2**31 slots [S, M, D], got shape {shape_of(memory)}")
     if query.shape[0] != S or query.shape[2] != D:
         raise ValueError(f"query: expected [{S}, Q, {D}] to fit memory {shape_of(memory)}, got shape {shape_of(query)}")
     if (memory.dtype == torch.int8) != (scale is not None):
@@ -151,6 +189,6 @@ def similarity_topk(
     picked = _BACKENDS.pick(query, impl)
     if picked == "reference":
         return TopK(*_reference.similarity_topk(query, memory, k, count, where, metric, scale))
-    if scale is None and torch.is_grad_enabled() and (query.requires_grad or memory.requires_grad):
-        return TopK(*_SimilarityTopK.apply(query, memory, count, where, k, metric, picked))
+    if torch.is_grad_enabled() and (query.requires_grad or memory.requires_grad):
+        return TopK(*_SimilarityTopK.apply(query, memory, count, where, scale, k, metric, picked))
     return TopK(*_forward(picked, query, memory, count, where, scale, k, metric))

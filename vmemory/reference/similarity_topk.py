@@ -8,6 +8,11 @@ from torch import Tensor
 _EPS = 1e-8
 
 
+def _rows(memory: Tensor, scale: Tensor | None, wide: torch.dtype) -> Tensor:
+    rows = memory.to(wide)
+    return rows if scale is None else rows * scale[..., None].to(wide)
+
+
 def similarity_topk(
     query: Tensor,
     memory: Tensor,
@@ -19,24 +24,22 @@ def similarity_topk(
 ) -> tuple[Tensor, Tensor]:
     """`query [S, Q, D]` against `memory [S, M, D]`: values and indices `[S, Q, k]`, best first, lower index first.
 
-    A NaN score is the largest of all. Places that cannot be filled are −inf / −1.
+    A NaN score is the largest of all. Places that cannot be filled are −inf / −1. Slots that are not searched may hold
+    anything, NaN included.
     """
     S, Q, _ = query.shape
     M = memory.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
-    q, m = query.to(wide), memory.to(wide)
-    if scale is not None:
-        m = m * scale[..., None].to(wide)
-    # one multiply and one sum a row, not a matrix product: equal rows get equal scores wherever they lie
-    scores = torch.stack([(q[:, i, None] * m).sum(-1) for i in range(Q)], 1) if Q else q.new_zeros(S, 0, M)
-    if metric == "cosine":
-        norms = q.norm(dim=-1).clamp_min(_EPS)[..., None] * m.norm(dim=-1).clamp_min(_EPS)[:, None]
-        scores = scores / norms
     valid = torch.ones(S, M, dtype=torch.bool, device=query.device)
     if count is not None:
         valid &= torch.arange(M, device=query.device) < count[:, None]
     if where is not None:
         valid &= where
+    q, m = query.to(wide), torch.where(valid[..., None], _rows(memory, scale, wide), 0)
+    # one multiply and one sum a row, not a matrix product: equal rows get equal scores wherever they lie
+    scores = torch.stack([(q[:, i, None] * m).sum(-1) for i in range(Q)], 1) if Q else q.new_zeros(S, 0, M)
+    if metric == "cosine":
+        scores = scores / (q.norm(dim=-1).clamp_min(_EPS)[..., None] * m.norm(dim=-1).clamp_min(_EPS)[:, None])
     valid = valid[:, None].expand(S, Q, M)
     values, index = torch.where(valid, scores, -torch.inf).sort(dim=-1, descending=True, stable=True)
     # a searched slot may score −inf itself: it still comes before those that were not searched
@@ -49,3 +52,43 @@ def similarity_topk(
         values = torch.cat([values, values.new_full((S, Q, missing), -torch.inf)], -1)
         index = torch.cat([index, index.new_full((S, Q, missing), -1)], -1)
     return values, index
+
+
+def similarity_topk_backward(
+    grad: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    query: Tensor,
+    memory: Tensor,
+    scale: Tensor | None,
+    metric: str,
+    for_query: bool,
+    for_memory: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the values `[S, Q, k]` with respect to query and memory; empty where not asked for.
+
+    d cos / d a = b / (|a| |b|) − cos · a / |a|², without the second term where |a| is clamped: there it is a constant.
+    """
+    S, Q, _ = indices.shape
+    q, there, slot = query.to(values.dtype), indices >= 0, indices.clamp_min(0).flatten(1)[..., None]
+    slot = slot.expand(-1, -1, memory.shape[2])
+    found = _rows(memory, scale, values.dtype).gather(1, slot) if memory.shape[1] else q.new_zeros(slot.shape)
+    rows = found.unflatten(1, (Q, -1)) if Q else found.reshape(S, Q, *indices.shape[2:], -1)
+    across = torch.where(there, grad, 0)
+    into_query, into_rows = torch.zeros_like(across[..., :1]), torch.zeros_like(across)
+    if metric == "cosine":
+        query_norm, row_norm = q.norm(dim=-1)[..., None], rows.norm(dim=-1)
+        a, b = query_norm.clamp_min(_EPS), row_norm.clamp_min(_EPS)
+        along = torch.where(there, grad * values, 0)
+        into_query = torch.where(query_norm < _EPS, 0, (along / (a * a)).sum(-1, keepdim=True))
+        into_rows = torch.where(row_norm < _EPS, 0, along / (b * b))
+        across = across / (a * b)
+    to_query = to_memory = query.new_empty(0)
+    if for_query:
+        to_query = ((across[..., None] * rows).sum(2) - into_query * q).to(query.dtype)
+    if for_memory:
+        share = torch.where(there[..., None], across[..., None] * q[:, :, None] - into_rows[..., None] * rows, 0)
+        to_memory = values.new_zeros(memory.shape)
+        if memory.shape[1]:
+            to_memory = to_memory.scatter_add(1, slot, share.flatten(1, 2))
+    return to_query, to_memory.to(query.dtype)

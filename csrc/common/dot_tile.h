@@ -1,0 +1,158 @@
+// Dot products of four rows with a few queries at a time. Every product is summed in one order (a chain per lane, then
+// the lanes in pairs), whatever the row's address and however many queries there are.
+#pragma once
+
+#include <utility>
+
+#include "common/vec.h"
+
+namespace vmemory {
+
+constexpr int kTileRows = 4;
+constexpr int kTileQueries = 6;
+
+inline vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vec<float>>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+#else
+  return a * b + c;
+#endif
+}
+inline vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) { return a * b + c; }
+
+// kLanes<A> elements of a row in the accumulation type; int8 beside the types of load()
+template <class A, class T>
+inline vec<A> load_row(const T* p) {
+  if constexpr (std::is_same_v<T, int8_t>) {
+#if defined(__AVX512F__)
+    // GCC widens bytes one by one otherwise
+    if constexpr (std::is_same_v<A, float>) {
+      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      return reinterpret_cast<vec<A>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw)));
+    }
+#endif
+    typedef int8_t bytes __attribute__((vector_size(kLanes<A>)));
+    bytes raw;
+    std::memcpy(&raw, p, sizeof raw);
+    return __builtin_convertvector(raw, vec<A>);
+  } else {
+    return load(p);
+  }
+}
+
+// the last n of a row, at most kLanes<A>, the missing lanes zero
+template <class A, class T>
+inline vec<A> load_row(const T* p, int64_t n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  // a call to memcpy here would keep every sum of the caller's loop out of registers
+  const auto mask = static_cast<uint16_t>((1u << n) - 1);
+  if constexpr (std::is_same_v<T, float>) return reinterpret_cast<vec<A>>(_mm512_maskz_loadu_ps(mask, p));
+  if constexpr (std::is_same_v<T, int8_t>) {
+    const __m128i raw = _mm_maskz_loadu_epi8(mask, p);
+    return load_row<A>(reinterpret_cast<const T*>(&raw));
+  }
+  if constexpr (sizeof(T) == 2) {
+    const __m256i raw = _mm256_maskz_loadu_epi16(mask, p);
+    return load_row<A>(reinterpret_cast<const T*>(&raw));
+  }
+#endif
+  T padded[kLanes<A>] = {};
+  std::memcpy(padded, p, n * sizeof(T));
+  return load_row<A>(padded);
+}
+
+// lanes in pairs, half the width at a time, as in sum()
+inline void sum_four(vec<double> a, vec<double> b, vec<double> c, vec<double> d, double* out) {
+  const double sums[] = {sum<double>(a), sum<double>(b), sum<double>(c), sum<double>(d)};
+  std::memcpy(out, sums, sizeof sums);
+}
+
+typedef float quarter __attribute__((vector_size(16)));
+
+inline quarter fold(vec<float> x) {
+  typedef float half __attribute__((vector_size(32)));
+  const half h = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                 __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+}
+
+inline void sum_four(vec<float> a, vec<float> b, vec<float> c, vec<float> d, float* out) {
+  const quarter p = fold(a), q = fold(b), r = fold(c), s = fold(d);
+  const quarter pq = __builtin_shufflevector(p, q, 0, 1, 4, 5) + __builtin_shufflevector(p, q, 2, 3, 6, 7);
+  const quarter rs = __builtin_shufflevector(r, s, 0, 1, 4, 5) + __builtin_shufflevector(r, s, 2, 3, 6, 7);
+  const quarter sums = __builtin_shufflevector(pq, rs, 0, 2, 4, 6) + __builtin_shufflevector(pq, rs, 1, 3, 5, 7);
+  std::memcpy(out, &sums, sizeof sums);
+}
+
+// What a tile reads ahead for a later one: lines of its own rows' successors, `distance` elements on, first to last
+// row.
+struct Ahead {
+  int64_t distance;
+  int first, last;
+};
+
+// f(0) ... f(N - 1) written out: indices known early keep arrays of vectors in registers
+template <int... I, class F>
+__attribute__((always_inline)) inline void unrolled(std::integer_sequence<int, I...>, const F& f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+__attribute__((always_inline)) inline void unrolled(const F& f) {
+  unrolled(std::make_integer_sequence<int, N>{}, f);
+}
+
+// dots[j * stride + r] = row r . query j, squares[r] = row r . row r. The queries are interleaved, kLanes of each in
+// turn, and padded with zeros: one stream instead of Q keeps them from falling into one cache set.
+template <int Q, bool kSquares, class A, class T>
+void dot_tile(const T* const* row, const A* query, int64_t D, const Ahead& ahead, A* dots, int64_t stride, A* squares) {
+  constexpr int64_t L = kLanes<A>;
+  constexpr int R = kTileRows;
+  vec<A> dot[Q * R], square[R];
+  unrolled<Q * R>([&](auto i) __attribute__((always_inline)) { dot[i] = vec<A>{}; });
+  unrolled<R>([&](auto i) __attribute__((always_inline)) { square[i] = vec<A>{}; });
+  const T* const r[R] = {row[0], row[1], row[2], row[3]};
+  const auto step = [&](const vec<A>* x) __attribute__((always_inline)) {
+    if constexpr (kSquares)
+      unrolled<R>([&](auto i) __attribute__((always_inline)) { square[i] = multiply_add(x[i], x[i], square[i]); });
+    unrolled<Q>([&](auto j) __attribute__((always_inline)) {
+      const vec<A> w = load(query + j * L);
+      unrolled<R>([&](auto i)
+                      __attribute__((always_inline)) { dot[j * R + i] = multiply_add(x[i], w, dot[j * R + i]); });
+    });
+    query += Q * L;
+  };
+  int64_t d = 0;
+  for (; d + L <= D; d += L) {
+    if (d % (64 / sizeof(T)) == 0)
+      for (int i = ahead.first; i < ahead.last; ++i) __builtin_prefetch(r[i] + d + ahead.distance, 0, 2);
+    const vec<A> x[R] = {load_row<A>(r[0] + d), load_row<A>(r[1] + d), load_row<A>(r[2] + d), load_row<A>(r[3] + d)};
+    step(x);
+  }
+  if (d < D) {
+    const int64_t n = D - d;
+    const vec<A> x[R] = {load_row<A>(r[0] + d, n), load_row<A>(r[1] + d, n), load_row<A>(r[2] + d, n),
+                         load_row<A>(r[3] + d, n)};
+    step(x);
+  }
+  unrolled<Q>([&](auto j) __attribute__((always_inline)) {
+    sum_four(dot[j * R], dot[j * R + 1], dot[j * R + 2], dot[j * R + 3], dots + j * stride);
+  });
+  if constexpr (kSquares) sum_four(square[0], square[1], square[2], square[3], squares);
+}
+
+template <class A, class T>
+using DotTile = void (*)(const T* const*, const A*, int64_t, const Ahead&, A*, int64_t, A*);
+
+// the tile of `queries` queries; with squares one fewer fits the registers
+template <class A, class T>
+DotTile<A, T> dot_tile_of(int queries, bool squares) {
+  static constexpr DotTile<A, T> plain[] = {dot_tile<1, false, A, T>, dot_tile<2, false, A, T>,
+                                            dot_tile<3, false, A, T>, dot_tile<4, false, A, T>,
+                                            dot_tile<5, false, A, T>, dot_tile<6, false, A, T>};
+  static constexpr DotTile<A, T> squared[] = {dot_tile<1, true, A, T>, dot_tile<2, true, A, T>, dot_tile<3, true, A, T>,
+                                              dot_tile<4, true, A, T>, dot_tile<5, true, A, T>};
+  return squares ? squared[queries - 1] : plain[queries - 1];
+}
+
+}  // namespace vmemory

@@ -1,0 +1,283 @@
+// One frame's tokens on the device: a block owns a slice of channels and reduces, copies and sums it.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstring>
+
+#include "common/bank.h"
+#include "common/vec.h"
+
+namespace vmemory::bank {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;  // a warp for each tier and for each descriptor of a slot
+constexpr int kSlice = kWarp;  // channels of a block: one a lane where descriptors are summed
+constexpr int kTile = 128;     // cells staged at a time
+constexpr int kTaps = 4;       // source cells of an output cell read at a time
+constexpr int kMaxAxes = 4 * kMaxTiers;
+static_assert(kThreads / kWarp >= kMaxTiers);
+
+__device__ inline float to_acc(bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+__device__ inline float to_acc(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ inline float to_acc(float x) { return x; }
+__device__ inline double to_acc(double x) { return x; }
+
+__device__ inline void from_acc(float x, bf16* to) { to->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+__device__ inline void from_acc(float x, f16* to) { to->bits = __half_as_ushort(__float2half_rn(x)); }
+__device__ inline void from_acc(float x, float* to) { *to = x; }
+__device__ inline void from_acc(double x, double* to) { *to = x; }
+
+template <class T, int V>
+struct Pack {
+  T x[V];
+};
+
+template <int V, class T>
+__device__ inline Pack<T, V> load_pack(const T* p) {
+  Pack<T, V> out;
+  if constexpr (V * sizeof(T) == sizeof(uint4)) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(p);
+    memcpy(&out, &raw, sizeof raw);
+  } else {
+    static_assert(V == 1);
+    out.x[0] = *p;
+  }
+  return out;
+}
+
+template <class T, int V>
+__device__ inline void store_pack(T* p, const Pack<T, V>& x) {
+  if constexpr (V * sizeof(T) == sizeof(uint4)) {
+    uint4 raw;
+    memcpy(&raw, &x, sizeof raw);
+    *reinterpret_cast<uint4*>(p) = raw;
+  } else {
+    *p = x.x[0];
+  }
+}
+
+// dense weights [m, n] of one axis in device memory
+struct AxisSpec {
+  int64_t weight;  // where they begin in the table
+  int n, m;
+  int span;  // where the spans of its rows begin in shared memory
+};
+
+// the axes that a launch reduces along
+struct AxisTable {
+  AxisSpec axis[kMaxAxes];
+  int count = 0, spans = 0;
+
+  int add(int64_t weight, int64_t n, int64_t m) {
+    axis[count] = {weight, static_cast<int>(n), static_cast<int>(m), spans};
+    spans += static_cast<int>(m);
+    return count++;
+  }
+};
+
+template <class A>
+struct Axis {
+  const A* weight;
+  const int2* span;  // begin and end of each row's nonzeros
+  int n, m;
+};
+
+template <class A>
+__device__ Axis<A> axis_of(const AxisTable& axes, int i, const A* table, const int2* spans) {
+  const AxisSpec& spec = axes.axis[i];
+  return {table + spec.weight, spans + spec.span, spec.n, spec.m};
+}
+
+// a warp an axis, a lane a row
+template <class A>
+__device__ void find_spans(const AxisTable& axes, const A* table, int2* spans) {
+  const int warps = blockDim.x / kWarp;
+  for (int a = threadIdx.x / kWarp; a < axes.count; a += warps) {
+    const AxisSpec& spec = axes.axis[a];
+    for (int i = threadIdx.x % kWarp; i < spec.m; i += kWarp) {
+      const A* row = table + spec.weight + static_cast<int64_t>(i) * spec.n;
+      int begin = spec.n, end = 0;
+      for (int k = 0; k < spec.n; ++k)
+        if (row[k] != A(0)) {
+          begin = begin < k ? begin : k;
+          end = k + 1;
+        }
+      spans[spec.span + i] = make_int2(begin, end);
+    }
+  }
+}
+
+// weight of each source cell of output cell (i, j): mass is float [n * n'], valid bool, either may be null
+template <class A>
+struct Window {
+  const Axis<A>&rows, &columns;
+  int i, j;
+  const float* mass;
+  const bool* valid;
+
+  // f(source cells, weights without and with masses), kTaps at a time in raster order; weight 0 = no cell
+  template <class F>
+  __device__ void each(const F& f) const {
+    const int2 ys = rows.span[i], xs = columns.span[j];
+    const int count = (ys.y - ys.x) * (xs.y - xs.x);
+    int y = ys.x, x = xs.x;
+    for (int t = 0; t < count; t += kTaps) {
+      int cell[kTaps];
+      A share[kTaps], weight[kTaps];
+#pragma unroll
+      for (int k = 0; k < kTaps; ++k) {
+        const bool in = t + k < count;
+        cell[k] = in ? y * columns.n + x : 0;
+        share[k] = in ? rows.weight[i * rows.n + y] * columns.weight[j * columns.n + x] : A(0);
+        if (++x == xs.y) x = xs.x, ++y;
+      }
+#pragma unroll
+      for (int k = 0; k < kTaps; ++k) {
+        weight[k] = share[k];
+        if (mass && share[k] != A(0)) weight[k] *= static_cast<A>(mass[cell[k]]);
+        if (valid && !valid[cell[k]]) weight[k] = A(0);
+      }
+      f(cell, share, weight);
+    }
+  }
+  __device__ A held() const {
+    A sum = 0;
+    each([&](const int*, const A*, const A* weight) {
+#pragma unroll
+      for (int k = 0; k < kTaps; ++k) sum += weight[k];
+    });
+    return sum;
+  }
+};
+
+// tokens [n, n', D] to [m, m', D], the block's slice of channels; cells without mass do not count
+template <int V, class T>
+__device__ void pool_slice(const T* in, const float* mass, const bool* valid, const Axis<acc_t<T>>& rows,
+                           const Axis<acc_t<T>>& columns, T* out, int64_t D, int64_t d0) {
+  using A = acc_t<T>;
+  constexpr int lanes = kSlice / V;
+  const int64_t d = d0 + threadIdx.x % lanes * V;
+  if (d >= D) return;
+  const int cells = rows.m * columns.m;
+  for (int cell = threadIdx.x / lanes; cell < cells; cell += kThreads / lanes) {
+    const Window<A> window{rows, columns, cell / columns.m, cell % columns.m, mass, valid};
+    A held = 0, sum[V] = {};
+    window.each([&](const int* from, const A* share, const A* weight) {
+      // loads wait for the weights alone, not for the masses
+      Pack<T, V> x[kTaps] = {};
+#pragma unroll
+      for (int k = 0; k < kTaps; ++k)
+        if (share[k] != A(0)) x[k] = load_pack<V>(in + from[k] * D + d);
+#pragma unroll
+      for (int k = 0; k < kTaps; ++k) {
+        held += weight[k];
+#pragma unroll
+        for (int v = 0; v < V; ++v) sum[v] += weight[k] == A(0) ? A(0) : to_acc(x[k].x[v]) * weight[k];
+      }
+    });
+    Pack<T, V> result;
+#pragma unroll
+    for (int v = 0; v < V; ++v) from_acc(held == A(1) || held == A(0) ? sum[v] : sum[v] / held, &result.x[v]);
+    store_pack(out + cell * D + d, result);
+  }
+}
+
+// x = wa * x + (1 - wa) * y for each token, wa its share of the two masses
+template <int V, class T>
+__device__ void merge_slice(T* x, const T* y, const float* mass_x, const float* mass_y, int64_t cells, int64_t D,
+                            int64_t d0) {
+  using A = acc_t<T>;
+  constexpr int lanes = kSlice / V;
+  const int64_t d = d0 + threadIdx.x % lanes * V;
+  if (d >= D) return;
+  for (int64_t cell = threadIdx.x / lanes; cell < cells; cell += kThreads / lanes) {
+    const A mx = mass_x[cell], my = mass_y[cell];
+    if (my == A(0)) continue;
+    const A wx = mx / (mx + my);
+    Pack<T, V> a = load_pack<V>(x + cell * D + d);
+    const Pack<T, V> b = load_pack<V>(y + cell * D + d);
+#pragma unroll
+    for (int v = 0; v < V; ++v) from_acc(to_acc(a.x[v]) * wx + to_acc(b.x[v]) * (A(1) - wx), &a.x[v]);
+    store_pack(x + cell * D + d, a);
+  }
+}
+
+template <class A>
+struct Describe {
+  const A* share;  // [R, H + W] weight of each row, then of each column, of the input; null when R = 1
+  const bool* valid;
+  A* tile;  // [kTile, kSlice]
+  A* out;   // [R, K]
+  int source;
+};
+
+// weights that a descriptor has for the rows and columns of the input: the mean of what its tier will see
+template <class A>
+__device__ void find_shares(const Geometry& g, const MapOffsets& maps, const A* table, int source, A* share) {
+  const int sides = static_cast<int>(g.H + g.W);
+  for (int k = threadIdx.x; k < g.R * sides; k += blockDim.x) {
+    const int r = k / sides, at = k % sides;
+    if (r < source) continue;
+    const bool row = at < g.H;
+    const int64_t m = row ? g.height[r] : g.width[r], n = row ? g.H : g.W, c = row ? at : at - g.H;
+    const A* weight = table + (row ? maps.rows[source][r] : maps.columns[source][r]) + c;
+    A sum = 0;
+    for (int64_t i = 0; i < m; ++i) sum += weight[i * n];
+    share[k] = sum / static_cast<A>(m);
+  }
+}
+
+// Reads the block's slice of a frame once: copies it to `copy` unless null and sums its descriptors cell by cell in
+// raster order, the order of the host. A warp a descriptor, a lane a channel.
+template <int V, class T>
+__device__ void read_slice(const Geometry& g, const T* frame, T* copy, const Describe<acc_t<T>>& to, int64_t d0) {
+  using A = acc_t<T>;
+  constexpr int lanes = kSlice / V, loads = kTile * lanes / kThreads;
+  const int lane = threadIdx.x % lanes, cells = static_cast<int>(g.H * g.W), W = static_cast<int>(g.W);
+  const int r = threadIdx.x / kWarp, channel = threadIdx.x % kWarp;
+  const int64_t d = d0 + lane * V;
+  const bool described = d0 < g.K, sums = described && r < g.R && d0 + channel < g.K && (g.R == 1 || r >= to.source);
+  const auto cell_of = [&](int k) { return static_cast<int>(threadIdx.x) / lanes + k * (kThreads / lanes); };
+  A sum = 0, total = 0;
+  Pack<T, V> next[loads] = {};
+  const auto fetch = [&](int base) {
+#pragma unroll
+    for (int k = 0; k < loads; ++k)
+      if (d < g.D && base + cell_of(k) < cells) next[k] = load_pack<V>(frame + (base + cell_of(k)) * g.D + d);
+  };
+  fetch(0);
+  for (int base = 0; base < cells; base += kTile) {
+    const int count = cells - base < kTile ? cells - base : kTile;
+#pragma unroll
+    for (int k = 0; k < loads; ++k) {
+      if (d >= g.D || cell_of(k) >= count) continue;
+      if (copy) store_pack(copy + (base + cell_of(k)) * g.D + d, next[k]);
+      if (described)
+#pragma unroll
+        for (int v = 0; v < V; ++v) to.tile[cell_of(k) * kSlice + lane * V + v] = to_acc(next[k].x[v]);
+    }
+    fetch(base + kTile);
+    if (!described) continue;
+    __syncthreads();
+    if (sums && g.R == 1 && !to.valid) {
+      total += static_cast<A>(count);
+#pragma unroll 8
+      for (int c = 0; c < count; ++c) sum += to.tile[c * kSlice + channel];
+    } else if (sums) {
+      const A* rows = to.share + r * (g.H + g.W);
+      for (int c = 0; c < count; ++c) {
+        if (to.valid && !to.valid[base + c]) continue;
+        const A w = g.R == 1 ? A(1) : rows[(base + c) / W] * rows[g.H + (base + c) % W];
+        if (w == A(0)) continue;
+        total += w;
+        sum += to.tile[c * kSlice + channel] * w;
+      }
+    }
+    __syncthreads();
+  }
+  if (described && r < g.R && d0 + channel < g.K) to.out[r * g.K + d0 + channel] = total == A(0) ? sum : sum / total;
+}
+
+}  // namespace vmemory::bank

@@ -1,0 +1,49 @@
+"""The best tokens of each segment by sorting all of them, and rows moved by index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def select_tokens(scores: Tensor, budgets: Sequence[int], segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`scores [S, N]` to indices `[S, sum(budgets)]`, ascending, then −1, and their number `[S]`.
+
+    Token n belongs to segment `segments[s, n]`, to none if that is outside `range(len(budgets))`. The larger score is
+    kept, of equals the lower index; NaN is the largest of all.
+    """
+    S, N = scores.shape
+    # a descending stable sort puts NaN first and leaves equals in order
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    ids = torch.zeros_like(order) if segments is None else segments.expand(S, N).gather(-1, order)
+    chosen = torch.zeros_like(order, dtype=torch.bool)
+    for segment, budget in enumerate(budgets):
+        member = ids == segment
+        chosen |= member & (member.cumsum(-1) <= budget)
+    kept = torch.zeros_like(chosen).scatter(-1, order, chosen)
+    places = torch.where(kept, torch.arange(N, device=scores.device), N).sort(dim=-1).values[:, : sum(budgets)]
+    padding = places.new_full((S, sum(budgets) - places.shape[1]), N)
+    places = torch.cat([places, padding], -1)
+    return torch.where(places < N, places, -1), kept.sum(-1)
+
+
+def compact(rows: Sequence[Tensor], keep: Tensor) -> list[Tensor]:
+    """Rows `keep [S, K]` of each `[S, N, ...]`; where keep is not in `range(N)`, 0 in the first tensor and −1 in the others.
+
+    −1 is False for bool.
+    """
+    S, K = keep.shape
+    moved = []
+    for i, x in enumerate(rows):
+        N = x.shape[1]
+        fill = 0 if i == 0 or x.dtype == torch.bool else -1
+        out = x.new_full((S, K, *x.shape[2:]), fill)
+        if N > 0:
+            there = (keep >= 0) & (keep < N)
+            stream = torch.arange(S, device=keep.device)[:, None]
+            picked = x[stream, torch.where(there, keep, 0)]
+            out = torch.where(there.reshape(S, K, *[1] * (x.dim() - 2)), picked, out)
+        moved.append(out)
+    return moved
