@@ -9,7 +9,7 @@ import typer
 from vmemory.banks import BankFileError
 from vmemory.cli.ask import ask
 from vmemory.cli.demo import demo
-from vmemory.cli.errors import UserError, one_line
+from vmemory.cli.errors import Interrupted, UserError, one_line
 from vmemory.cli.info import info
 from vmemory.cli.localize import localize
 from vmemory.cli.stream import stream
@@ -30,18 +30,20 @@ for command in (stream, ask, demo, localize, info):
 def run(arguments: list[str] | None = None) -> int:
     """Run a command line and return its exit code."""
     try:
-        return app(arguments, prog_name="vmemory", standalone_mode=False) or 0
+        code = app(arguments, prog_name="vmemory", standalone_mode=False) or 0
+        # nothing in here exits with this code by itself: Ctrl-C where there was nothing to keep
+        return fail("interrupted", code) if code == Interrupted.exit_code else code
     except typer.TyperException as error:
         return fail(error.format_message(), error.exit_code)
-    except (UserError, SourceError, BankFileError, AssetError, FilmError) as error:
+    except UserError as error:
+        return fail(error, error.exit_code)
+    except (SourceError, BankFileError, AssetError, FilmError) as error:
         return fail(error)
     except ModuleNotFoundError as error:
         return fail(f'{error.name} is not installed: pip install "vmemory[stream]"')
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return fail(f"{where}{error.strerror or error}")
-    except KeyboardInterrupt:
-        return fail("interrupted", 130)
 
 
 def fail(message: object, code: int = 1) -> int:

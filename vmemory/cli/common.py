@@ -111,8 +111,10 @@ def print_answers(console: Console, questions: Sequence[Question]) -> None:
     """A table a question: when, how alike, and what the encoder takes it for."""
     for question in questions:
         truth = "" if question.truth is None else f"  (truly at {timecode(question.truth)})"
-        title = f"[bold]{'picture ' if question.image is not None else ''}{question.text}[/bold]{truth}"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+        # apart from the table, whose title would be wrapped to its width; a question is no markup
+        console.print(f"{'picture ' if question.image is not None else ''}{question.text}{truth}", style="bold",
+                      markup=False, highlight=False, soft_wrap=True)  # fmt: skip
+        table = Table(box=None, pad_edge=False, header_style="dim")
         for name in ("at", "span", "score", "tier", "nearest concepts"):
             table.add_column(name, justify="right" if name in ("at", "score", "tier") else "left")
         for answer in question.answers:

@@ -20,7 +20,7 @@ def label(score: Score) -> str:
 
 
 def draw_curve(groups: Sequence[Sequence[Score]], unbounded: Score, palette: Palette) -> bytes:
-    """A PNG 1,800 pixels wide: found moments over bytes held, once by either count, and an unbounded memory's ceiling."""
+    """A PNG 1,800 pixels wide: moments found over bytes held, by both counts; dashed: a memory without bounds."""
     figure = Figure((12.0, 3.9), dpi=150, facecolor=palette.page)
     FigureCanvasAgg(figure)
     for left, count, title in ((0.055, "hits", "found"), (0.465, "exact", "found exactly")):
@@ -34,8 +34,10 @@ def draw_curve(groups: Sequence[Sequence[Score]], unbounded: Score, palette: Pal
     step, at = 0.072 * unbounded.asked, float("inf")
     for end, text, colour in sorted(ends, reverse=True):
         at = min(end, at - step)
-        place = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
-        axis.annotate(text, (1.015, at), color=colour, fontsize=9, **place)
+        axis.annotate(
+            text, (1.015, at), xycoords=("axes fraction", "data"), va="center", color=colour, fontsize=9,
+            annotation_clip=False,
+        )  # fmt: skip
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=palette.page)
     return buffer.getvalue()

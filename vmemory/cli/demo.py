@@ -22,6 +22,7 @@ from vmemory.cli.common import (
     print_answers,
     timecode,
 )
+from vmemory.cli.errors import Interrupted
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.scores import Scores, measure, print_scores
 from vmemory.cli.stream import summary
@@ -31,7 +32,8 @@ from vmemory.data.film import ATTRIBUTION
 from vmemory.encoders import FrameEncoder
 from vmemory.eval.features import Features, video_features
 from vmemory.stream import Frame, FrameSource
-from vmemory.stream.memory_stream import MemoryStream, calibrate
+from vmemory.stream.encoder import calibrate
+from vmemory.stream.memory_stream import MemoryStream
 
 TEXTS = ("a rabbit", "a bird flying in the sky", "a bow and arrow", "end credits, text on a screen")
 # second of the trailer whose picture is looked for
@@ -79,6 +81,8 @@ def demo(
 
     source = FrameSource(film, 2.0, size=size)
     watched = watch(memory, source, batch=2 * batch, duration=source.duration, name="Big Buck Bunny", push=push)
+    if memory.latency.frames == 0:
+        raise Interrupted("interrupted before the first frame")
     memory.facts["duration"] = source.duration
     memory.encoder = encoder
     out.mkdir(parents=True, exist_ok=True)
@@ -98,7 +102,7 @@ def demo(
     report = Report(memory, questions, watched=watched, budget=budget, warning=source.warning, scores=scores)
     console.print(f"report: {write_report(out, report)}", highlight=False, soft_wrap=True)
     if watched.interrupted:
-        raise typer.Exit(130)
+        raise Interrupted(f"interrupted after {memory.latency.frames} frames; kept what was seen")
 
 
 def _scores(recorder: Recorder, between: Recorder, times: list[float], trailer: Path, encoder: FrameEncoder) -> Scores:

@@ -9,6 +9,14 @@ from contextlib import contextmanager
 class UserError(Exception):
     """Input that cannot be used; the message is shown as it is."""
 
+    exit_code = 1
+
+
+class Interrupted(UserError):
+    """Someone pressed Ctrl-C; the message says what was kept."""
+
+    exit_code = 130
+
 
 @contextmanager
 def user_input() -> Iterator[None]:

@@ -64,8 +64,8 @@ def print_scores(console: Console, scores: Scores) -> None:
     """One table for equal entries and one for equal bytes."""
     asked = scores.by_entries[0][0].asked
     for title, groups in (("equal entries", scores.by_entries), ("equal bytes", scores.by_bytes)):
-        title = f"[bold]{asked} trailer frames looked up in the film, {title}[/bold]"
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="dim")
+        console.print(f"{asked} trailer frames looked up in the film, {title}", style="bold", highlight=False)
+        table = Table(box=None, pad_edge=False, header_style="dim")
         for name in ("memory", "entries", "bytes", "found", "exactly", "error", "push"):
             table.add_column(name, justify="left" if name == "memory" else "right", no_wrap=True)
         for group in groups:
@@ -75,8 +75,8 @@ def print_scores(console: Console, scores: Scores) -> None:
             table.add_row()
         console.print(table)
     console.print(
-        f"found: within {TOLERANCE:g} s, or inside a merged span of at most {LONGEST_SPAN:g} s; exactly: the span's length "
-        "counts as error; error: median; push: median of one frame",
+        f"found: within {TOLERANCE:g} s, or inside a merged span of at most {LONGEST_SPAN:g} s; "
+        "exactly: the span's length counts as error; error: median; push: median of one frame",
         style="dim",
         highlight=False,
     )

@@ -11,11 +11,12 @@ from rich.console import Console
 
 from vmemory.banks import format_bytes
 from vmemory.cli.common import answer_all, check_writable, make_bank, make_encoder, print_answers, read_image, timecode
-from vmemory.cli.errors import UserError, one_line, user_input
+from vmemory.cli.errors import Interrupted, one_line, user_input
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.watch import Watched, watch
 from vmemory.stream import FrameSource
-from vmemory.stream.memory_stream import MemoryStream, calibrate
+from vmemory.stream.encoder import calibrate
+from vmemory.stream.memory_stream import MemoryStream
 
 
 def stream(
@@ -56,7 +57,7 @@ def stream(
     watched = watch(memory, source, batch=encoder.batch_size, duration=source.duration, name=video.name)
     memory.facts["duration"] = source.duration
     if memory.latency.frames == 0:
-        raise UserError(f"{video}: interrupted before the first frame")
+        raise Interrupted("interrupted before the first frame")
     if source.warning:
         print(f"vmemory: warning: {one_line(source.warning)}", file=sys.stderr)
     if save is not None:
@@ -70,8 +71,7 @@ def stream(
         page = write_report(out, Report(memory, questions, watched=watched, budget=budget, warning=source.warning))
         console.print(f"report: {page}", highlight=False, soft_wrap=True)
     if watched.interrupted:
-        print(f"vmemory: interrupted after {memory.latency.frames} frames; kept what was seen", file=sys.stderr)
-        raise typer.Exit(130)
+        raise Interrupted(f"interrupted after {memory.latency.frames} frames; kept what was seen")
 
 
 def summary(memory: MemoryStream, watched: Watched) -> str:

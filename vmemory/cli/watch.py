@@ -71,7 +71,9 @@ def watch(
     take = push or memory.push
     columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[state]}"))
     started, decode, count = clock.perf_counter(), 0.0, 0
-    with stop_on_interrupt() as stop, Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    with stop_on_interrupt() as stop, shown as bar:
         task = bar.add_task(name, total=duration, state="")
         waiting = iter(frames)
         while not stop.asked:

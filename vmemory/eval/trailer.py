@@ -60,7 +60,7 @@ class Score(NamedTuple):
         error: Median of |truth − entry time| over all queries, seconds.
         nbytes: Bytes the memory holds.
         held: Entries held after the film.
-        push: Median time of pushing one frame, microseconds.
+        push: Median time of pushing one frame on one thread, microseconds.
     """
 
     policy: str
@@ -99,14 +99,7 @@ def evaluate(
     origin = features.pooled()[features.time < CALIBRATION].mean(0) if calibrated else None
     if origin is not None:
         wanted = wanted - origin
-    seconds = []
-    for i in range(len(features.time)):
-        frame, at = features.tokens[i : i + 1], features.time[i : i + 1]
-        if origin is not None:
-            frame = (frame - origin).to(frame.dtype)
-        started = clock.perf_counter()
-        bank.push(frame, at)
-        seconds.append(clock.perf_counter() - started)
+    seconds = _watch(bank, features, origin)
     entries = bank.entries()
     best = centred_search(wanted, entries.descriptor, 1).entry[:, 0]
     time, start, stop = entries.time[best], entries.start[best], entries.stop[best]
@@ -123,6 +116,24 @@ def evaluate(
         held=len(entries.time),
         push=1e6 * median(seconds),
     )
+
+
+def _watch(bank: Bank, features: Features, origin: Tensor | None) -> list[float]:
+    """Push every frame by itself; the seconds each took."""
+    threads, seconds = torch.get_num_threads(), []
+    # one frame is too little to share out, and on a busy machine the threads would measure each other
+    torch.set_num_threads(1)
+    try:
+        for i in range(len(features.time)):
+            frame, at = features.tokens[i : i + 1], features.time[i : i + 1]
+            if origin is not None:
+                frame = (frame - origin).to(frame.dtype)
+            started = clock.perf_counter()
+            bank.push(frame, at)
+            seconds.append(clock.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return seconds
 
 
 def by_entries(features: Features, queries: Queries, entries: Sequence[int] = ENTRIES) -> list[list[Score]]:

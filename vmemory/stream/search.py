@@ -28,13 +28,14 @@ def centred_search(queries: Tensor, entries: Tensor, k: int, *, centre_queries: 
         k: Entries per query.
         centre_queries: Queries of the entries' own kind lose the mean as well; sentences among pictures do not.
     """
-    entries = entries.float()
-    queries = queries.float()
+    # in float64, or entries that are all alike would be told apart by rounding
+    entries, queries = entries.double(), queries.double()
     if len(entries):
         mean = entries.mean(0)
         entries = entries - mean
         if centre_queries:
             queries = queries - mean
+    entries, queries = entries.float(), queries.float()
     found = similarity_topk(queries[None], entries[None], k)
     return Found(found.values[0], found.indices[0])
 

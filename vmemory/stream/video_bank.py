@@ -32,13 +32,14 @@ def video_bank(
     """
     if policy not in POLICIES:
         raise ValueError(f"bank: expected one of {', '.join(POLICIES)}, got {policy!r}")
+    tiers = 3 if policy == "hierarchical" else 1
+    if entries is not None and entries < tiers:
+        raise ValueError(f"entries: expected at least {tiers}, got {entries}")
     arguments: dict[str, Any] = {"dim": dim, "grid": (side, side), "dtype": dtype, "budget": budget}
     if policy != "hierarchical":
         if rule is not None:
             raise ValueError(f"rule: only the hierarchical bank has rules, got {rule!r} for {policy!r}")
         return make(policy, capacity=entries, **arguments)
-    if entries is not None and entries < 3:
-        raise ValueError(f"entries: expected at least 3, one for each tier, got {entries}")
     if side % 9 == 0:
         arguments["grids"] = ((side, side), (side // 3, side // 3), (side // 9, side // 9))
     capacities = None if entries is None else split(entries, 3)
