@@ -25,8 +25,9 @@ class Case:
     name: str
     shape: Make
     """Input shape for a number of frames."""
-    run: Callable[[Tensor], Any]
-    reference: Callable[[Tensor], Any]
+    op: Callable[[Tensor], Any]
+    plain: Callable[[Tensor], Any]
+    """The same in plain PyTorch."""
     written: float
     """Bytes written per byte of input; the input is read once."""
     operations: float
@@ -34,26 +35,34 @@ class Case:
     dtype: torch.dtype = torch.float32
     frames: int = 256
     backward: bool = False
+    """Time forward and backward together, for a gradient of ones."""
 
     def input(self, frames: int | None = None, device: str = "cpu") -> Tensor:
         x = random_tensor(*self.shape(self.frames if frames is None else frames), dtype=self.dtype, device=device)
         return x.requires_grad_(self.backward)
+
+    def run(self, x: Tensor) -> Any:
+        return self._call(self.op, x)
+
+    def reference(self, x: Tensor) -> Any:
+        return self._call(self.plain, x)
+
+    def compiled(self) -> Callable[[Tensor], Any]:
+        """`reference` through torch.compile."""
+        function = torch.compile(self.plain, dynamic=False)
+        return lambda x: self._call(function, x)
+
+    def _call(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
+        if not self.backward:
+            return function(x)
+        out = function(x)
+        return out.detach(), torch.autograd.grad(out, x, torch.ones_like(out))[0]
 
     def bytes(self, x: Tensor) -> float:
         return x.numel() * x.element_size() * (1 + self.written)
 
     def flops(self, x: Tensor) -> float:
         return x.numel() * self.operations
-
-
-def with_gradient(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
-    """Forward and backward, for a gradient of ones."""
-
-    def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        out = function(x)
-        return out.detach(), torch.autograd.grad(out, x, torch.ones_like(out))[0]
-
-    return run
 
 
 def _grid(frames: int) -> tuple[int, ...]:
@@ -79,8 +88,6 @@ def _pool(name: str, size: int, mode: str, written: float, operations: float, **
         pooled = pool_reference.grid_pool(x, (size, size), mode)
         return (pooled, *pool_reference.frame_stats(x)) if stats else pooled
 
-    if options.get("backward"):
-        return Case(name, _grid, with_gradient(run), with_gradient(reference), written, operations, **options)
     return Case(name, _grid, run, reference, written, operations, **options)
 
 
@@ -91,8 +98,6 @@ def _adjacent(name: str, level: str, operations: float, written: float = 0.0, **
     def reference(x: Tensor) -> Tensor:
         return adjacent_reference.adjacent_similarity(x, level)
 
-    if options.get("backward"):
-        return Case(name, _stream, with_gradient(run), with_gradient(reference), written, operations, **options)
     return Case(name, _stream, run, reference, written, operations, **options)
 
 

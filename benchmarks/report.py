@@ -21,6 +21,7 @@ COLUMNS = {
     "compile_over_ours": "compile ÷ ours",
     "peak_mb": "peak MB",
     "launches": "launches",
+    "quiet": "quiet rounds",
 }
 
 
