@@ -111,7 +111,7 @@ def test_frame_mean_does_not_depend_on_pooling_or_neighbours():
 
 
 def test_one_frame_split_over_threads_is_bit_identical():
-    x = random_tensor(1, 12, 12, 1500)
+    x = random_tensor(1, 20, 20, 1500)
     together = grid_pool(x, 4, stats=True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

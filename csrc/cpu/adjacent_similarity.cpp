@@ -1,14 +1,18 @@
 #include "common/descriptor.h"
+#include "common/slices.h"
 #include "torch/stable.h"
 
 namespace vmemory {
 namespace {
 
-constexpr int64_t kGrainBytes = 1 << 17;  // below this a second thread costs more than it saves
 constexpr int64_t kBlockBytes = 1 << 14;  // tokens walked together: two frames of them fit a core's first-level cache
 
 struct Shape {
   int64_t S, T, N, D;
+  template <class U>
+  int64_t bytes() const {
+    return S * T * N * D * sizeof(U);
+  }
 };
 
 // How tokens walk through time: blocks of neighbouring tokens, and, where these do not feed every thread, pieces of
@@ -19,7 +23,8 @@ struct Walk {
   Walk(const Shape& s, int64_t steps, int64_t row_bytes) {
     tokens = std::max<int64_t>(1, std::min(s.N, kBlockBytes / std::max<int64_t>(row_bytes, 1)));
     blocks = (s.N + tokens - 1) / tokens;
-    const int64_t wanted = 4 * torch::stable::get_num_threads(), units = std::max<int64_t>(s.S * blocks, 1);
+    const int64_t threads = threads_for(s.S * s.T * s.N * row_bytes), wanted = threads > 1 ? 4 * threads : 1;
+    const int64_t units = std::max<int64_t>(s.S * blocks, 1);
     pieces = std::max<int64_t>(1, std::min((wanted + units - 1) / units, steps / 32));
     frames = (steps + pieces - 1) / pieces;
   }
@@ -31,8 +36,7 @@ void similarity(const T* x, const Shape& s, acc_t<T>* out, acc_t<T>* norms) {
   using A = acc_t<T>;
   const int64_t pairs = s.T - 1, frame = s.N * s.D;
   const Walk walk(s, pairs, s.D * sizeof(T));
-  const int64_t bytes = walk.tokens * (walk.frames + 1) * s.D * sizeof(T) + 1;
-  parallel(s.S * walk.blocks * walk.pieces, kGrainBytes / bytes, [&](int64_t begin, int64_t end) {
+  parallel_bytes(s.S * walk.blocks * walk.pieces, s.template bytes<T>(), [&](int64_t begin, int64_t end) {
     std::vector<A> before(walk.tokens);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t block = item % walk.blocks, piece = item / walk.blocks % walk.pieces;
@@ -60,16 +64,12 @@ void similarity(const T* x, const Shape& s, acc_t<T>* out, acc_t<T>* norms) {
 
 template <class T>
 void frame_means(const T* x, const Shape& s, acc_t<T>* mean) {
-  const int64_t frames = s.S * s.T;
-  // slices of channels, so that a few frames still feed every thread
-  const int64_t slices = frames < 2 * torch::stable::get_num_threads() ? std::max<int64_t>(1, s.D / 256) : 1;
-  const int64_t width = ((s.D + slices - 1) / slices + 63) / 64 * 64;
-  const int64_t bytes = s.N * s.D * sizeof(T) / slices + 1;
-  parallel(frames * slices, kGrainBytes / bytes, [&](int64_t begin, int64_t end) {
+  const int64_t frames = s.S * s.T, bytes = s.template bytes<T>();
+  const Slices slices(s.D, frames, threads_for(bytes));
+  parallel_bytes(frames * slices.count, bytes, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t f = item / slices, d = item % slices * width;
-      if (d >= s.D) continue;
-      CellSum<T> sum(std::min(width, s.D - d));
+      const int64_t f = item / slices.count, d = slices.begin(item % slices.count);
+      CellSum<T> sum(slices.size(item % slices.count));
       frame_mean(x + f * s.N * s.D + d, s.D, s.N, mean + f * s.D + d, sum);
     }
   });
@@ -118,8 +118,7 @@ void similarity_backward(const T* x, const Shape& s, const acc_t<T>* grad, const
   using A = acc_t<T>;
   const int64_t frame = s.N * s.D;
   const Walk walk(s, s.T, s.D * sizeof(T));
-  const int64_t bytes = walk.tokens * walk.frames * s.D * sizeof(T) + 1;
-  parallel(s.S * walk.blocks * walk.pieces, kGrainBytes / bytes, [&](int64_t begin, int64_t end) {
+  parallel_bytes(s.S * walk.blocks * walk.pieces, s.template bytes<T>(), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t block = item % walk.blocks, piece = item / walk.blocks % walk.pieces;
       const int64_t stream = item / walk.blocks / walk.pieces;

@@ -2,27 +2,11 @@
 
 #include "common/descriptor.h"
 #include "common/grid.h"
+#include "common/slices.h"
 #include "torch/stable.h"
 
 namespace vmemory {
 namespace {
-
-constexpr int64_t kGrainBytes = 1 << 17;  // below this a second thread costs more than it saves
-
-// channel slices, so that a single frame still feeds every thread
-struct Slices {
-  int64_t D, count, width;
-
-  Slices(int64_t D_, int64_t items) : D(D_), count(1), width(D_) {
-    const int64_t wanted = 2 * torch::stable::get_num_threads();
-    if (items >= wanted || D < 512) return;
-    count = std::min((wanted + items - 1) / std::max<int64_t>(items, 1), D / 256);
-    width = ((D + count - 1) / count + 63) / 64 * 64;
-    count = (D + width - 1) / width;
-  }
-  int64_t begin(int64_t slice) const { return slice * width; }
-  int64_t size(int64_t slice) const { return std::min(width, D - slice * width); }
-};
 
 // cell (y, x) of the frame lies in quarter 2 (y % 2) + x % 2 of the output cell; version 1 also transposes the grid
 struct Shuffle {
@@ -99,9 +83,9 @@ Tensor grid_pool(const Tensor& tokens, Ints size, std::string mode) {
     T* to = mutable_data<T>(out);
     const int64_t frame_out = out.numel() / std::max<int64_t>(s.B, 1);
     with_row_kernel<T>(mode, s, [&](int64_t rows, const auto& pool_row) {
-      const Slices slices(s.D, s.B * rows);
-      const int64_t bytes = s.cells() * s.D * sizeof(T) / (rows * slices.count) + 1;
-      parallel(s.B * rows * slices.count, kGrainBytes / bytes, [&](int64_t begin, int64_t end) {
+      const int64_t bytes = in.numel() * sizeof(T);
+      const Slices slices(s.D, s.B * rows, threads_for(bytes));
+      parallel_bytes(s.B * rows * slices.count, bytes, [&](int64_t begin, int64_t end) {
         RowScratch<T> scratch;
         for (int64_t item = begin; item < end; ++item) {
           const int64_t slice = item % slices.count, i = item / slices.count % rows, b = item / slices.count / rows;
@@ -127,9 +111,9 @@ std::tuple<Tensor, Tensor, Tensor> grid_pool_stats(const Tensor& tokens, Ints si
     A* means = mutable_data<A>(mean);
     const int64_t frame_out = out.numel() / std::max<int64_t>(s.B, 1);
     with_row_kernel<T>(mode, s, [&](int64_t rows, const auto& pool_row) {
-      const Slices slices(s.D, s.B);
-      const int64_t bytes = s.cells() * s.D * sizeof(T) / slices.count + 1;
-      parallel(s.B * slices.count, kGrainBytes / bytes, [&](int64_t begin, int64_t end) {
+      const int64_t bytes = in.numel() * sizeof(T);
+      const Slices slices(s.D, s.B, threads_for(bytes));
+      parallel_bytes(s.B * slices.count, bytes, [&](int64_t begin, int64_t end) {
         RowScratch<T> scratch;
         for (int64_t item = begin; item < end; ++item) {
           const int64_t b = item / slices.count, d = slices.begin(item % slices.count);
@@ -147,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor> grid_pool_stats(const Tensor& tokens, Ints si
       });
     });
     A* norm_out = mutable_data<A>(norms);
-    parallel(s.B, kGrainBytes / (s.D * sizeof(A) + 1), [&](int64_t begin, int64_t end) {
+    parallel_bytes(s.B, s.B * s.D * sizeof(A), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) norm_out[b] = norm(means + b * s.D, s.D);
     });
   });
@@ -169,7 +153,7 @@ Tensor grid_pool_backward(const Tensor& grad, std::optional<Tensor> cell, Ints g
     const int64_t frame_in = g.numel() / std::max<int64_t>(s.B, 1);
     const Shuffle shuffle = shuffle_of(mode, s.H, s.W);
     const auto map = is_shuffle(mode) ? GridMap<A>() : GridMap<A>::backward(mode, s.H, s.W, s.h, s.w);
-    parallel(s.B * s.H, kGrainBytes / (s.W * s.D * sizeof(T) + 1), [&](int64_t begin, int64_t end) {
+    parallel_bytes(s.B * s.H, out.numel() * sizeof(T), [&](int64_t begin, int64_t end) {
       RowScratch<T> scratch;
       for (int64_t row = begin; row < end; ++row) {
         const int64_t b = row / s.H, y = row % s.H;

@@ -44,7 +44,7 @@ Tensor grid_pool_ragged(const Tensor& tokens, Ints sizes, std::string mode) {
     const Plan<A> plan(sizes, mode, H, W, false);
     const T* from = data<T>(in);
     T* to = mutable_data<T>(out);
-    parallel(T_, (1 << 17) / (H * W * D * sizeof(T) + 1), [&](int64_t begin, int64_t end) {
+    parallel_bytes(T_, in.numel() * sizeof(T), [&](int64_t begin, int64_t end) {
       RowScratch<T> scratch;
       for (int64_t f = begin; f < end; ++f) {
         const int64_t w = plan.map[f]->columns.size();
@@ -67,7 +67,7 @@ Tensor grid_pool_ragged_backward(const Tensor& grad, Ints sizes, Ints grid, std:
     const Plan<A> plan(sizes, mode, H, W, true);
     const T* from = data<T>(g);
     T* to = mutable_data<T>(out);
-    parallel(T_ * H, (1 << 17) / (W * D * sizeof(T) + 1), [&](int64_t begin, int64_t end) {
+    parallel_bytes(T_ * H, out.numel() * sizeof(T), [&](int64_t begin, int64_t end) {
       RowScratch<T> scratch;
       for (int64_t row = begin; row < end; ++row) {
         const int64_t f = row / H;

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -80,6 +81,18 @@ inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::sta
 template <class F>
 void parallel(int64_t n, int64_t grain, const F& f) {
   torch::stable::parallel_for(0, n, grain < 1 ? 1 : grain, f);
+}
+
+// Threads worth waking for so much memory traffic: one that sleeps takes about as long to wake as a megabyte to read.
+inline int64_t threads_for(int64_t bytes) {
+  return std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(1, bytes >> 20));
+}
+
+// f(begin, end) over [0, n) items that move `bytes` together
+template <class F>
+void parallel_bytes(int64_t n, int64_t bytes, const F& f) {
+  const int64_t threads = threads_for(bytes);
+  threads == 1 ? f(0, n) : parallel(n, (n + threads - 1) / threads, f);
 }
 
 #ifdef __CUDACC__
