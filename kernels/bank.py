@@ -60,7 +60,8 @@ def bank_push_(
     S, T, H, W, D = frames.shape
     R, K = descriptor.shape[2:]
     g = geometry(tuple(capacities), tuple(grids), tuple(intervals), tuple(entries), rule, H, W, D, R, K)
-    frames, time, valid, streams = (None if x is None else x.contiguous() for x in (frames, time, valid, streams))
+    frames = frames.contiguous()
+    time, valid, streams = (None if x is None else x.contiguous() for x in (time, valid, streams))
     step, lists, shifted = _scratch(S, g, order, link)
     block_d, keys, block_c = channel_block(D, 512), channel_block(K, 128), min(32, power_of_two(H * W))
     blocks, which = triton.cdiv(D, block_d), (streams, slots.shape[0])
@@ -103,17 +104,18 @@ def bank_plan(
     S, T, H, W, D = frames.shape
     R, K = maps_per_slot, key_dim
     g = geometry(tuple(capacities), tuple(grids), tuple(intervals), tuple(entries), rule, H, W, D, R, K)
-    frames, time, valid = (None if x is None else x.contiguous() for x in (frames, time, valid))
+    frames = frames.contiguous()
+    time, valid = (None if x is None else x.contiguous() for x in (time, valid))
     last = g.height[-1] * g.width[-1] if g.tiers else 0
     # a second read of the survivors is no dearer where the last tier is not much smaller than a frame
     small = last if g.tiers > 1 and not intervals and not g.rule.merge and 4 * last <= H * W else 0
-    whole = {"dtype": torch.int64}
+    whole = torch.int64
     norm, link = maps.new_zeros((S, g.M, R)), maps.new_zeros((S, g.P))
     descriptor, seen = maps.new_empty((S, g.M, R, K)), maps.new_empty((S, T, R, K))
-    entry, order = frames.new_full((S, g.M, 4), -1, **whole), frames.new_full((S, g.M), -1, **whole)
+    entry, order = frames.new_full((S, g.M, 4), -1, dtype=whole), frames.new_full((S, g.M), -1, dtype=whole)
     clock = frames.new_zeros((S, g.M, 4), dtype=torch.float64)
-    counter = frames.new_zeros((S, LENGTH.value + g.tiers), **whole)
-    assign, pool = frames.new_full((S, T), -1, **whole), frames.new_empty((S, T, small, D))
+    counter = frames.new_zeros((S, LENGTH.value + g.tiers), dtype=whole)
+    assign, pool = frames.new_full((S, T), -1, dtype=whole), frames.new_empty((S, T, small, D))
     step, lists, shifted = _scratch(S, g, order, link)
     block_c, block_d = min(32, power_of_two(H * W)), channel_block(D, 512)
     keys, rows = channel_block(K, 128), channel_block(R * K, 512)

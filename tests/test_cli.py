@@ -113,7 +113,7 @@ def test_stream_answers_saves_and_reports(run: Run, clip: Path, tmp_path: Path) 
     memory = MemoryStream.load(saved, lambda name: Colours())
     assert memory.bank.nbytes <= 64 * 1024
     assert memory.bank.counts()["seen"] == 36
-    assert memory.facts == {"video": "clip.mp4", "fps": 2.0, "duration": pytest.approx(18.0)}
+    assert memory.facts == {"video": "clip.mp4", "fps": 2.0, "budget": "64KiB", "duration": pytest.approx(18.0)}
 
 
 def test_a_saved_memory_gives_the_same_answers(run: Run, clip: Path, tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ def test_demo(run: Run, film: None, tmp_path: Path) -> None:
     code, text, _ = run("demo", "--out", out, "--budget", "256KiB")
     assert code == 0
     assert "300 frames to 4:59" in text
-    assert re.search(r"the trailer at 0:41 +\(truly at 3:49\)\n.*\n3:49 ", text)
+    assert re.search(r"the trailer at 0:12 +\(truly at 0:18\)\n.*\n0:18 ", text)
     unbounded = re.search(r"^unbounded +(\d+) +\S+ MiB +(\d+) ", text, re.M)
     assert unbounded
     assert unbounded[1] == "600"

@@ -136,45 +136,43 @@ struct Scatter {
   }
 };
 
-// n <= 4 rows, `pitch` elements apart, read once: copied to `to` (same pitch), their sum added to `sum` and, weighted,
-// to `pooled`; `to` and `pooled` may be null.
-template <bool Copy, bool Pool, class T>
-void add_group_as(const T* row, int64_t pitch, int64_t n, T* to, acc_t<T>* sum, acc_t<T>* pooled, acc_t<T> weight,
-                  int64_t D) {
+// N <= 4 rows, `pitch` elements apart, read once: copied to `to` (same pitch), their sum added to `sum` and, weighted,
+// to `pooled`.
+template <int N, bool Copy, bool Pool, class T>
+void add_rows(const T* row, int64_t pitch, T* to, acc_t<T>* sum, acc_t<T>* pooled, acc_t<T> weight, int64_t D) {
   using A = acc_t<T>;
   constexpr int64_t L = kLanes<A>;
-  const auto step = [&](int64_t d, auto get, auto put) {
-    vec<A> x[4];
-    for (int64_t k = 0; k < n; ++k) {
-      x[k] = get(row + k * pitch + d);
-      if constexpr (Copy) put(to + k * pitch + d, x[k]);
-    }
-    const vec<A> s = n == 4   ? (x[0] + x[1]) + (x[2] + x[3])
-                     : n == 3 ? (x[0] + x[1]) + x[2]
-                     : n == 2 ? x[0] + x[1]
-                              : x[0];
+  for (int64_t d = 0; d < D; d += L) {
+    const int64_t left = D - d;
+    const auto get = [left](const auto* p) { return left >= L ? load(p) : load(p, left); };
+    const auto put = [left](auto* p, vec<A> v) { left >= L ? store(p, v) : store(p, v, left); };
+    vec<A> x[N];
+    for (int k = 0; k < N; ++k) x[k] = get(row + k * pitch + d);
+    if constexpr (Copy)
+      for (int k = 0; k < N; ++k) put(to + k * pitch + d, x[k]);
+    vec<A> s = x[0];
+    if constexpr (N == 2) s = x[0] + x[1];
+    if constexpr (N == 3) s = (x[0] + x[1]) + x[2];
+    if constexpr (N == 4) s = (x[0] + x[1]) + (x[2] + x[3]);
     put(sum + d, get(sum + d) + s);
     if constexpr (Pool) put(pooled + d, get(pooled + d) + s * weight);
-  };
-  int64_t d = 0;
-  for (; d + L <= D; d += L) step(d, [](const auto* p) { return load(p); }, [](auto* p, vec<A> v) { store(p, v); });
-  const int64_t rest = D - d;
-  if (rest > 0)
-    step(d, [rest](const auto* p) { return load(p, rest); }, [rest](auto* p, vec<A> v) { store(p, v, rest); });
+  }
 }
 
+// the same for n = 1 to 4 rows; `to` and `pooled` may be null
 template <class T>
 void add_group(const T* row, int64_t pitch, int64_t n, T* to, acc_t<T>* sum, acc_t<T>* pooled, acc_t<T> weight,
                int64_t D) {
-  const auto run = [&](auto copy, auto pool) {
-    constexpr bool kCopy = decltype(copy)::value, kPool = decltype(pool)::value;
-    // the count known to the compiler keeps four rows in flight
-    n == 4 ? add_group_as<kCopy, kPool>(row, pitch, 4, to, sum, pooled, weight, D)
-           : add_group_as<kCopy, kPool>(row, pitch, n, to, sum, pooled, weight, D);
+  const auto run = [&]<int N>(std::integral_constant<int, N>) {
+    if (to && pooled) return add_rows<N, true, true>(row, pitch, to, sum, pooled, weight, D);
+    if (to) return add_rows<N, true, false>(row, pitch, to, sum, pooled, weight, D);
+    if (pooled) return add_rows<N, false, true>(row, pitch, to, sum, pooled, weight, D);
+    add_rows<N, false, false>(row, pitch, to, sum, pooled, weight, D);
   };
-  using yes = std::true_type;
-  using no = std::false_type;
-  to ? (pooled ? run(yes{}, yes{}) : run(yes{}, no{})) : (pooled ? run(no{}, yes{}) : run(no{}, no{}));
+  if (n == 4) return run(std::integral_constant<int, 4>{});
+  if (n == 3) return run(std::integral_constant<int, 3>{});
+  if (n == 2) return run(std::integral_constant<int, 2>{});
+  run(std::integral_constant<int, 1>{});
 }
 
 template <class A, class T>

@@ -164,13 +164,18 @@ class SegmentedRow {
         cut_[g] = budget > 0 ? cut_among(dealt_.data() + first, size, budget) : Cut<U>::none();
       }
     }
-    const int64_t* begin = out;
-    for (int64_t i = 0; i < n_; ++i) {
+    int64_t total = 0, kept = 0;
+    for (const int64_t budget : budgets_) total += budget;
+    // every token is written and the kept ones stay: which they are cannot be predicted
+    for (int64_t i = 0; i < n_ && kept < total; ++i) {
       const int64_t g = id(i);
-      if (g == G_ || key_[i] < cut_[g].key || (key_[i] == cut_[g].key && --cut_[g].ties < 0)) continue;
-      *out++ = i;
+      if (g == G_) continue;
+      bool keep = key_[i] > cut_[g].key;
+      if (key_[i] == cut_[g].key) keep = --cut_[g].ties >= 0;
+      out[kept] = i;
+      kept += keep;
     }
-    return out - begin;
+    return kept;
   }
 
  private:

@@ -1,3 +1,5 @@
+#include <limits>
+
 #include "common/descriptor.h"
 #include "common/slices.h"
 #include "torch/stable.h"
@@ -5,7 +7,7 @@
 namespace vmemory {
 namespace {
 
-constexpr int64_t kBlockBytes = 1 << 14;  // tokens walked together: two frames of them fit a core's first-level cache
+constexpr int64_t kBlockBytes = 1 << 14;  // two frames of so many tokens fit a core's first-level cache
 
 struct Shape {
   int64_t S, T, N, D;
@@ -20,8 +22,8 @@ struct Shape {
 struct Walk {
   int64_t tokens, blocks, frames, pieces;
 
-  Walk(const Shape& s, int64_t steps, int64_t row_bytes) {
-    tokens = std::max<int64_t>(1, std::min(s.N, kBlockBytes / std::max<int64_t>(row_bytes, 1)));
+  Walk(const Shape& s, int64_t steps, int64_t row_bytes, int64_t block_bytes) {
+    tokens = std::max<int64_t>(1, std::min(s.N, block_bytes / std::max<int64_t>(row_bytes, 1)));
     blocks = (s.N + tokens - 1) / tokens;
     const int64_t threads = threads_for(s.S * s.T * s.N * row_bytes), wanted = threads > 1 ? 4 * threads : 1;
     const int64_t units = std::max<int64_t>(s.S * blocks, 1);
@@ -35,7 +37,7 @@ template <class T>
 void similarity(const T* x, const Shape& s, acc_t<T>* out, acc_t<T>* norms) {
   using A = acc_t<T>;
   const int64_t pairs = s.T - 1, frame = s.N * s.D;
-  const Walk walk(s, pairs, s.D * sizeof(T));
+  const Walk walk(s, pairs, s.D * sizeof(T), kBlockBytes);
   parallel_bytes(s.S * walk.blocks * walk.pieces, s.template bytes<T>(), [&](int64_t begin, int64_t end) {
     std::vector<A> before(walk.tokens);
     for (int64_t item = begin; item < end; ++item) {
@@ -117,7 +119,8 @@ void similarity_backward(const T* x, const Shape& s, const acc_t<T>* grad, const
                          T* out) {
   using A = acc_t<T>;
   const int64_t frame = s.N * s.D;
-  const Walk walk(s, s.T, s.D * sizeof(T));
+  // whole frames: what is written has to be written in order, or every huge page comes to the cache twice
+  const Walk walk(s, s.T, s.D * sizeof(T), std::numeric_limits<int64_t>::max());
   parallel_bytes(s.S * walk.blocks * walk.pieces, s.template bytes<T>(), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t block = item % walk.blocks, piece = item / walk.blocks % walk.pieces;

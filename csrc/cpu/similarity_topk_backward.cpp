@@ -33,6 +33,21 @@ A norm(const T* row, int64_t D) {
   return std::sqrt(sum<A>(square));
 }
 
+// sum += weight * row
+template <class A, class T>
+void add_row(LevelSum<A>& sum, const T* row, A weight, int64_t D) {
+  for_channels<A>(D, [&](int64_t d, int64_t lanes) { sum.add(d, load_row<A>(row + d, lanes) * weight, lanes); });
+  sum.close();
+}
+
+// out = sum - weight * own
+template <class A, class T>
+void write_row(T* out, const LevelSum<A>& sum, const T* own, A weight, int64_t D) {
+  for_channels<A>(D, [&](int64_t d, int64_t lanes) {
+    store_some(out + d, sum.total(d, lanes) - load_some(own + d, lanes) * weight, lanes);
+  });
+}
+
 // d score / d query = row / (|q| |m|) - score q / |q|^2 and the same with the two exchanged; the second terms fall away
 // for the dot product, and where a norm is clamped, which makes it a constant
 template <class A>
@@ -44,12 +59,12 @@ template <class U, class T, class A>
 void into_query(const Sizes& z, const U* query, const Found<T, A>& found, U* out, Share<A>* into_row) {
   constexpr A eps = A(1e-8);
   parallel(z.S * z.Q, kSmall / (z.k * z.D + 1), [&](int64_t begin, int64_t end) {
-    std::vector<A> total(z.D);
+    LevelSum<A> total(z.D);
     for (int64_t place = begin; place < end; ++place) {
       const U* q = query + place * z.D;
       const A query_norm = z.cosine ? norm<A>(q, z.D) : A(1), a = z.cosine && query_norm < eps ? eps : query_norm;
-      A self = 0;
-      std::fill(total.begin(), total.end(), A(0));
+      double self = 0;
+      total.reset(z.D);
       for (int64_t e = place * z.k; e < (place + 1) * z.k; ++e) {
         if (found.index[e] < 0) continue;
         const int64_t slot = place / z.Q * z.M + found.index[e];
@@ -60,16 +75,9 @@ void into_query(const Sizes& z, const U* query, const Found<T, A>& found, U* out
         into_row[e].other = grad / (a * b);
         if (z.cosine && row_norm >= eps) into_row[e].self = grad * found.value[e] / (b * b);
         if (z.cosine && query_norm >= eps) self += grad * found.value[e] / (a * a);
-        const A weight = into_row[e].other * scale;
-        for_channels<A>(z.D, [&](int64_t d, int64_t lanes) {
-          A* to = total.data() + d;
-          store_some(to, load_some(to, lanes) + load_row<A>(row + d, lanes) * weight, lanes);
-        });
+        add_row(total, row, into_row[e].other * scale, z.D);
       }
-      if (out == nullptr) continue;
-      for_channels<A>(z.D, [&](int64_t d, int64_t lanes) {
-        store_some(out + place * z.D + d, load_some(total.data() + d, lanes) - load_some(q + d, lanes) * self, lanes);
-      });
+      if (out != nullptr) write_row(out + place * z.D, total, q, static_cast<A>(self), z.D);
     }
   });
 }
@@ -83,25 +91,17 @@ void into_memory(const Sizes& z, const T* query, const Found<T, A>& found, const
   std::sort(entries.begin(), entries.end());
   parallel(z.S * z.M, kSmall / (z.D + 1), [&](int64_t begin, int64_t end) {
     std::fill_n(reinterpret_cast<char*>(out + begin * z.D), (end - begin) * z.D * sizeof(T), 0);
-    std::vector<A> total(z.D);
+    LevelSum<A> total(z.D);
     auto entry = std::lower_bound(entries.begin(), entries.end(), std::pair<int64_t, int64_t>(begin, 0));
     while (entry != entries.end() && entry->first < end) {
       const int64_t row = entry->first;
-      A self = 0;
-      std::fill(total.begin(), total.end(), A(0));
+      double self = 0;
+      total.reset(z.D);
       for (; entry != entries.end() && entry->first == row; ++entry) {
-        const Share<A>& from = share[entry->second];
-        const T* q = query + entry->second / z.k * z.D;
-        self += from.self;
-        for_channels<A>(z.D, [&](int64_t d, int64_t lanes) {
-          A* to = total.data() + d;
-          store_some(to, load_some(to, lanes) + load_some(q + d, lanes) * from.other, lanes);
-        });
+        self += share[entry->second].self;
+        add_row(total, query + entry->second / z.k * z.D, share[entry->second].other, z.D);
       }
-      for_channels<A>(z.D, [&](int64_t d, int64_t lanes) {
-        const vec<A> m = load_some(found.memory + row * z.D + d, lanes);
-        store_some(out + row * z.D + d, load_some(total.data() + d, lanes) - m * self, lanes);
-      });
+      write_row(out + row * z.D, total, found.memory + row * z.D, static_cast<A>(self), z.D);
     }
   });
 }

@@ -43,7 +43,7 @@ struct PushShared {
   __host__ __device__ PushShared(unsigned char* bytes, const Geometry& g)
       : work(reinterpret_cast<Work<A>*>(bytes)),
         tile(reinterpret_cast<A*>(bytes + (sizeof(Work<A>) + 15) / 16 * 16)),
-        share(tile + kTile * kSlice),
+        share(tile + kTile<A> * kSlice),
         spans(reinterpret_cast<int2*>(share + (g.R > 1 ? (g.R * (g.H + g.W) + 1) / 2 * 2 : 0))) {}
   static size_t bytes(const Geometry& g, const AxisTable& axes) {
     unsigned char* base = nullptr;

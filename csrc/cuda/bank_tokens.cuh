@@ -14,10 +14,12 @@ namespace vmemory::bank {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;  // a warp for each tier and for each descriptor of a slot
 constexpr int kSlice = kWarp;  // channels of a block: one a lane where descriptors are summed
-constexpr int kTile = 128;     // cells staged at a time
 constexpr int kTaps = 4;       // source cells of an output cell read at a time
 constexpr int kMaxAxes = 4 * kMaxTiers;
 static_assert(kThreads / kWarp >= kMaxTiers);
+// cells staged at a time: 16 KiB
+template <class A>
+constexpr int kTile = 512 / sizeof(A);
 
 __device__ inline float to_acc(bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
 __device__ inline float to_acc(f16 x) { return __half2float(__ushort_as_half(x.bits)); }
@@ -208,7 +210,7 @@ template <class A>
 struct Describe {
   const A* share;  // [R, H + W] weight of each row, then of each column, of the input; null when R = 1
   const bool* valid;
-  A* tile;  // [kTile, kSlice]
+  A* tile;  // [kTile<A>, kSlice]
   A* out;   // [R, K]
   int source;
 };
@@ -229,27 +231,47 @@ __device__ void find_shares(const Geometry& g, const MapOffsets& maps, const A* 
   }
 }
 
-// Reads the block's slice of a frame once: copies it to `copy` unless null and sums its descriptors cell by cell in
-// raster order, the order of the host. A warp a descriptor, a lane a channel.
+// one channel of staged grid rows, `row` cells each, in groups of four cells as the host adds them
+template <class A>
+__device__ void add_plain(const A* tile, int count, int row, A* sum) {
+  for (int y = 0; y < count; y += row) {
+    const A* t = tile + y * kSlice;
+    int x = 0;
+#pragma unroll 4
+    for (; x + 4 <= row; x += 4, t += 4 * kSlice) *sum += (t[0] + t[kSlice]) + (t[2 * kSlice] + t[3 * kSlice]);
+    if (row - x == 3) *sum += (t[0] + t[kSlice]) + t[2 * kSlice];
+    if (row - x == 2) *sum += t[0] + t[kSlice];
+    if (row - x == 1) *sum += t[0];
+  }
+}
+
+// Reads the block's slice of a frame once: copies it to `copy` unless null and sums its descriptors in the host's
+// order, so that both decide alike. A warp a descriptor, a lane a channel.
 template <int V, class T>
 __device__ void read_slice(const Geometry& g, const T* frame, T* copy, const Describe<acc_t<T>>& to, int64_t d0) {
   using A = acc_t<T>;
-  constexpr int lanes = kSlice / V, loads = kTile * lanes / kThreads;
+  constexpr int lanes = kSlice / V, tile = kTile<A>, loads = tile * lanes / kThreads;
   const int lane = threadIdx.x % lanes, cells = static_cast<int>(g.H * g.W), W = static_cast<int>(g.W);
   const int r = threadIdx.x / kWarp, channel = threadIdx.x % kWarp;
   const int64_t d = d0 + lane * V;
   const bool described = d0 < g.K, sums = described && r < g.R && d0 + channel < g.K && (g.R == 1 || r >= to.source);
   const auto cell_of = [&](int k) { return static_cast<int>(threadIdx.x) / lanes + k * (kThreads / lanes); };
+  const bool plain = g.R == 1 && g.K == g.D && !to.valid;
   A sum = 0, total = 0;
   Pack<T, V> next[loads] = {};
-  const auto fetch = [&](int base) {
+  // whole grid rows, or a piece of one that is longer than a tile
+  const auto count_at = [&](int base) {
+    const int most = W <= tile ? tile / W * W : tile, left = W <= tile ? cells - base : W - base % W;
+    return most < left ? most : left;
+  };
+  const auto fetch = [&](int base, int count) {
 #pragma unroll
     for (int k = 0; k < loads; ++k)
-      if (d < g.D && base + cell_of(k) < cells) next[k] = load_pack<V>(frame + (base + cell_of(k)) * g.D + d);
+      if (d < g.D && cell_of(k) < count) next[k] = load_pack<V>(frame + (base + cell_of(k)) * g.D + d);
   };
-  fetch(0);
-  for (int base = 0; base < cells; base += kTile) {
-    const int count = cells - base < kTile ? cells - base : kTile;
+  int count = count_at(0);
+  fetch(0, count);
+  for (int base = 0, after; base < cells; base += count, count = after) {
 #pragma unroll
     for (int k = 0; k < loads; ++k) {
       if (d >= g.D || cell_of(k) >= count) continue;
@@ -258,13 +280,13 @@ __device__ void read_slice(const Geometry& g, const T* frame, T* copy, const Des
 #pragma unroll
         for (int v = 0; v < V; ++v) to.tile[cell_of(k) * kSlice + lane * V + v] = to_acc(next[k].x[v]);
     }
-    fetch(base + kTile);
+    after = base + count < cells ? count_at(base + count) : 0;
+    fetch(base + count, after);
     if (!described) continue;
     __syncthreads();
-    if (sums && g.R == 1 && !to.valid) {
+    if (sums && plain) {
       total += static_cast<A>(count);
-#pragma unroll 8
-      for (int c = 0; c < count; ++c) sum += to.tile[c * kSlice + channel];
+      add_plain(to.tile + channel, count, W <= tile ? W : count, &sum);
     } else if (sums) {
       const A* rows = to.share + r * (g.H + g.W);
       for (int c = 0; c < count; ++c) {

@@ -43,13 +43,11 @@ def make_encoder(name: str | None = None) -> FrameEncoder:
 def make_bank(
     encoder: FrameEncoder, policy: str, rule: str | None, budget: str | None, entries: int | None, dtype: str
 ) -> Bank:
-    """The memory that the options of `vmemory stream` describe; 64 MiB if they give no size."""
+    """The memory that the options of `vmemory stream` describe."""
     if dtype not in DTYPES:
         raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if budget is not None and entries is not None:
         raise UserError("budget, entries: expected one of them, got both")
-    if budget is None and entries is None:
-        budget = "64MiB"
     with user_input():
         return video_bank(
             policy, encoder.grid, encoder.dim, rule=rule, entries=entries, budget=budget, dtype=DTYPES[dtype]
@@ -99,7 +97,10 @@ def timecode(seconds: float) -> str:
 
 def span_text(answer: Answer) -> str:
     """The span merged into an entry, empty for a single frame."""
-    return f"{timecode(answer.start)} to {timecode(answer.stop)}" if answer.stop > answer.start else ""
+    if answer.stop <= answer.start:
+        return ""
+    start, stop = timecode(answer.start), timecode(answer.stop)
+    return f"{start} to {stop}" if start != stop else f"{answer.stop - answer.start:.1f} s"
 
 
 def concepts_text(answer: Answer) -> str:

@@ -26,18 +26,17 @@ from vmemory.cli.errors import Interrupted
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.scores import Scores, measure, print_scores
 from vmemory.cli.stream import summary
-from vmemory.cli.watch import watch
+from vmemory.cli.watch import origin_of, watch
 from vmemory.data import fetch_film, fetch_trailer, trailer_to_film
 from vmemory.data.film import ATTRIBUTION
 from vmemory.encoders import FrameEncoder
 from vmemory.eval.features import Features, video_features
 from vmemory.stream import Frame, FrameSource
-from vmemory.stream.encoder import calibrate
 from vmemory.stream.memory_stream import MemoryStream
 
 TEXTS = ("a rabbit", "a bird flying in the sky", "a bow and arrow", "end credits, text on a screen")
 # second of the trailer whose picture is looked for
-STILL = 41.0
+STILL = 12.0
 
 
 class Recorder:
@@ -68,8 +67,8 @@ def demo(
     bank = make_bank(encoder, "hierarchical", None, budget, None, "float16")
     film, trailer = fetch_film(), fetch_trailer()
     size, batch = encoder.frame_size, encoder.batch_size
-    origin = calibrate(encoder, FrameSource(film, 1.0, stop=60.0, size=size), batch)
-    facts = {"video": film.name, "title": "Big Buck Bunny", "fps": 1.0, "attribution": ATTRIBUTION}
+    origin = origin_of(encoder, film, 1.0, 60.0, size)
+    facts = {"video": film.name, "title": "Big Buck Bunny", "fps": 1.0, "budget": budget, "attribution": ATTRIBUTION}
     recorder, between = Recorder(encoder), Recorder(encoder)
     memory = MemoryStream(recorder, bank, origin=origin, facts=facts)
     times: list[float] = []
@@ -99,7 +98,7 @@ def demo(
     scores = None if watched.interrupted else _scores(recorder, between, times, trailer, encoder)
     if scores is not None:
         print_scores(console, scores)
-    report = Report(memory, questions, watched=watched, budget=budget, warning=source.warning, scores=scores)
+    report = Report(memory, questions, watched=watched, warning=source.warning, scores=scores)
     console.print(f"report: {write_report(out, report)}", highlight=False, soft_wrap=True)
     if watched.interrupted:
         raise Interrupted(f"interrupted after {memory.latency.frames} frames; kept what was seen")

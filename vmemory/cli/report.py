@@ -34,7 +34,6 @@ class Report:
         memory: What is held at the end.
         questions: Sentences and pictures with their answers.
         watched: Where the time went; None for a memory that was loaded.
-        budget: As the user gave it.
         warning: About the source.
         scores: Trailer localisation.
     """
@@ -42,7 +41,6 @@ class Report:
     memory: MemoryStream | None = None
     questions: Sequence[Question] = ()
     watched: Watched | None = None
-    budget: str | None = None
     warning: str | None = None
     scores: Scores | None = None
     attribution: str | None = field(default=None)
@@ -84,15 +82,18 @@ def write_report(folder: Path, report: Report) -> Path:
 
 def _memory_parts(report: Report, memory: MemoryStream, pictures: dict[str, bytes]) -> dict[str, Any]:
     counts, latency = memory.bank.counts(), memory.latency
-    budget = memory.bank.nbytes if report.budget is None else parse_bytes(report.budget)
+    given = memory.facts.get("budget")
+    budget = memory.bank.nbytes if given is None else parse_bytes(given)
     video, last = memory.facts.get("title") or memory.facts.get("video", "a video"), float(memory.history.time[-1])
     duration = max(float(memory.facts.get("duration") or 0.0), last)
     raw = counts["seen"] * memory.bank.layout.grid[0] * memory.bank.layout.grid[1] * memory.bank.layout.dim
     raw *= memory.bank.slots.element_size()
-    light, dark = (draw_timeline(memory, report.questions, budget, duration, palette) for palette in (LIGHT, DARK))
+    bound = ("holds" if given is None else "budget", budget)
+    light, dark = (draw_timeline(memory, report.questions, bound, duration, palette) for palette in (LIGHT, DARK))
     pictures["timeline.png"] = light
     encode, work = 1e3 * latency.encode / latency.frames, 1e3 * latency.memory / latency.frames
-    held = f"held, of a budget of {format_bytes(budget)}; all tokens would take {format_bytes(raw)}"
+    limit = "from the first frame on" if given is None else f"of a budget of {format_bytes(budget)}"
+    held = f"held, {limit}; all tokens would take {format_bytes(raw)}"
     facts = [
         (format_bytes(memory.bank.nbytes), held),
         (f"{counts['held']}", f"entries, for {counts['seen']} frames seen; {counts['dropped']} dropped"),
@@ -187,10 +188,9 @@ def _score_parts(scores: Scores, pictures: dict[str, bytes]) -> dict[str, Any]:
     unbounded = scores.by_entries[0][0]
     light, dark = (draw_curve(scores.by_bytes, unbounded, palette) for palette in (LIGHT, DARK))
     pictures["localisation.png"] = light
-    captions = [f"{group[0].held} entries each" for group in scores.by_entries]
-    captions[0] = "A memory without bounds"
+    captions = [f"{group[0].held} entries each" for group in scores.by_entries[1:]]
     captions += [f"{budget.replace('MiB', ' MiB')} each" for budget in scores.budgets]
-    groups = [*scores.by_entries, *scores.by_bytes]
+    groups = [[*group, unbounded] for group in (*scores.by_entries[1:], *scores.by_bytes)]
     return {
         "curve": {"light": _uri(light, "png"), "dark": _uri(dark, "png")},
         "tables": [table_of(caption, group) for caption, group in zip(captions, groups, strict=True)],

@@ -39,7 +39,8 @@ def measure(film: Features, trailer: Features) -> Scores:
 
 def table_of(caption: str, group: Sequence[Score]) -> dict[str, Any]:
     """One group as text, as the page's template takes it."""
-    most = max(score.hits for score in group)
+    bounded = [score.hits for score in group if score.policy != "unbounded"]
+    most = max(bounded, default=None)
     return {
         "caption": caption,
         "asked": group[0].asked,
@@ -53,7 +54,8 @@ def table_of(caption: str, group: Sequence[Score]) -> dict[str, Any]:
                 "exact": score.exact,
                 "error": f"{score.error:.2f} s" if score.error < 10 else f"{score.error:.0f} s",
                 "push": f"{score.push:.0f} µs",
-                "best": score.hits == most and len(group) > 1,
+                "best": score.policy != "unbounded" and score.hits == most,
+                "ceiling": score.policy == "unbounded",
             }
             for score in group
         ],

@@ -13,9 +13,8 @@ from vmemory.banks import format_bytes
 from vmemory.cli.common import answer_all, check_writable, make_bank, make_encoder, print_answers, read_image, timecode
 from vmemory.cli.errors import Interrupted, one_line, user_input
 from vmemory.cli.report import Report, write_report
-from vmemory.cli.watch import Watched, watch
+from vmemory.cli.watch import Watched, origin_of, watch
 from vmemory.stream import FrameSource
-from vmemory.stream.encoder import calibrate
 from vmemory.stream.memory_stream import MemoryStream
 
 
@@ -47,12 +46,12 @@ def stream(
     with user_input():
         FrameSource(video, fps)
     encoder = make_encoder()
+    if budget is None and entries is None:
+        budget = "64MiB"
     empty = make_bank(encoder, bank, rule, budget, entries, dtype)
     source = FrameSource(video, fps, size=encoder.frame_size)
-    origin = None
-    if seconds > 0:
-        origin = calibrate(encoder, FrameSource(video, fps, stop=seconds, size=encoder.frame_size), encoder.batch_size)
-    memory = MemoryStream(encoder, empty, origin=origin, facts={"video": video.name, "fps": fps})
+    origin = origin_of(encoder, video, fps, seconds, encoder.frame_size) if seconds > 0 else None
+    memory = MemoryStream(encoder, empty, origin=origin, facts={"video": video.name, "fps": fps, "budget": budget})
 
     watched = watch(memory, source, batch=encoder.batch_size, duration=source.duration, name=video.name)
     memory.facts["duration"] = source.duration
@@ -68,7 +67,7 @@ def stream(
     questions = answer_all(memory, ask, pictures, k)
     print_answers(console, questions)
     if out is not None:
-        page = write_report(out, Report(memory, questions, watched=watched, budget=budget, warning=source.warning))
+        page = write_report(out, Report(memory, questions, watched=watched, warning=source.warning))
         console.print(f"report: {page}", highlight=False, soft_wrap=True)
     if watched.interrupted:
         raise Interrupted(f"interrupted after {memory.latency.frames} frames; kept what was seen")

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter
 
 from vmemory.banks import format_bytes
 from vmemory.cli.common import Question, timecode
@@ -33,22 +33,24 @@ LIGHT = Palette("#fbfaf7", "#22201d", "#8d877c", "#e3dfd6", ("#b3432b", "#c98a1b
 DARK = Palette("#15161a", "#ebe8e1", "#8b8880", "#2e3036", ("#e8785a", "#e9b44c", "#66b3b0", "#a897d0"), "#f4f1ea")
 # most pictures of the film strip, and lanes' heights in inches
 _STRIP, _LANE, _BYTES = 14, 0.34, 0.85
+# seconds between labels of the time axis
+_STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
 
 
 def draw_timeline(
-    memory: MemoryStream, questions: Sequence[Question], budget: int, duration: float, palette: Palette
+    memory: MemoryStream, questions: Sequence[Question], bound: tuple[str, int], duration: float, palette: Palette
 ) -> bytes:
     """A PNG 1,800 pixels wide: film strip, one lane a tier, dropped frames, one lane a question, bytes in use.
 
     Args:
         memory: What is held.
         questions: Their answers get a lane each.
-        budget: Bytes that the memory may hold.
+        bound: What the memory may hold: a word for it, and bytes.
         duration: Seconds of the whole video; the part not seen stays empty.
         palette: Colours.
     """
     tiers = len(memory.bank.layout.grids)
-    lanes = tiers + 1 + len(questions)
+    lanes = tiers + (memory.bank.counts()["dropped"] > 0) + len(questions)
     width, left, right = 12.0, 1.75, 0.25
     strip = (width - left - right) / _STRIP * 9 / 16
     heights = [strip, lanes * _LANE, _BYTES]
@@ -65,14 +67,14 @@ def draw_timeline(
         axis.tick_params(colors=palette.faint, labelsize=8, length=0)
     _film_strip(axes[0], memory, duration)
     _lanes(axes[1], memory, questions, palette)
-    _bytes(axes[2], memory, budget, palette)
+    _bytes(axes[2], memory, bound, palette)
     for axis in axes[1:]:
         axis.set_xlim(0, duration)
         axis.set_facecolor("none")
         for side in axis.spines.values():
             side.set_visible(False)
         axis.grid(axis="x", color=palette.grid, linewidth=0.6, zorder=0)
-        axis.xaxis.set_major_locator(MaxNLocator(12, steps=[1, 3, 6, 10]))
+        axis.set_xticks(np.arange(0, duration, next((s for s in _STEPS if duration <= 12 * s), duration)))
     axes[1].tick_params(labelbottom=False)
     axes[2].xaxis.set_major_formatter(FuncFormatter(lambda at, _: timecode(max(at, 0))))
     buffer = io.BytesIO()
@@ -120,10 +122,10 @@ def _lanes(axis: Axes, memory: MemoryStream, questions: Sequence[Question], pale
         name = f"tier {tier + 1}" if len(memory.bank.layout.grids) > 1 else "entries"
         labels.append((f"{name} · {h}×{w}", colour))
         _spans(axis, start[there], stop[there], -tier, colour)
-    gone = history.time[history.entry < 0]
-    lane = -len(labels)
-    labels.append((f"dropped · {memory.bank.counts()['dropped']}", palette.faint))
-    axis.vlines(gone, lane - 0.22, lane + 0.22, color=palette.faint, linewidth=0.5, alpha=0.6, zorder=2)
+    if dropped := memory.bank.counts()["dropped"]:
+        gone, lane = history.time[history.entry < 0], -len(labels)
+        labels.append((f"dropped · {dropped}", palette.faint))
+        axis.vlines(gone, lane - 0.22, lane + 0.22, color=palette.faint, linewidth=0.5, alpha=0.6, zorder=2)
     for question in questions:
         lane = -len(labels)
         kind = "like " if question.image is not None else ""
@@ -152,13 +154,13 @@ def _spans(axis: Axes, start: np.ndarray, stop: np.ndarray, lane: int, colour: s
     )  # fmt: skip
 
 
-def _bytes(axis: Axes, memory: MemoryStream, budget: int, palette: Palette) -> None:
-    history = memory.history
+def _bytes(axis: Axes, memory: MemoryStream, bound: tuple[str, int], palette: Palette) -> None:
+    history, (word, budget) = memory.history, bound
     axis.fill_between(history.time, history.nbytes, color=palette.tiers[2], alpha=0.22, linewidth=0, zorder=2)
     axis.plot(history.time, history.nbytes, color=palette.tiers[2], linewidth=1.3, zorder=3)
     axis.axhline(budget, color=palette.ink, linewidth=0.9, linestyle=(0, (4, 3)), zorder=3)
     axis.set_ylim(0, 1.12 * budget)
-    axis.set_yticks([0.5 * budget, budget], ["in use", f"budget {format_bytes(budget)}"])
+    axis.set_yticks([0.5 * budget, budget], ["in use", f"{word} {format_bytes(budget)}"])
     for tick, colour in zip(axis.get_yticklabels(), (palette.tiers[2], palette.ink), strict=True):
         tick.set_color(colour)
         tick.set_fontsize(8.5)

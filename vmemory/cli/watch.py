@@ -6,15 +6,18 @@ import signal
 import time as clock
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from torch import Tensor
 
 from vmemory.banks import format_bytes
 from vmemory.cli.common import timecode
-from vmemory.stream import Frame
+from vmemory.stream import Frame, FrameSource
+from vmemory.stream.encoder import Encoder, calibrate
 from vmemory.stream.memory_stream import MemoryStream
 
 
@@ -87,6 +90,13 @@ def watch(
             rate = count / (clock.perf_counter() - started)
             bar.update(task, completed=group[-1].time, state=_state(memory, group[-1].time, duration, rate))
     return Watched(decode, clock.perf_counter() - started, stop.asked)
+
+
+def origin_of(encoder: Encoder, video: Path, fps: float, seconds: float, size: int) -> Tensor:
+    """Mean token `[D]` of the first seconds of a video, which are decoded for it alone."""
+    console = Console(stderr=True)
+    with console.status(f"calibrating on the first {seconds:g} s of {video.name}"):
+        return calibrate(encoder, FrameSource(video, fps, stop=seconds, size=size))
 
 
 def _next(frames: Iterator[Frame], batch: int, stop: Stop) -> list[Frame]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Selection(NamedTuple):
     """indices `[S, sum of budgets]` int64, ascending, then −1; count `[S]` int64: how many are not −1."""
 
     indices: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
 
 
 class Compacted(NamedTuple):
@@ -91,7 +91,7 @@ def select_tokens(
     S, N = scores.shape
     if segments is None:
         check_int("budget", budget, low=0, high=N)
-        budgets = [budget]
+        budgets = [cast(int, budget)]
     else:
         if not isinstance(budget, (list, tuple)):
             raise TypeError(f"budget: expected a list of ints with segments, got {type(budget).__name__}")

@@ -30,20 +30,14 @@ def select_tokens(scores: Tensor, budgets: Sequence[int], segments: Tensor | Non
 
 
 def compact(rows: Sequence[Tensor], keep: Tensor) -> list[Tensor]:
-    """Rows `keep [S, K]` of each `[S, N, ...]`; where keep is not in `range(N)`, 0 in the first tensor and −1 in the others.
+    """Rows `keep [S, K]` of each `[S, N, ...]`.
 
-    −1 is False for bool.
+    Where keep is not in `range(N)`: 0 in the first tensor, −1 in the others, False for bool.
     """
-    S, K = keep.shape
-    moved = []
+    stream, moved = torch.arange(keep.shape[0], device=keep.device)[:, None], []
     for i, x in enumerate(rows):
         N = x.shape[1]
-        fill = 0 if i == 0 or x.dtype == torch.bool else -1
-        out = x.new_full((S, K, *x.shape[2:]), fill)
-        if N > 0:
-            there = (keep >= 0) & (keep < N)
-            stream = torch.arange(S, device=keep.device)[:, None]
-            picked = x[stream, torch.where(there, keep, 0)]
-            out = torch.where(there.reshape(S, K, *[1] * (x.dim() - 2)), picked, out)
-        moved.append(out)
+        padding = x.new_full((x.shape[0], 1, *x.shape[2:]), 0 if i == 0 or x.dtype == torch.bool else -1)
+        there = (keep >= 0) & (keep < N)
+        moved.append(torch.cat([x, padding], 1)[stream, torch.where(there, keep, N)])
     return moved

@@ -69,11 +69,10 @@ def similarity_topk_backward(
 
     d cos / d a = b / (|a| |b|) − cos · a / |a|², without the second term where |a| is clamped: there it is a constant.
     """
-    S, Q, _ = indices.shape
     q, there, slot = query.to(values.dtype), indices >= 0, indices.clamp_min(0).flatten(1)[..., None]
     slot = slot.expand(-1, -1, memory.shape[2])
     found = _rows(memory, scale, values.dtype).gather(1, slot) if memory.shape[1] else q.new_zeros(slot.shape)
-    rows = found.unflatten(1, (Q, -1)) if Q else found.reshape(S, Q, *indices.shape[2:], -1)
+    rows = found.reshape(*indices.shape, memory.shape[2])
     across = torch.where(there, grad, 0)
     into_query, into_rows = torch.zeros_like(across[..., :1]), torch.zeros_like(across)
     if metric == "cosine":

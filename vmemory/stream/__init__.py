@@ -1,5 +1,8 @@
-"""Where frames come from: video files, image directories and arrays, as one timed stream."""
+"""Frames as one timed stream, and a video watched through a bounded memory."""
 
+from vmemory.stream.encoder import calibrate
+from vmemory.stream.memory_stream import Answer, MemoryStream
 from vmemory.stream.source import Frame, FrameSource, SourceError
+from vmemory.stream.video_bank import video_bank
 
-__all__ = ["Frame", "FrameSource", "SourceError"]
+__all__ = ["Answer", "Frame", "FrameSource", "MemoryStream", "SourceError", "calibrate", "video_bank"]

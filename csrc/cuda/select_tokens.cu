@@ -1,0 +1,68 @@
+#include <algorithm>
+
+#include "select_tokens.cuh"
+#include "torch/stable.h"
+
+namespace vmemory::selection {
+namespace {
+
+constexpr int64_t kMaxShared = 48 << 10;  // what every device grants without asking
+
+template <class T, int kBudgets>
+void launch(SelectArgs<T, kBudgets>& args, const Tensor& like, const Ints& budgets, int64_t S) {
+  using U = key_t<T>;
+  for (int g = 0; g < kBudgets && g < args.segments; ++g)
+    args.budget[g] = static_cast<int>(std::min(budgets[g], args.N));
+  // as many bits a digit as the counts of all segments leave room for
+  args.bits = 4;
+  for (const int bits : {8, kRadixBits})
+    if (Search<U>::bytes(args.segments, bits) <= kMaxShared) args.bits = bits;
+  const int64_t bytes = Search<U>::bytes(args.segments, args.bits);
+  const bool fits = bytes <= kMaxShared;
+  const Tensor workspace = make(like, {fits ? 0 : S * bytes}, ScalarType::Byte);
+  args.workspace = fits ? nullptr : mutable_data<unsigned char>(workspace);
+  args.workspace_bytes = bytes;
+  void* pointers[] = {&args};
+  cudaLaunchKernel(reinterpret_cast<const void*>(select_kernel<T, kBudgets>), dim3(static_cast<unsigned>(S)),
+                   dim3(kThreads), pointers, fits ? bytes : 0, current_stream(like));
+  check_launch("select_tokens");
+}
+
+std::tuple<Tensor, Tensor> select_tokens(const Tensor& scores_, Ints budgets, std::optional<Tensor> segments_) {
+  const torch::stable::accelerator::DeviceGuard guard(scores_.get_device_index());
+  const Tensor scores = dense(scores_), segments = segments_ ? dense(*segments_) : scores;
+  const int64_t S = scores.size(0), N = scores.size(1);
+  VMEMORY_CHECK(N <= INT32_MAX && S <= INT32_MAX, "scores: too large for one launch");
+  VMEMORY_CHECK(budgets.size() <= kMaxSegments, "budget: at most ", kMaxSegments, " segments");
+  int64_t total = 0;
+  bool uniform = true;
+  for (const int64_t budget : budgets) total += budget, uniform &= budget == budgets[0];
+  Tensor index = make(scores, {S, total}, ScalarType::Long), count = make(scores, {S}, ScalarType::Long);
+  if (S == 0) return {index, count};
+  dispatch_floating(scores.scalar_type(), [&](auto t) {
+    using T = typename decltype(t)::type;
+    const auto run = [&](auto budget_count) {
+      SelectArgs<T, decltype(budget_count)::value> args{};
+      args.score = data<T>(scores);
+      args.segment = segments_ ? data<int64_t>(segments) : nullptr;
+      args.segment_step = segments_ && segments.dim() == 2 ? N : 0;
+      args.index = mutable_data<int64_t>(index);
+      args.count = mutable_data<int64_t>(count);
+      args.N = N;
+      args.total = total;
+      args.segments = static_cast<int>(budgets.size());
+      launch(args, scores, budgets, S);
+    };
+    if (uniform) {
+      run(std::integral_constant<int, 1>{});
+    } else {
+      run(std::integral_constant<int, kMaxSegments>{});
+    }
+  });
+  return {index, count};
+}
+
+}  // namespace
+}  // namespace vmemory::selection
+
+STABLE_TORCH_LIBRARY_IMPL(vmemory, CUDA, m) { m.impl("select_tokens", TORCH_BOX(&vmemory::selection::select_tokens)); }

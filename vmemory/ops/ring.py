@@ -1,0 +1,201 @@
+"""Memories of fixed slots, changed in place: first in, first out, and replacement of the most similar slot."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmemory.ops._checks import check_choice, check_device, check_floating, check_same, check_tensor, shape_of
+from vmemory.ops._select import Backends, Impl, with_backends
+from vmemory.ops._stem import StemOp
+from vmemory.reference import ring as _reference
+
+_PUSH = Backends("ring_push_", cuda=True)
+_READ = Backends("ring_read")
+_REPLACE = Backends("slot_replace_", cuda=True)
+
+
+class RingFrames(NamedTuple):
+    """frames `[S, M, N, D]`, oldest first, then zeros; count `[S]` int64: how many are frames."""
+
+    frames: Tensor
+    count: Tensor  # type: ignore[assignment]
+
+
+def _fake_push(slots: Tensor, count: Tensor, frames: Tensor, streams: Tensor | None) -> None:
+    return None
+
+
+def _fake_read(slots: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    return slots.new_empty(slots.shape), count.new_empty(count.shape)
+
+
+def _fake_replace(
+    slots: Tensor, count: Tensor, means: Tensor | None, frames: Tensor, streams: Tensor | None, level: str
+) -> Tensor:
+    return count.new_empty((frames.shape[0],))
+
+
+_push = StemOp(
+    "ring", "ring_push_", "(Tensor(a!) slots, Tensor(b!) count, Tensor frames, Tensor? streams) -> ()", _fake_push
+)
+_read = StemOp("ring", "ring_read", "(Tensor slots, Tensor count) -> (Tensor, Tensor)", _fake_read)
+_replace = StemOp(
+    "ring",
+    "slot_replace_",
+    "(Tensor(a!) slots, Tensor(b!) count, Tensor(c!)? means, Tensor frames, Tensor? streams, str level) -> Tensor",
+    _fake_replace,
+)
+
+
+def _check_state(name: str, x: Tensor, writes: bool) -> None:
+    if x.requires_grad:
+        raise ValueError(f"{name}: expected state without a gradient")
+    if writes and not x.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, it is written in place")
+
+
+def _check_ring(slots: Tensor, count: Tensor, writes: bool = True) -> None:
+    check_tensor("slots", slots, "[S, M, N, D]")
+    check_floating("slots", slots)
+    _check_state("slots", slots, writes)
+    check_tensor("count", count, "[S]")
+    if count.dtype != torch.int64 or count.shape[0] != slots.shape[0]:
+        raise ValueError(f"count: expected int64 [{slots.shape[0]}], got {count.dtype} of shape {shape_of(count)}")
+    _check_state("count", count, writes)
+    check_device("count", count, "slots", slots)
+
+
+def _check_frames(frames: Tensor, layout: str, slots: Tensor, streams: Tensor | None) -> None:
+    check_tensor("frames", frames, layout)
+    check_same("frames", frames, "slots", slots)
+    if frames.shape[-2:] != slots.shape[-2:]:
+        N, D = slots.shape[-2:]
+        raise ValueError(f"frames: expected {layout} with N = {N} and D = {D}, got shape {shape_of(frames)}")
+    rows = slots.shape[0]
+    if streams is not None:
+        check_tensor("streams", streams, "[S']")
+        if streams.dtype != torch.int64:
+            raise ValueError(f"streams: expected int64, got {streams.dtype}")
+        check_device("streams", streams, "slots", slots)
+        rows = streams.shape[0]
+    if frames.shape[0] != rows:
+        raise ValueError(f"frames: expected {rows} streams, got shape {shape_of(frames)}")
+
+
+@with_backends(_PUSH)
+def ring_push_(
+    slots: Tensor, count: Tensor, frames: Tensor, streams: Tensor | None = None, *, impl: Impl = "auto"
+) -> None:
+    """Write frames into a bounded first-in-first-out memory, in place, without leaving the device.
+
+    Frame t goes into slot `(count + t) % M`; then `count` grows by T. Of more than M frames the last M are written.
+
+    Args:
+        slots: `[S, M, N, D]`, contiguous, float64, float32, float16 or bfloat16; changed.
+        count: `[S]` int64 on the device, contiguous: frames ever pushed, not negative; changed.
+        frames: `[S, T, N, D]`, or `[S', T, N, D]` with `streams`; the dtype and device of `slots`, any strides.
+        streams: `[S']` int64 on the device: the stream each row of frames goes to, none twice; a number outside
+            `range(S)`, −1 by convention, skips the row.
+        impl: Which implementation to run; `"auto"` picks by device and dtype.
+
+    Raises:
+        TypeError: An argument is no tensor.
+        ValueError: Shape, dtype, device or layout as above not met; nothing has changed then.
+        RuntimeError: `impl` names an implementation that cannot run here.
+
+    Source: the working memory of VLM² (arXiv 2511.20644), Algorithm 1, lines 9 to 15.
+    """
+    _check_ring(slots, count)
+    _check_frames(frames, "[S, T, N, D]", slots, streams)
+    picked = _PUSH.pick(slots, impl)
+    frames = frames.detach()
+    if picked == "reference":
+        _reference.ring_push_(slots, count, frames, streams)
+    else:
+        _push(picked, slots, count, frames, streams)
+
+
+@with_backends(_READ)
+def ring_read(slots: Tensor, count: Tensor, *, impl: Impl = "auto") -> RingFrames:
+    """Read a memory that `ring_push_` filled, in the order of time.
+
+    Args:
+        slots: `[S, M, N, D]`, as `ring_push_` left it.
+        count: `[S]` int64 on the device: frames ever pushed.
+        impl: Which implementation to run; `"auto"` picks by device and dtype.
+
+    Returns:
+        `RingFrames(frames [S, M, N, D], count [S])`: the last `min(count, M)` frames, oldest first, then zeros whatever
+        the slots hold; and their number. State has no gradient, so there is none.
+
+    Raises:
+        TypeError: An argument is no tensor.
+        ValueError: Shape, dtype or device as above not met.
+        RuntimeError: `impl` names an implementation that cannot run here.
+    """
+    _check_ring(slots, count, writes=False)
+    picked = _READ.pick(slots, impl)
+    return RingFrames(*(_reference.ring_read(slots, count) if picked == "reference" else _read(picked, slots, count)))
+
+
+@with_backends(_REPLACE)
+def slot_replace_(
+    slots: Tensor,
+    count: Tensor,
+    frames: Tensor,
+    streams: Tensor | None = None,
+    *,
+    level: Literal["flat", "mean"] = "flat",
+    means: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Write one frame a stream into a bounded memory, in place: append while there is room, else replace the nearest.
+
+    Similarity is dot / (max(|a|, 1e-8) · max(|b|, 1e-8)), accumulated in float32 or better. Of equal slots the first is
+    replaced; a NaN counts as the largest similarity, so that a broken slot goes first.
+
+    Args:
+        slots: `[S, M, N, D]`, contiguous, float64, float32, float16 or bfloat16; changed.
+        count: `[S]` int64 on the device, contiguous: frames ever written, not negative; grows by 1; the first
+            `min(count, M)` slots are taken.
+        frames: `[S, N, D]`, or `[S', N, D]` with `streams`; the dtype and device of `slots`, any strides.
+        streams: As in `ring_push_`.
+        level: `"flat"` compares all N · D values of a frame, `"mean"` the means over N.
+        means: `[S, M, D]` float32 (float64 for float64), contiguous, for `level="mean"`: the slots' means, kept here
+            from call to call; with it a step reads the new frame alone instead of the whole memory. Changed.
+        impl: Which implementation to run; `"auto"` picks by device and dtype.
+
+    Returns:
+        `[S]` or `[S']` int64: the slot that was replaced; −1 where none was: appended, skipped, or M = 0.
+
+    Raises:
+        TypeError: An argument is no tensor.
+        ValueError: Shape, dtype, device, layout or level as above not met; nothing has changed then.
+        RuntimeError: `impl` names an implementation that cannot run here.
+
+    Source: the episodic memory of VLM² (arXiv 2511.20644), Algorithm 1 and Eq. 8, which leaves open over what the
+    cosine is taken; the frame stays in the slot it replaced, where the listing deletes and appends.
+    """
+    check_choice("level", level, ("flat", "mean"))
+    _check_ring(slots, count)
+    _check_frames(frames, "[S, N, D]", slots, streams)
+    S, M, N, D = slots.shape
+    if level == "mean" and N < 1:
+        raise ValueError(f"slots: expected at least 1 token for level='mean', got shape {shape_of(slots)}")
+    if means is not None:
+        if level != "mean":
+            raise ValueError(f"means: expected with level='mean' only, got level={level!r}")
+        check_tensor("means", means, "[S, M, D]")
+        wide = torch.float64 if slots.dtype == torch.float64 else torch.float32
+        if means.shape != (S, M, D) or means.dtype != wide:
+            raise ValueError(f"means: expected {wide} [{S}, {M}, {D}], got {means.dtype} of shape {shape_of(means)}")
+        _check_state("means", means, writes=True)
+        check_device("means", means, "slots", slots)
+    picked = _REPLACE.pick(slots, impl)
+    frames = frames.detach()
+    if picked == "reference":
+        return _reference.slot_replace_(slots, count, frames, streams, level, means)
+    return _replace(picked, slots, count, means, frames, streams, level)
