@@ -23,11 +23,12 @@ Stream<A> stream_of(const Geometry& g, int64_t i, const Tensor& descriptor, cons
 
 void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descriptor, const Tensor& norm,
                 const Tensor& link, const Tensor& entry, const Tensor& clock, const Tensor& order,
-                const Tensor& counter, const Tensor& frames_, std::optional<Tensor> time, std::optional<Tensor> valid_,
-                std::optional<Tensor> streams, const Tensor& table, Ints capacities, Ints grids, Ints intervals,
+                const Tensor& counter, const Tensor& frames_, std::optional<Tensor> time_, std::optional<Tensor> valid_,
+                std::optional<Tensor> streams_, const Tensor& table, Ints capacities, Ints grids, Ints intervals,
                 Ints entries, std::string rule) {
   const Tensor frames = dense(frames_);
-  const Tensor valid = valid_ ? dense(*valid_) : frames;
+  const Tensor valid = valid_ ? dense(*valid_) : frames, time = time_ ? dense(*time_) : frames;
+  const Tensor streams = streams_ ? dense(*streams_) : frames;
   const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
   const Geometry g =
       parse_geometry(capacities, grids, intervals, entries, rule, H, W, D, descriptor.size(2), descriptor.size(3));
@@ -37,7 +38,7 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
     using A = acc_t<T>;
     const Maps<A> maps(g, data<A>(table));
     const auto push_stream = [&](int64_t i, bool alone) {
-      const int64_t at = streams ? data<int64_t>(*streams)[i] : i;
+      const int64_t at = streams_ ? data<int64_t>(streams)[i] : i;
       if (at < 0 || at >= state_streams) return;
       const Bank<T> bank{g, maps, stream_of<A>(g, at, descriptor, norm, link, entry, clock, order, counter),
                          mutable_data<T>(slots) + at * g.L * D, mutable_data<float>(mass) + at * g.L};
@@ -58,7 +59,7 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
           alone&& blocks > grain ? parallel(blocks, grain, slice) : slice(0, blocks);
           bank.move_mass(passage);
         }
-        bank.commit(step, time ? data<double>(*time)[f] : std::numeric_limits<double>::quiet_NaN(), frame_mass.total);
+        bank.commit(step, time_ ? data<double>(time)[f] : std::numeric_limits<double>::quiet_NaN(), frame_mass.total);
       }
     };
     if (S < torch::stable::get_num_threads()) {
@@ -76,10 +77,10 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
 // on descriptors alone, stream by stream.
 using Plan = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time, std::optional<Tensor> valid_, const Tensor& table,
+Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time_, std::optional<Tensor> valid_, const Tensor& table,
                Ints capacities, Ints grids, Ints intervals, Ints entries, std::string rule, int64_t R, int64_t K) {
   const Tensor frames = dense(frames_);
-  const Tensor valid = valid_ ? dense(*valid_) : frames;
+  const Tensor valid = valid_ ? dense(*valid_) : frames, time = time_ ? dense(*time_) : frames;
   const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
   const Geometry g = parse_geometry(capacities, grids, intervals, entries, rule, H, W, D, R, K);
   const int last = g.tiers - 1;
@@ -145,7 +146,7 @@ Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time, std::optional<
           const Step step = decide(g, bank.s);
           relabel(bank.s, step, n, to);
           if (step.first >= 0) bank.move_descriptors(step, data<A>(seen) + (i * N + n) * R * K);
-          bank.commit(step, time ? data<double>(*time)[i * N + n] : std::numeric_limits<double>::quiet_NaN(),
+          bank.commit(step, time_ ? data<double>(time)[i * N + n] : std::numeric_limits<double>::quiet_NaN(),
                       FrameMass(g, cells_of(i * N + n)).total);
         }
       }

@@ -24,22 +24,8 @@ from vmemory.ops._select import Backends, Impl, with_backends
 from vmemory.reference import similarity_topk as _reference
 
 MAX_K = 1024
-_NATIVE_CUDA_QUERIES = 16
 
-
-def _passed_over(impl: str, query: Tensor) -> str:
-    """On a GPU the native kernel reads the memory once for few queries; more of them are worth a matrix product."""
-    if impl == "native" and query.is_cuda and query.shape[1] > _NATIVE_CUDA_QUERIES:
-        return f"the native kernel is for at most {_NATIVE_CUDA_QUERIES} queries on a GPU"
-    return ""
-
-
-_BACKENDS = Backends(
-    "similarity_topk",
-    cuda=True,
-    cuda_dtypes=(torch.float32, torch.float16, torch.bfloat16),
-    passed_over=_passed_over,
-)
+_BACKENDS = Backends("similarity_topk")
 _BACKWARD = Backends("similarity_topk_backward")
 
 
