@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from vmemory.kernels._similarity_topk_backward import similarity_topk_backward
 
 from vmemory.kernels._launch import device_of, power_of_two
-from vmemory.kernels._similarity_topk_backward import similarity_topk_backward
 
 __all__ = ["similarity_topk", "similarity_topk_backward"]
 
