@@ -5,7 +5,6 @@ from vmemory.ops.adjacent_similarity import adjacent_similarity
 from vmemory.ops.bank import BankPlan, BankTokens, bank_gather, bank_plan, bank_push_
 from vmemory.ops.grid_pool import PooledGrid, grid_pool
 from vmemory.ops.grid_pool_ragged import RaggedGrid, grid_pool_ragged
-from vmemory.ops.quantize_slots import QuantizedSlots, dequantize_slots, quantize_slots
 from vmemory.ops.ring import RingFrames, ring_push_, ring_read, slot_replace_
 from vmemory.ops.select_tokens import Compacted, Selection, compact, select_tokens
 from vmemory.ops.similarity_topk import TopK, similarity_topk
@@ -16,7 +15,6 @@ __all__ = [
     "Compacted",
     "MergedBank",
     "PooledGrid",
-    "QuantizedSlots",
     "RaggedGrid",
     "RingFrames",
     "Selection",
@@ -27,10 +25,8 @@ __all__ = [
     "bank_plan",
     "bank_push_",
     "compact",
-    "dequantize_slots",
     "grid_pool",
     "grid_pool_ragged",
-    "quantize_slots",
     "ring_push_",
     "ring_read",
     "select_tokens",
