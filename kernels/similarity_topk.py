@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vmemory.kernels._similarity_topk_backward import similarity_topk_backward
 
 from vmemory.kernels._launch import device_of, power_of_two
+from vmemory.kernels._similarity_topk_backward import similarity_topk_backward
 
 __all__ = ["similarity_topk", "similarity_topk_backward"]
 
@@ -153,7 +153,7 @@ def _choose(keys: Tensor, best: int) -> Tensor:
     chosen = keys.new_empty((*keys.shape[:2], pieces * best))
     piece = triton.cdiv(triton.cdiv(N, pieces), block) * block
     _similarity_topk_choose_kernel[(chosen.numel() // best,)](
-        keys, chosen, N, pieces, piece, KP=best, BLOCK=block, num_warps=4
+        keys, chosen, N, pieces, piece, KP=best, BLOCK=block, num_warps=4, maxnreg=168
     )
     return chosen if pieces == 1 else _choose(chosen, best)
 
@@ -169,8 +169,8 @@ def similarity_topk(
     if values.numel() == 0 or slots == 0:
         return values, indices
     places = streams * queries
-    block_q = 16 if queries <= 16 else 32 if queries <= 32 else 64
-    block_m, block_d = 64, 64 if query.dtype != torch.float32 else 16 if block_q == 64 else 32
+    block_q = 16 if queries <= 16 else 64
+    block_m, block_d = 64, 16 if query.dtype == torch.float32 else 64
     # small groups where many are chosen, or by many queries: they are scored twice
     group = 64 if k <= 64 and queries <= 16 else 16
     best = max(16, power_of_two(k))
@@ -184,7 +184,7 @@ def similarity_topk(
     options = {
         "COSINE": metric == "cosine", "HAS_COUNT": count is not None, "HAS_WHERE": where is not None,
         "HAS_SCALE": scale is not None, "GROUP": group, "BLOCK_Q": block_q, "BLOCK_M": block_m, "BLOCK_D": block_d,
-        "num_warps": 8 if block_q == 64 else 4, "num_stages": 3,
+        "num_warps": 8, "num_stages": 2,
     }  # fmt: skip
     with device_of(query):
         _similarity_topk_groups_kernel[(streams * tiles * query_blocks,)](

@@ -1,62 +1,287 @@
-"""Exact search: native kernel against the reference, ties, masks and gradients."""
-
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.autograd import gradcheck
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from vmemory.ops import similarity_topk
-from vmemory.testing import assert_within_budget, random_tensor
+import vmemory
+from tests.similarity import FLOATING, INF, METRICS, NAN, SHAPES, assert_finds, filters, int8_memory, memory_with_ties
+from vmemory.ops.similarity_topk import similarity_topk
+from vmemory.reference import similarity_topk as reference
+from vmemory.testing import assert_within_budget, layouts, poisoned, random_tensor
 
 
-@pytest.mark.parametrize("metric", ["cosine", "dot"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("streams", "queries", "slots", "dim", "k"), [(1, 1, 7, 16, 3), (2, 9, 63, 33, 10), (1, 40, 200, 100, 300)]
-)
-def test_native_matches_reference(streams, queries, slots, dim, k, dtype, metric) -> None:
-    query = random_tensor(streams, queries, dim, dtype=dtype)
-    memory = random_tensor(streams, slots, dim, dtype=dtype, seed=1)
-    count = torch.tensor([slots - 2, slots + 5][:streams])
-    where = random_tensor(streams, slots, seed=2) > -1
-    found = similarity_topk(query, memory, k, count=count, where=where, metric=metric, impl="native")
-    low = similarity_topk(query, memory, k, count=count, where=where, metric=metric, impl="reference")
-    wide = similarity_topk(
-        query.double(), memory.double(), k, count=count, where=where, metric=metric, impl="reference"
+def gradients(impl, query, memory, k, metric, scale=None, **kwargs):
+    query = query.clone().requires_grad_()
+    variables = [query] if memory.dtype == torch.int8 else [query, memory.clone().requires_grad_()]
+    found = similarity_topk(query, variables[-1] if scale is None else memory, k, metric=metric, scale=scale,
+                            impl=impl, **kwargs)  # fmt: skip
+    weight = random_tensor(*found.values.shape, seed=7).to(query.device, found.values.dtype)
+    return torch.autograd.grad(found.values, variables, torch.where(found.indices < 0, 0, weight))
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize(("S", "Q", "M", "D", "k"), SHAPES)
+def test_native_matches_reference(S, Q, M, D, k, dtype, metric):
+    query, memory = random_tensor(S, Q, D, dtype=dtype), memory_with_ties(S, M, D, dtype)
+    for kwargs in ({}, filters(S, M)):
+        with poisoned():
+            found = similarity_topk(query, memory, k, metric=metric, **kwargs)
+        assert_finds(found, query, memory, k, metric, **kwargs)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize(("S", "Q", "M", "D", "k"), SHAPES)
+def test_native_matches_reference_in_int8(S, Q, M, D, k, dtype, metric):
+    query, (memory, scale) = random_tensor(S, Q, D, dtype=dtype), int8_memory(S, M, D)
+    for kwargs in ({}, filters(S, M)):
+        with poisoned():
+            found = similarity_topk(query, memory, k, metric=metric, scale=scale, **kwargs)
+        assert_finds(found, query, memory, k, metric, scale=scale, **kwargs)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("queries", [1, 8, 9, 16, 17, 33, 64, 70])
+def test_queries_do_not_influence_each_other(queries, metric):
+    query, memory = random_tensor(1, queries, 48), memory_with_ties(1, 3000, 48)
+    found = similarity_topk(query, memory, 6, metric=metric)
+    decided = assert_finds(found, query, memory, 6, metric)
+    assert decided.float().mean() > 0.9
+    for q in (0, queries // 2, queries - 1):
+        alone = similarity_topk(query[:, q : q + 1], memory, 6, metric=metric)
+        assert torch.equal(alone.values[:, 0], found.values[:, q])
+        assert torch.equal(alone.indices[:, 0], found.indices[:, q])
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", [*FLOATING, torch.int8])
+def test_equal_rows_tie_wherever_they_lie(dtype, metric):
+    M, D = 20_011, 37
+    at = [0, 3, 4, 63, 64, 127, 5001, 10_004, 10_005, 10_006, 15_017, M - 2, M - 1]
+    query = random_tensor(1, 5, D, dtype=torch.float32 if dtype == torch.int8 else dtype)
+    rows, scale = int8_memory(1, M, D) if dtype == torch.int8 else (random_tensor(1, M, D, dtype=dtype, seed=3), None)
+    twin = (query[:, :1].float() * 40).clamp(-127, 127).to(dtype)
+    rows[:, at] = twin
+    if scale is not None:
+        scale[:, at] = 1.0
+    threads, before = torch.get_num_threads(), None
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found = similarity_topk(query, rows, 20, metric=metric, scale=scale)
+            assert found.indices[0, 0, : len(at)].tolist() == at
+            assert len(set(found.values[0, 0, : len(at)].tolist())) == 1
+            assert before is None or all(map(torch.equal, before, found))
+            before = found
+    finally:
+        torch.set_num_threads(threads)
+    few = similarity_topk(query[:, :1], rows, 4, metric=metric, scale=scale)
+    assert few.indices[0, 0].tolist() == at[:4]
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_nan_infinities_and_zeros(metric, impl):
+    memory = torch.tensor([[[1.0, 0], [NAN, 0], [0, 0], [2, 0], [0, NAN], [-1, 0]]])
+    query = torch.tensor([[[1.0, 0], [0, 0]]])
+    found = similarity_topk(query, memory, 6, metric=metric, impl=impl)
+    assert found.indices[0, 0].tolist() == ([1, 4, 3, 0, 2, 5] if metric == "dot" else [1, 4, 0, 3, 2, 5])
+    assert found.values[0, 0, :2].isnan().all()
+    assert found.indices[0, 1].tolist() == [1, 4, 0, 2, 3, 5]
+    least = torch.tensor([[[-INF, 1], [1, 1], [-INF, 2]]])
+    found = similarity_topk(torch.ones(1, 1, 2), least, 4, metric="dot", impl=impl)
+    assert found.indices.tolist() == [[[1, 0, 2, -1]]]
+    assert found.values.tolist() == [[[2, -INF, -INF, -INF]]]
+
+
+@pytest.mark.usefixtures("native")
+def test_nan_rows_fill_every_place():
+    memory = random_tensor(1, 5000, 8)
+    memory[:, ::3] = NAN
+    found = similarity_topk(random_tensor(1, 3, 8), memory, 40)
+    assert torch.equal(found.indices, (3 * torch.arange(40)).expand(1, 3, 40))
+    assert found.values.isnan().all()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_slots_that_are_not_searched_have_no_influence(impl):
+    query, memory = random_tensor(4, 3, 16), random_tensor(4, 200, 16)
+    count, where = torch.tensor([0, -7, 60, 900]), torch.rand(4, 200) > 0.5
+    found = similarity_topk(query, memory, 30, count=count, where=where, impl=impl)
+    dirty = memory.clone()
+    dirty[~(where & (torch.arange(200) < count[:, None]))] = NAN
+    again = similarity_topk(query, dirty, 30, count=count, where=where, impl=impl)
+    assert torch.equal(found.values, again.values)
+    assert torch.equal(found.indices, again.indices)
+    assert (found.indices[:2] == -1).all()
+    assert (found.values[:2] == -INF).all()
+    nothing = similarity_topk(query, dirty, 3, where=torch.zeros(4, 200, dtype=torch.bool), impl=impl)
+    assert (nothing.indices == -1).all()
+    assert (nothing.values == -INF).all()
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("layout", ["offset", "strided", "reversed", "padded"])
+def test_any_layout_finds_alike(layout):
+    query, (memory, scale) = random_tensor(2, 9, 20), int8_memory(2, 90, 20)
+    chosen = filters(2, 90)
+    turned = {name: layouts(x)[layout] for name, x in {**chosen, "scale": scale}.items()}
+    for rows, options, kwargs in ((memory, turned, {**chosen, "scale": scale}), (random_tensor(2, 90, 20), {}, {})):
+        found = similarity_topk(layouts(query)[layout], layouts(rows)[layout], 8, **options)
+        assert all(map(torch.equal, found, similarity_topk(query, rows, 8, **kwargs)))
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize(("S", "Q", "M", "D", "k"), SHAPES)
+def test_gradients(S, Q, M, D, k, dtype, metric):
+    query, memory, kwargs = random_tensor(S, Q, D, dtype=dtype), memory_with_ties(S, M, D, dtype), filters(S, M)
+    with poisoned():
+        actual = gradients("native", query, memory, k, metric, **kwargs)
+    # the same places, so that a pair that differs by a rounding cannot swap its weights
+    values, indices = similarity_topk(query, memory, k, metric=metric, **kwargs)
+    weight = torch.where(indices < 0, 0, random_tensor(*values.shape, seed=7).to(values.dtype))
+    expected = reference.similarity_topk_backward(weight, values, indices, query, memory, None, metric, True, True)
+    wide = [x.double() for x in (weight, values, query, memory)]
+    truth = reference.similarity_topk_backward(wide[0], wide[1], indices, *wide[2:], None, metric, True, True)
+    assert_within_budget(actual, expected, truth)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_gradient_of_the_query_beside_int8(dtype, metric):
+    query, (memory, scale) = random_tensor(2, 5, 24, dtype=dtype), int8_memory(2, 80, 24)
+    with poisoned():
+        (actual,) = gradients("native", query, memory, 9, metric, scale)
+    values, indices = similarity_topk(query, memory, 9, metric=metric, scale=scale)
+    weight = random_tensor(*values.shape, seed=7).to(values.dtype)
+    plain = (weight, values, indices, query, memory, scale, metric, True, False)
+    wide = (weight.double(), values.double(), indices, query.double(), memory, scale, metric, True, False)
+    expected, truth = (reference.similarity_topk_backward(*x)[0] for x in (plain, wide))
+    assert_within_budget(actual, expected, truth)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("metric", METRICS)
+def test_gradcheck(metric):
+    query, memory = (random_tensor(2, n, 5, dtype=torch.float64, seed=n).requires_grad_() for n in (3, 12))
+    count = torch.tensor([12, 3])
+    assert torch.autograd.gradcheck(
+        lambda q, m: similarity_topk(q, m, 3, count=count, metric=metric).values, (query, memory)
     )
-    assert_within_budget(found.values, low.values, wide.values)
-    assert torch.equal(found.indices == -1, low.indices == -1)
-    if dtype == torch.float64:
-        assert torch.equal(found.indices, low.indices)
 
 
-@pytest.mark.parametrize("queries", [1, 8, 64])
-def test_equal_rows_keep_their_order(queries: int) -> None:
-    memory = random_tensor(1, 1000, 24)
-    for slot in (64, 517, 999):
-        memory[0, slot] = memory[0, 3].clone()
-    query = memory[:, 3:4].expand(-1, queries, -1).contiguous()
-    assert similarity_topk(query, memory, 4).indices.tolist() == [[[3, 64, 517, 999]] * queries]
+@pytest.mark.usefixtures("native")
+def test_gradients_are_given_once():
+    query, memory = random_tensor(1, 2, 8).requires_grad_(), random_tensor(1, 20, 8)
+    found = similarity_topk(query, memory, 3)
+    assert not found.indices.requires_grad
+    (once,) = torch.autograd.grad(found.values.sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        torch.autograd.grad(once.sum(), query)
 
 
-def test_places_that_cannot_be_filled() -> None:
-    found = similarity_topk(torch.ones(1, 1, 4), torch.ones(1, 3, 4), 5, count=torch.tensor([2]))
-    assert found.indices.tolist() == [[[0, 1, -1, -1, -1]]]
-    assert found.values[0, 0, 2:].tolist() == [-torch.inf] * 3
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    query, memory = random_tensor(2, 3, 20, dtype=dtype), random_tensor(2, 40, 20, dtype=dtype)
+    rows, scale = int8_memory(2, 40, 20)
+    chosen = filters(2, 40)
+    forward, backward = torch.ops.vmemory.similarity_topk.default, torch.ops.vmemory.similarity_topk_backward.default
+    torch.library.opcheck(forward, (query, memory, None, None, None, 4, "dot"))
+    torch.library.opcheck(forward, (query, rows, chosen["count"], chosen["where"], scale, 50, "cosine"))
+    values, indices = forward(query, memory, None, None, None, 4, "cosine")
+    for wanted in ((True, True), (False, True), (True, False)):
+        torch.library.opcheck(backward, (values, values, indices, query, memory, None, "cosine", *wanted))
 
 
-@pytest.mark.parametrize("metric", ["cosine", "dot"])
-def test_gradients(metric: str) -> None:
-    query = random_tensor(2, 3, 5, dtype=torch.float64).requires_grad_()
-    memory = random_tensor(2, 9, 5, dtype=torch.float64, seed=1).requires_grad_()
-    assert gradcheck(lambda a, b: similarity_topk(a, b, 4, metric=metric).values, (query, memory))
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_in_one_graph(backend, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(similarity_topk, fullgraph=True, backend=backend, dynamic=dynamic)
+    for slots in (40, 70):
+        query, memory, kwargs = random_tensor(2, 3, 20), random_tensor(2, slots, 20), filters(2, slots)
+        assert all(map(torch.equal, compiled(query, memory, 5, **kwargs), similarity_topk(query, memory, 5, **kwargs)))
+        variables = [(query.clone().requires_grad_(), memory.clone().requires_grad_()) for _ in range(2)]
+        for run, pair in zip((compiled, similarity_topk), variables, strict=True):
+            values, indices = run(*pair, 5, **kwargs)
+            torch.where(indices < 0, 0, values).square().sum().backward()
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(*variables, strict=True))
+
+
+@pytest.mark.usefixtures("native")
+@given(
+    shape=st.tuples(st.integers(0, 3), st.integers(0, 20), st.integers(0, 150), st.integers(0, 40)),
+    k=st.integers(1, 60),
+    metric=st.sampled_from(METRICS),
+    dtype=st.sampled_from([*FLOATING, torch.int8]),
+    layout=st.sampled_from(["contiguous", "strided", "reversed", "padded"]),
+    filtered=st.sampled_from([(), ("count",), ("where",), ("count", "where")]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_any_search(shape, k, metric, dtype, layout, filtered, seed):
+    S, Q, M, D = shape
+    query = random_tensor(S, Q, D, dtype=torch.float32 if dtype == torch.int8 else dtype, seed=seed)
+    memory, scale = (
+        int8_memory(S, M, D, seed + 1) if dtype == torch.int8 else (memory_with_ties(S, M, D, dtype, seed + 1), None)
+    )
+    chosen = {name: x for name, x in filters(S, M, seed).items() if name in filtered}
+    with poisoned():
+        found = similarity_topk(
+            layouts(query)[layout], layouts(memory)[layout], k, metric=metric, scale=scale, **chosen
+        )
+    assert_finds(found, query, memory, k, metric, scale=scale, **chosen)
+
+
+Q, M = torch.ones(2, 3, 8), torch.ones(2, 9, 8)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [({"k": 0}, "k: expected"), ({"metric": "l2"}, "metric: expected"), ({"impl": "cuda"}, "impl:")],
+    ("call", "error", "words"),
+    [
+        (lambda: similarity_topk([1.0], M, 1), TypeError, "query: expected a tensor"),
+        (lambda: similarity_topk(Q, None, 1), TypeError, "memory: expected a tensor"),
+        (lambda: similarity_topk(Q[0], M, 1), ValueError, r"query: expected a tensor \[S, Q, D\]"),
+        (lambda: similarity_topk(Q, M[0], 1), ValueError, r"memory: expected a tensor \[S, M, D\]"),
+        (lambda: similarity_topk(Q.long(), M, 1), ValueError, "query: .*int64"),
+        (lambda: similarity_topk(Q, M.double(), 1), ValueError, "memory: expected query's dtype"),
+        (lambda: similarity_topk(Q[..., :7], M, 1), ValueError, r"query: expected \[2, Q, 8\]"),
+        (lambda: similarity_topk(Q[:1], M, 1), ValueError, r"query: expected \[2, Q, 8\]"),
+        (lambda: similarity_topk(Q, M.to("meta"), 1), ValueError, "memory: expected query's device"),
+        (lambda: similarity_topk(Q, M, 0), ValueError, "k: expected between 1 and 1024, got 0"),
+        (lambda: similarity_topk(Q, M, 1025), ValueError, "k: expected between 1 and 1024, got 1025"),
+        (lambda: similarity_topk(Q, M, 1.0), TypeError, "k: expected an int"),
+        (lambda: similarity_topk(Q, M, True), TypeError, "k: expected an int"),
+        (lambda: similarity_topk(Q, M, 1, metric="l2"), ValueError, "metric: expected one of 'cosine', 'dot'"),
+        (lambda: similarity_topk(Q, M.char(), 1), ValueError, "scale: expected one with int8"),
+        (lambda: similarity_topk(Q, M, 1, scale=M[..., 0]), ValueError, "scale: expected one with int8"),
+        (lambda: similarity_topk(Q, M.char(), 1, scale=M[0, :, 0]), ValueError, r"scale: expected .*\[2, 9\]"),
+        (lambda: similarity_topk(Q, M, 1, count=3), TypeError, "count: expected a tensor, got int"),
+        (lambda: similarity_topk(Q, M, 1, count=torch.ones(2)), ValueError, "count: expected torch.int64"),
+        (lambda: similarity_topk(Q, M, 1, count=torch.ones(3).long()), ValueError, r"count: .*\[2\]"),
+        (lambda: similarity_topk(Q, M, 1, where=torch.ones(2, 9)), ValueError, "where: expected torch.bool"),
+        (lambda: similarity_topk(Q, M, 1, where=torch.ones(2, 8) > 0), ValueError, r"where: .*\[2, 9\]"),
+        (lambda: similarity_topk(Q, M, 1, impl="cuda"), ValueError, "impl: expected"),
+        (lambda: similarity_topk(Q, M, 1, impl="triton"), RuntimeError, "CUDA devices"),
+    ],
 )
-def test_bad_arguments_are_named(arguments: dict, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        similarity_topk(torch.ones(1, 1, 4), torch.ones(1, 3, 4), **({"k": 1} | arguments))
+def test_bad_arguments(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_explain_names_every_implementation():
+    said = vmemory.explain(similarity_topk, Q, M, 2)
+    assert {said.impl, *said.rejected} == {"native", "triton", "reference"}

@@ -25,7 +25,22 @@ from vmemory.reference import similarity_topk as _reference
 
 MAX_K = 1024
 
-_BACKENDS = Backends("similarity_topk")
+_MANY_QUERIES = 16
+
+
+def _passed_over(impl: str, query: Tensor) -> str:
+    # the CUDA kernel reads the memory once for every 16 queries and multiplies without tensor cores
+    if impl == "native" and query.is_cuda and query.shape[1] > _MANY_QUERIES:
+        return f"more than {_MANY_QUERIES} queries are a matrix product, which the Triton kernel does better"
+    return ""
+
+
+_BACKENDS = Backends(
+    "similarity_topk",
+    cuda=True,
+    cuda_dtypes=(torch.float32, torch.float16, torch.bfloat16),
+    passed_over=_passed_over,
+)
 _BACKWARD = Backends("similarity_topk_backward")
 
 
