@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.hierarchical_bank import HierarchicalMemoryBank
-from benchmarks.timing import Copy, Race, Rotation, launches, peak_bytes
+from benchmarks.timing import Rotation
 from vmemory.ops.bank import bank_gather, bank_plan, bank_push_, layout_maps
 from vmemory.reference.bank_layout import BankLayout, BankState
 from vmemory.testing import random_tensor
@@ -86,59 +86,6 @@ class Pieces:
     def __call__(self) -> Tensor:
         self._at = (self._at + 1) % len(self._pieces)
         return self._pieces[self._at]
-
-
-@pytest.fixture
-def device(request: pytest.FixtureRequest) -> str:
-    return request.config.getoption("--bench-device")
-
-
-@pytest.fixture
-def measure(request: pytest.FixtureRequest, benchmark, copy: Copy) -> Callable[..., None]:
-    """Times `ours` in turn with the others; `calls` is how many steps one call makes, `moved` the bytes of one."""
-    rounds = request.config.getoption("--bench-rounds")
-
-    def run(
-        case: str, ours: Run, inputs: Rotation | Pieces, moved: float, flops: float, calls: int = 1, **others: Run
-    ) -> None:
-        peak, started = peak_bytes(ours, inputs()), launches(ours, inputs())
-        contest = Race({"vmemory": ours, "copy": copy, **others}, inputs)  # type: ignore[arg-type]
-        contest.round(list(contest.contestants))
-        contest.seconds.clear()
-
-        def others_first() -> tuple[tuple, dict]:
-            contest.round(["copy", *others])
-            return (contest.inputs(),), {}
-
-        def call(y: Tensor) -> None:
-            ours(y)
-            if y.is_cuda:
-                torch.cuda.synchronize()
-
-        benchmark.pedantic(call, setup=others_first, rounds=rounds, iterations=1)
-        contest.seconds["vmemory"] = list(benchmark.stats.stats.data)
-        rate = copy.bytes / contest.median("copy")
-        seconds, best = contest.median("vmemory") / calls, contest.best("vmemory") / calls
-        benchmark.extra_info |= {
-            "case": case,
-            "bytes": moved,
-            "flops": flops,
-            "ms": seconds * 1e3,
-            "best_ms": best * 1e3,
-            "floor_ms": moved / rate * 1e3,
-            "ratio_to_floor": seconds * rate / moved,
-            "best_ratio_to_floor": best / contest.best("copy") * copy.bytes / moved,
-            "gb_per_s": moved / seconds / 1e9,
-            "copy_gb_per_s": rate / 1e9,
-            "percent_of_copy": 100 * moved / seconds / rate,
-            "peak_mb": peak / 1e6,
-            "launches": None if started is None else started / calls,
-        }
-        for name in others:
-            benchmark.extra_info[f"{name}_over_ours"] = contest.median(name) / calls / seconds
-            benchmark.extra_info[f"{name}_over_ours_best"] = contest.best(name) / calls / best
-
-    return run
 
 
 @pytest.mark.benchmark(group="bank: one frame into a full memory")

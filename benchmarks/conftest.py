@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.timing import Copy, Race, Rotation, launches, matmul_rate, peak_bytes, wait_for_quiet
+from benchmarks.timing import Copy, Race, Rotation, Run, launches, matmul_rate, peak_bytes, wait_for_quiet
 from vmemory import __version__
 from vmemory.testing import assert_within_budget
 
@@ -41,10 +41,81 @@ def copy(request: pytest.FixtureRequest) -> Copy:
 
 
 @pytest.fixture
-def race(request: pytest.FixtureRequest, benchmark, copy: Copy) -> Callable[[Case], None]:
+def device(request: pytest.FixtureRequest) -> str:
+    return request.config.getoption("--bench-device")
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest, benchmark, copy: Copy) -> Callable[..., None]:
+    """Times `ours` in turn with the others and a copy.
+
+    `calls` is how many steps one call makes, `moved` and `flops` the bytes and operations of one step.
+    """
+    rounds, patience = request.config.getoption("--bench-rounds"), request.config.getoption("--bench-wait")
+    machine = torch.device(request.config.getoption("--bench-device"))
+
+    def run(
+        case: str,
+        ours: Run,
+        inputs: Callable[[], torch.Tensor],
+        moved: float,
+        flops: float,
+        calls: int = 1,
+        **others: Run,
+    ) -> None:
+        peak, started = peak_bytes(ours, inputs()), launches(ours, inputs())
+        product = matmul_rate(machine)
+        contest = Race({OURS: ours, "copy": copy, **others}, inputs)
+        contest.round(list(contest.contestants))
+        contest.seconds.clear()
+        quiet = []
+
+        def others_first() -> tuple[tuple, dict]:
+            quiet.append(wait_for_quiet(patience))
+            contest.round(["copy", *others])
+            contest.warm_up(OURS)
+            # the timed call is ours: pytest-benchmark runs it next, on the next cold input
+            return (contest.inputs(),), {}
+
+        def call(x: torch.Tensor) -> None:
+            ours(x)
+            if x.is_cuda:
+                torch.cuda.synchronize()
+
+        benchmark.pedantic(call, setup=others_first, rounds=rounds, iterations=1)
+        contest.seconds[OURS] = list(benchmark.stats.stats.data)
+        rate, best_rate = copy.bytes / contest.median("copy"), copy.bytes / contest.best("copy")
+        product = max(product, matmul_rate(machine))
+        seconds, best = contest.median(OURS) / calls, contest.best(OURS) / calls
+        floor, best_floor = (max(moved / r, flops / product) for r in (rate, best_rate))
+        benchmark.extra_info |= {
+            "case": case,
+            "bytes": moved,
+            "flops": flops,
+            "ms": seconds * 1e3,
+            "best_ms": best * 1e3,
+            "floor_ms": floor * 1e3,
+            "bound": "bytes" if moved / rate >= flops / product else "flops",
+            "ratio_to_floor": seconds / floor,
+            "best_ratio_to_floor": best / best_floor,
+            "gb_per_s": moved / seconds / 1e9,
+            "gflop_per_s": flops / seconds / 1e9,
+            "copy_gb_per_s": rate / 1e9,
+            "matmul_gflop_per_s": product / 1e9,
+            "peak_mb": peak / 1e6,
+            "launches": None if started is None else started / calls,
+            "quiet": f"{sum(quiet)}/{len(quiet)}",
+        }
+        for name in others:
+            benchmark.extra_info[f"{name}_over_ours"] = contest.median(name) / calls / seconds
+            benchmark.extra_info[f"{name}_over_ours_best"] = contest.best(name) / calls / best
+
+    return run
+
+
+@pytest.fixture
+def race(device: str, measure: Callable[..., None]) -> Callable[[Case], None]:
     """Checks a case, then times it against eager PyTorch, torch.compile and a copy, one call of each in turn."""
-    device, rounds = request.config.getoption("--bench-device"), request.config.getoption("--bench-rounds")
-    patience = request.config.getoption("--bench-wait")
 
     def run(case: Case) -> None:
         x = case.input(device=device)
@@ -52,55 +123,8 @@ def race(request: pytest.FixtureRequest, benchmark, copy: Copy) -> Callable[[Cas
             case.run(x), case.reference(x), case.reference(x.detach().double().requires_grad_(case.backward))
         )
         torch._dynamo.reset()
-        others = {
-            "eager": case.reference,
-            "compile": case.compiled(),
-            "copy": copy,
-        }
-        peak, started = peak_bytes(case.run, x), launches(case.run, x)
-        inputs = Rotation(x.detach())
-        if case.backward:
-            inputs = Rotation(x)
-        contest = Race({OURS: case.run, **others}, inputs)
-        contest.round(list(contest.contestants))
-        contest.seconds.clear()
-
-        quiet = []
-
-        def others_first() -> tuple[tuple, dict]:
-            quiet.append(wait_for_quiet(patience))
-            contest.round(["copy", *(name for name in others if name != "copy")])
-            contest.warm_up(OURS)
-            # the timed call is ours: pytest-benchmark runs it next, on the next cold input
-            return (contest.inputs(),), {}
-
-        def ours(x: torch.Tensor) -> None:
-            case.run(x)
-            if x.is_cuda:
-                torch.cuda.synchronize()
-
-        benchmark.pedantic(ours, setup=others_first, rounds=rounds, iterations=1)
-        contest.seconds[OURS] = list(benchmark.stats.stats.data)
-        size, flops = case.bytes(x), case.flops(x)
-        rate = copy.bytes / contest.median("copy")
-        seconds = contest.median(OURS)
-        benchmark.extra_info |= {
-            "case": case.name,
-            "bytes": size,
-            "flops": flops,
-            "ms": seconds * 1e3,
-            "best_ms": contest.best(OURS) * 1e3,
-            "floor_ms": size / rate * 1e3,
-            "ratio_to_floor": seconds * rate / size,
-            "best_ratio_to_floor": contest.best(OURS) / contest.best("copy") * copy.bytes / size,
-            "gb_per_s": size / seconds / 1e9,
-            "copy_gb_per_s": rate / 1e9,
-            "percent_of_copy": 100 * size / seconds / rate,
-            "eager_over_ours": contest.median("eager") / seconds,
-            "compile_over_ours": contest.median("compile") / seconds,
-            "peak_mb": peak / 1e6,
-            "launches": started,
-            "quiet": f"{sum(quiet)}/{len(quiet)}",
-        }
+        inputs = Rotation(x if case.backward else x.detach())
+        others = {"eager": case.reference, "compile": case.compiled()}
+        measure(case.name, case.run, inputs, case.bytes(x), case.flops(x), **others)
 
     return run

@@ -13,12 +13,11 @@ COLUMNS = {
     "ms": "ms, median",
     "best_ms": "best",
     "floor_ms": "floor",
+    "bound": "bound by",
     "ratio_to_floor": "× floor",
     "best_ratio_to_floor": "× floor, best",
     "gb_per_s": "GB/s",
-    "percent_of_copy": "% of copy",
-    "eager_over_ours": "eager ÷ ours",
-    "compile_over_ours": "compile ÷ ours",
+    "gflop_per_s": "GFLOP/s",
     "peak_mb": "peak MB",
     "launches": "launches",
     "quiet": "quiet rounds",
@@ -40,15 +39,18 @@ def table(results: dict[str, Any]) -> str:
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, vmemory {machine['vmemory']}, "
         f"commit {results['commit_info'].get('id', 'unknown')[:12]}, {results['datetime'][:16]}.",
         "",
-        "Floor: bytes read and written ÷ the copy rate measured between the calls. Cold cache, contestants in turn.",
+        "Floor: bytes read and written ÷ the copy rate measured between the calls, or operations ÷ the rate of a",
+        "matrix product measured before and after, whichever takes longer. Cold cache, contestants in turn.",
     ]
     for group, members in groupby(rows, key=lambda row: row["group"]):
         members = [row["extra_info"] for row in members]
-        rates = sorted(info["copy_gb_per_s"] for info in members)
-        lines += ["", f"## {group}", "", f"Copy: {rates[0]:.1f} to {rates[-1]:.1f} GB/s.", ""]
-        lines.append("| " + " | ".join(COLUMNS.values()) + " |")
-        lines.append("|---" + "|---:" * (len(COLUMNS) - 1) + "|")
-        lines += ["| " + " | ".join(_cell(info.get(key)) for key in COLUMNS) + " |" for info in members]
+        rates, products = (sorted(info[key] for info in members) for key in ("copy_gb_per_s", "matmul_gflop_per_s"))
+        lines += ["", f"## {group}", ""]
+        lines.append(f"Copy: {rates[0]:.1f} to {rates[-1]:.1f} GB/s. Matrix product: {products[-1]:.0f} GFLOP/s.")
+        beside = dict.fromkeys(key for info in members for key in info if key.endswith("_over_ours"))
+        columns = COLUMNS | {key: key.removesuffix("_over_ours").replace("_", " ") + " ÷ ours" for key in beside}
+        lines += ["", "| " + " | ".join(columns.values()) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
+        lines += ["| " + " | ".join(_cell(info.get(key)) for key in columns) + " |" for info in members]
     return "\n".join(lines) + "\n"
 
 

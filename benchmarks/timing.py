@@ -126,7 +126,7 @@ class Race:
     """Contestants timed in turn on cold inputs: all of them see the same state of the machine."""
 
     contestants: dict[str, Run]
-    inputs: Rotation
+    inputs: Callable[[], Tensor]
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
     def round(self, names: Sequence[str]) -> None:
