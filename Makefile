@@ -33,7 +33,7 @@ bench: $(VENV)/bench.stamp
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) --upgrade pip
+	$(PIP) --upgrade "pip>=25.1"
 	$(PIP) "$(TORCH)"
 	touch $@
 
@@ -47,11 +47,11 @@ $(VENV)/stream.stamp: $(VENV)/package.stamp requirements/encoders.txt
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/package.stamp
-	$(PIP) --editable ".[stream,test]"
+	$(PIP) --group test
 	touch $@
 
-$(VENV)/bench.stamp: $(VENV)/package.stamp
-	$(PIP) --editable ".[stream,test,bench]"
+$(VENV)/bench.stamp: $(VENV)/test.stamp
+	$(PIP) --group bench
 	touch $@
 
 # incremental rebuild of vmemory/_ops.so and vmemory/_host, for work on csrc/
