@@ -44,9 +44,9 @@ def test_written_bytes_of_a_case_are_those_of_its_output():
 def test_report_writes_a_table_and_a_roofline(tmp_path):
     info = {
         "case": "area", "bytes": 1e6, "flops": 2e6, "ms": 0.1, "best_ms": 0.09, "floor_ms": 0.05, "ratio_to_floor": 2.0,
-        "best_ratio_to_floor": 1.8, "gb_per_s": 10.0, "copy_gb_per_s": 20.0, "percent_of_copy": 50.0,
-        "eager_over_ours": 3.0, "compile_over_ours": 2.0, "peak_mb": 1.0, "launches": None,
-        "quiet": "9/11",
+        "best_ratio_to_floor": 1.8, "bound": "bytes", "gb_per_s": 10.0, "gflop_per_s": 20.0, "copy_gb_per_s": 20.0,
+        "matmul_gflop_per_s": 100.0, "peak_mb": 1.0, "launches": None, "quiet": "9/11", "eager_over_ours": 3.0,
+        "matmul_and_topk_over_ours": 2.0, "eager_over_ours_best": 2.5,
     }  # fmt: skip
     results = {
         "machine_info": {"device": "a processor", "threads": 2, "torch": "2", "vmemory": "0", "matmul_rate": 1e11},
@@ -56,6 +56,7 @@ def test_report_writes_a_table_and_a_roofline(tmp_path):
     }
     report = load("report")
     text = report.table(json.loads(json.dumps(results)))
-    assert "| area | 0.10 | 0.09 | 0.05 | 2.00 | 1.80 | 10.0 | 50.0 | 3.00 | 2.00 | 1.00 | – | 9/11 |" in text
+    assert "| quiet rounds | eager ÷ ours | matmul and topk ÷ ours |" in text
+    assert "| area | 0.10 | 0.09 | 0.05 | bytes | 2.00 | 1.80 | 10.0 | 20.0 | 1.00 | – | 9/11 | 3.00 | 2.00 |" in text
     report.roofline(results, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").stat().st_size > 1000
