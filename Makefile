@@ -27,9 +27,12 @@ types: $(VENV)/test.stamp
 unit: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# a process a file: what one leaves of the heap does not slow the next
 bench: $(VENV)/bench.stamp
-	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/latest.json
-	$(BIN)/python -m benchmarks.report benchmarks/results/latest.json
+	rm -rf build/bench && mkdir -p build/bench
+	for file in benchmarks/bench_*.py; do \
+		$(BIN)/python -m pytest -q $$file --benchmark-json=build/bench/$$(basename $$file .py).json || exit 1; done
+	$(BIN)/python -m benchmarks.report build/bench/*.json
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)

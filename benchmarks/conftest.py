@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,9 +23,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--bench-rounds", type=int, default=11, help="interleaved rounds a case")
 
 
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     device = torch.device(config.getoption("--bench-device"))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor()
     machine_info |= {
         "device": name,
         "threads": torch.get_num_threads(),

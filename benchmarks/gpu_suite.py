@@ -76,7 +76,7 @@ def main() -> None:
     end = time.perf_counter() + 60 * given.minutes
     major, minor = torch.cuda.get_device_capability()
     parts = [name for name in SHARES if name not in given.skip]
-    python, results = sys.executable, out / "gpu.json"
+    python, results = sys.executable, out / "timings.json"
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     commands = {
         "build": [python, "setup.py", "build_ext", "--inplace", "--build-temp", str(out.parent / "vmemory-build")],
@@ -105,7 +105,7 @@ def main() -> None:
         done[name] = run(name, commands[name], share, out, VMEMORY_CUDA="1", VMEMORY_CUDA_ARCHS=f"{major}{minor}-real")
         (out / "suite.json").write_text(json.dumps(state, indent=1))
     if results.exists():
-        run("report", [python, "-m", "benchmarks.report", str(results), "--out", str(out)], 60, out)
+        run("report", [python, "-m", "benchmarks.report", str(results), "--out", str(out), "--name", "gpu"], 60, out)
 
 
 if __name__ == "__main__":

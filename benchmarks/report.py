@@ -1,9 +1,10 @@
-"""`python -m benchmarks.report results.json`: a Markdown table and a roofline of a benchmark run."""
+"""`python -m benchmarks.report RESULTS...`: the figures of a benchmark run, as JSON, Markdown tables and a roofline."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ COLUMNS = {
     "launches": "launches",
     "quiet": "quiet rounds",
 }
+
+MACHINE = ("device", "threads", "torch", "vmemory", "cpu_capability", "matmul_rate")
 
 
 def _cell(value: Any) -> str:
@@ -81,16 +84,28 @@ def roofline(results: dict[str, Any], target: Path) -> None:
     figure.savefig(target, dpi=150)
 
 
+def merged(files: Sequence[Path]) -> dict[str, Any]:
+    """What several processes of one run wrote, without the single timings."""
+    runs = [json.loads(file.read_text()) for file in files]
+    rows = [{"group": row["group"], "extra_info": row["extra_info"]} for run in runs for row in run["benchmarks"]]
+    machine = {key: runs[0]["machine_info"][key] for key in MACHINE}
+    machine["matmul_rate"] = max(run["machine_info"]["matmul_rate"] for run in runs)
+    commit = {"id": runs[0]["commit_info"].get("id", "unknown")}
+    return {"machine_info": machine, "commit_info": commit, "datetime": runs[0]["datetime"], "benchmarks": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("results", type=Path, help="file written by --benchmark-json")
+    parser.add_argument("results", type=Path, nargs="+", help="files written by --benchmark-json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write into")
+    parser.add_argument("--name", default="latest", help="name of the files written, without ending")
     given = parser.parse_args()
-    results = json.loads(given.results.read_text())
+    results = merged(given.results)
     given.out.mkdir(parents=True, exist_ok=True)
     text = table(results)
-    (given.out / f"{given.results.stem}.md").write_text(text)
-    roofline(results, given.out / f"{given.results.stem}.png")
+    (given.out / f"{given.name}.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    (given.out / f"{given.name}.md").write_text(text)
+    roofline(results, given.out / f"{given.name}.png")
     print(text)
 
 
