@@ -275,12 +275,13 @@ def test_triton_compiles(name, arch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["native", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "size", "mode"), CASES)
-def test_cuda_matches_reference(shape, size, mode, dtype):
+def test_cuda_matches_reference(shape, size, mode, dtype, impl):
     x = random_tensor(*shape, dtype=dtype, device="cuda")
     with poisoned():
-        actual, grad = grid_pool(x, size, mode, stats=True, impl="triton"), gradient("triton", x, size, mode)
+        actual, grad = grid_pool(x, size, mode, stats=True, impl=impl), gradient(impl, x, size, mode)
     assert_within_budget(actual, run_reference(x, size, mode), run_reference(x.double(), size, mode))
     expected = gradient("reference", x, size, mode), gradient("reference", x.double(), size, mode)
     assert_within_budget(grad, *expected)

@@ -16,7 +16,13 @@ from vmemory.reference import grid_pool as _reference
 
 Mode = Literal["area", "bilinear", "pixel_shuffle_v1", "pixel_shuffle_v2"]
 _MODES = ("area", "bilinear", "pixel_shuffle_v1", "pixel_shuffle_v2")
-_BACKENDS = Backends("grid_pool")
+
+
+def _passed_over(impl: str, tokens: Tensor) -> str:
+    return "Triton comes first for this op" if impl == "native" and tokens.is_cuda else ""
+
+
+_BACKENDS = Backends("grid_pool", cuda=True, passed_over=_passed_over)
 
 
 class PooledGrid(NamedTuple):
