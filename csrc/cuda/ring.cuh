@@ -9,9 +9,6 @@
 namespace vmemory::ring {
 
 using bank::kWarp;
-using bank::load_pack;
-using bank::Pack;
-using bank::to_acc;
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
