@@ -3,6 +3,7 @@
 from vmemory.ops.adjacent_merge import MergedBank, adjacent_merge
 from vmemory.ops.adjacent_similarity import adjacent_similarity
 from vmemory.ops.bank import BankPlan, BankTokens, bank_gather, bank_plan, bank_push_
+from vmemory.ops.gated_fusion import gated_fusion
 from vmemory.ops.grid_pool import PooledGrid, grid_pool
 from vmemory.ops.grid_pool_ragged import RaggedGrid, grid_pool_ragged
 from vmemory.ops.ring import RingFrames, ring_push_, ring_read, slot_replace_
@@ -25,6 +26,7 @@ __all__ = [
     "bank_plan",
     "bank_push_",
     "compact",
+    "gated_fusion",
     "grid_pool",
     "grid_pool_ragged",
     "ring_push_",

@@ -1,0 +1,76 @@
+#include "common/activation.h"
+#include "common/token_panel.h"
+#include "torch/stable.h"
+
+namespace vmemory {
+namespace {
+
+struct Sizes {
+  int64_t n, D, H;
+};
+
+template <class T>
+struct Arguments {
+  const T *working, *episodic, *w1, *b1, *w2, *b2;
+  T *out, *hidden;
+};
+
+template <Activation kKind, bool kPairs, class T>
+void fuse(const Arguments<T>& x, const Sizes& z) {
+  using A = acc_t<T>;
+  // what the backward pass needs: the activation of relu tells its slope, others keep what they were taken of
+  const bool keep_argument = x.hidden != nullptr && kKind != Activation::kRelu;
+  const TokenBlocks<A> blocks(z.n, torch::stable::get_num_threads());
+  const auto run = [&](int64_t at, int64_t tokens, int64_t vectors) {
+    const Panel<T, kPairs> input(2 * z.D, vectors), hidden(z.H, vectors);
+    input.read(x.working + at * z.D, tokens, z.D, 0);
+    input.read(x.episodic + at * z.D, tokens, z.D, z.D);
+    for_products(x.w1, x.b1, z.H, 2 * z.D, input, [&](int64_t c, int64_t t, vec<A> u, vec<A> v) {
+      keep_argument ? hidden.put(c, t, u, v) : hidden.put(c, t, activate<kKind, A>(u), activate<kKind, A>(v));
+    });
+    if (x.hidden != nullptr) hidden.write(x.hidden + at * z.H, tokens, z.H, 0);
+    if (keep_argument)
+      hidden.for_pairs(z.H, [&](int64_t c, int64_t t, int64_t next) {
+        hidden.put(c, t, activate<kKind, A>(hidden.get(c, t)), activate<kKind, A>(hidden.get(next, t)));
+      });
+    // the result takes the place of the working tokens, which nobody reads again
+    for_products(x.w2, x.b2, z.D, z.H, hidden, [&](int64_t c, int64_t t, vec<A> u, vec<A> v) {
+      const auto blend = [&](int64_t channel, vec<A> y) {
+        const vec<A> gate = logistic<A>(y);
+        return gate * input.get(channel, t) + (A(1) - gate) * input.get(channel + z.D, t);
+      };
+      const vec<A> first = blend(c, u);
+      input.put(c, t, first, kPairs ? blend(c + 1, v) : first);
+    });
+    input.write(x.out + at * z.D, tokens, z.D, 0);
+  };
+  parallel(blocks.count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) blocks.visit(block, run);
+  });
+}
+
+std::tuple<Tensor, Tensor> gated_fusion(const Tensor& working_, const Tensor& episodic_, const Tensor& w1_,
+                                        const Tensor& b1_, const Tensor& w2_, const Tensor& b2_, std::string activation,
+                                        bool save) {
+  const Tensor working = dense(working_), episodic = dense(episodic_), w1 = dense(w1_), b1 = dense(b1_);
+  const Tensor w2 = dense(w2_), b2 = dense(b2_);
+  const Sizes z{working.size(0), working.size(1), w1.size(0)};
+  Tensor out = make(working, {z.n, z.D}), hidden = make(working, save ? Ints{z.n, z.H} : Ints{0});
+  dispatch_floating(working.scalar_type(), [&](auto t) {
+    using T = typename decltype(t)::type;
+    const Arguments<T> x{
+        data<T>(working), data<T>(episodic), data<T>(w1),          data<T>(b1),
+        data<T>(w2),      data<T>(b2),       mutable_data<T>(out), save ? mutable_data<T>(hidden) : nullptr};
+    dispatch_activation(activation, [&](auto kind) {
+      if constexpr (std::is_same_v<T, bf16>)
+        if (has_pair_products() && z.D % 2 == 0 && z.H % 2 == 0) return fuse<kind(), true>(x, z);
+      fuse<kind(), false>(x, z);
+    });
+  });
+  return {out, hidden};
+}
+
+}  // namespace
+}  // namespace vmemory
+
+STABLE_TORCH_LIBRARY_IMPL(vmemory, CPU, m) { m.impl("gated_fusion", TORCH_BOX(&vmemory::gated_fusion)); }
