@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,7 +171,12 @@ class CompiledKernel:
 
 
 def compile_triton(
-    kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, Any], arch: int = 90, **options: Any
+    kernel: Any,
+    signature: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    arch: int = 90,
+    aligned: Collection[str] = (),
+    **options: Any,
 ) -> CompiledKernel:
     """Compile a `@triton.jit` kernel for a CUDA architecture on a machine without a GPU.
 
@@ -181,6 +186,7 @@ def compile_triton(
             and in `constexprs` are compile-time constants.
         constexprs: Value per compile-time argument.
         arch: 80 for A100, 90 for H100 and H200.
+        aligned: Runtime arguments that are multiples of 16, pointers of 16 bytes, as a launch would find out.
         options: num_warps, num_stages and the like.
 
     Raises:
@@ -194,7 +200,8 @@ def compile_triton(
     if not hasattr(kernel, "arg_names") or type(kernel).__name__ != "JITFunction":
         raise RuntimeError(f"kernel: expected a compiled @triton.jit function, got {type(kernel).__name__}")
     types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
-    source = ASTSource(kernel, types, {(kernel.arg_names.index(k),): v for k, v in constexprs.items()})
+    hints = {(kernel.arg_names.index(k),): [["tt.divisibility", 16]] for k in aligned}
+    source = ASTSource(kernel, types, {(kernel.arg_names.index(k),): v for k, v in constexprs.items()}, hints)
     compiled = compile_source(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
