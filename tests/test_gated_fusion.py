@@ -288,13 +288,35 @@ def test_triton_compiles(name, activation, dtype, aligned, arch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [*(("triton", dtype) for dtype in DTYPES), ("native", torch.float32), ("native", torch.float64)],
+)
 @pytest.mark.parametrize("shape", [*SHAPES, (3000, 1152, 1152)])
-def test_cuda_matches_reference(shape, dtype, activation):
+def test_cuda_matches_reference(shape, impl, dtype, activation):
     x = inputs(*shape, dtype, "cuda")
     low, exact = reference.gated_fusion(*x, activation), reference.gated_fusion(*wide(x), activation)
     with poisoned():
-        assert_within_budget(gated_fusion(*x, activation, impl="triton"), low, exact)
-        grads = gradients("triton", x, activation)
+        assert_within_budget(gated_fusion(*x, activation, impl=impl), low, exact)
+        grads = gradients(impl, x, activation)
     low, exact = gradients("reference", x, activation), gradients("reference", wide(x), activation)
     assert_within_budget(grads, low, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("impl", "dtype"), [("triton", torch.bfloat16), ("native", torch.float32)])
+def test_cuda_graph_replays_on_dirty_buffers(impl, dtype):
+    x = inputs(300, 128, 64, dtype, "cuda")
+    expected = gated_fusion(*x, impl=impl)
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            out = gated_fusion(*x, impl=impl)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(3):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, expected)

@@ -15,7 +15,7 @@ from vmemory.ops._select import Backends, Impl, with_backends
 from vmemory.reference import gated_fusion as _reference
 
 _ACTIVATIONS = ("relu", "gelu", "silu")
-_BACKENDS = Backends("gated_fusion")
+_BACKENDS = Backends("gated_fusion", cuda=True, cuda_dtypes=(torch.float64, torch.float32))
 
 
 def _fake(
