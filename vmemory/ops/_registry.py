@@ -13,6 +13,10 @@ from typing import Any
 import torch
 
 
+OPS: dict[str, Op] = {}
+"""Every operator defined so far, forward and backward, by name."""
+
+
 class Op:
     """A defined operator. `op("native", ...)` or `op("triton", ...)` runs one of its registered kernels."""
 
@@ -20,6 +24,7 @@ class Op:
 
     def __init__(self, name: str, schema: str, fake: Callable[..., Any], triton: bool = True) -> None:
         self.name = name
+        OPS[name] = self
         self.native = self._define("vmemory", schema, fake)
         self.triton: Any = None
         if triton:

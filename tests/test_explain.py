@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import vmemory
+import vmemory.ops
+from vmemory.ops._native import STATUS
+from vmemory.ops._registry import OPS
+from vmemory.ops._select import Backends
+
+PUBLIC = {name: getattr(vmemory.ops, name) for name in vmemory.ops.__all__}
+PUBLIC = {name: function for name, function in PUBLIC.items() if hasattr(function, "backends")}
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", FLOATING)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_native_is_picked_on_cpu(name, dtype):
+    explanation = vmemory.explain(PUBLIC[name], torch.empty(1, 2, 4, 8, dtype=dtype))
+    assert explanation.impl == "native"
+    assert "not triton: Triton kernels run on CUDA devices" in str(explanation) or not PUBLIC[name].backends.triton
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("name", OPS)
+def test_every_operator_has_a_native_kernel_on_cpu(name):
+    assert has_kernel(f"vmemory::{name}", "CPU")
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("name", OPS)
+def test_every_cuda_kernel_is_announced(name):
+    """A table that promises a CUDA kernel has one, where the library was built with CUDA."""
+    announced = {f.backends.op for f in PUBLIC.values() if f.backends.cuda}
+    if not STATUS.facts.get("cuda"):
+        pytest.skip(STATUS.cuda_reason)
+    if name in PUBLIC:
+        assert has_kernel(f"vmemory::{name}", "CUDA") == (name in announced)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_triton_twins_launch_a_kernel_that_exists(name):
+    """The launcher is looked up at the first launch, which no test without a GPU gets to."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    op = OPS[name]
+    if op.triton is None:
+        pytest.skip("the op has no Triton kernel")
+    assert has_kernel(f"vmemory_triton::{name}", "CUDA")
+    with pytest.raises(TypeError, match=rf"^{name}\(\) missing"):
+        op._launch()
+
+
+def test_every_public_operator_belongs_to_a_table():
+    tables = {function.backends.op for function in PUBLIC.values()}
+    assert tables <= set(OPS)
+    assert all(any(name.startswith(table) for table in tables) for name in OPS)
+
+
+def test_backward_operators_have_their_forward():
+    for name in OPS:
+        assert name.removesuffix("_backward") in OPS
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: vmemory.explain(torch.relu, torch.ones(1)), "op: expected one of vmemory's ops"),
+        (lambda: vmemory.explain(vmemory.ops.grid_pool, 3), "args: expected at least one tensor"),
+    ],
+)
+def test_explain_refuses(call: Callable[[], Any], words: str):
+    with pytest.raises(TypeError, match=words):
+        call()
+
+
+def test_reasons_name_what_is_missing():
+    backends = Backends("an_op", cpu=False, triton=False, native_dtypes=(torch.float32,))
+    tensor = torch.empty(1)
+    assert backends.best(tensor) == "reference"
+    assert backends.why_not("native", "cpu", torch.float32) == "the op has no native CPU kernel"
+    assert backends.why_not("triton", "cuda", torch.float32) == "the op has no Triton kernel"
+    with pytest.raises(RuntimeError, match="an_op: impl='native' cannot run: the op has no native CPU kernel"):
+        backends.pick(tensor, "native")
+    with pytest.raises(ValueError, match="impl: expected 'auto', 'native', 'triton' or 'reference', got 'fast'"):
+        backends.pick(tensor, "fast")
