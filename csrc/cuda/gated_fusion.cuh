@@ -1,15 +1,9 @@
 // What surrounds the products of a gated fusion, forward and backward, each in one pass. Torch-free.
 #pragma once
 
-#include "bank_tokens.cuh"
+#include "pack.cuh"
 
 namespace vmemory::fusion {
-
-using bank::from_acc;
-using bank::load_pack;
-using bank::Pack;
-using bank::store_pack;
-using bank::to_acc;
 
 constexpr int kThreads = 256;
 
