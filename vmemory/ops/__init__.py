@@ -6,6 +6,8 @@ from vmemory.ops.bank import BankPlan, BankTokens, bank_gather, bank_plan, bank_
 from vmemory.ops.gated_fusion import gated_fusion
 from vmemory.ops.grid_pool import PooledGrid, grid_pool
 from vmemory.ops.grid_pool_ragged import RaggedGrid, grid_pool_ragged
+from vmemory.ops.memory_attention import memory_attention
+from vmemory.ops.quantize_slots import QuantizedSlots, dequantize_slots, quantize_slots
 from vmemory.ops.ring import RingFrames, ring_push_, ring_read, slot_replace_
 from vmemory.ops.select_tokens import Compacted, Selection, compact, select_tokens
 from vmemory.ops.similarity_topk import TopK, similarity_topk
@@ -16,6 +18,7 @@ __all__ = [
     "Compacted",
     "MergedBank",
     "PooledGrid",
+    "QuantizedSlots",
     "RaggedGrid",
     "RingFrames",
     "Selection",
@@ -27,8 +30,11 @@ __all__ = [
     "bank_push_",
     "compact",
     "gated_fusion",
+    "dequantize_slots",
     "grid_pool",
     "grid_pool_ragged",
+    "memory_attention",
+    "quantize_slots",
     "ring_push_",
     "ring_read",
     "select_tokens",

@@ -1,0 +1,159 @@
+// Symmetric quantisation of rows to 8 or 4 bits: scales, rounding, and the nibbles of packed rows.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common/rows.h"
+
+namespace vmemory {
+
+constexpr int largest_value(int64_t bits) { return bits == 8 ? 127 : 7; }
+constexpr int64_t stored_bytes(int64_t channels, int64_t bits) { return bits == 8 ? channels : (channels + 1) / 2; }
+
+// Byte j of a packed row holds channel 2j in its low half and channel 2j + 1 in its high half, in two's complement.
+constexpr int low_nibble(uint8_t byte) { return static_cast<int>((byte & 15u) ^ 8u) - 8; }
+constexpr int high_nibble(uint8_t byte) { return static_cast<int>((byte >> 4) ^ 8u) - 8; }
+constexpr uint8_t packed(int low, int high) {
+  return static_cast<uint8_t>((static_cast<unsigned>(low) & 15u) | (static_cast<unsigned>(high) & 15u) << 4);
+}
+
+// kLanes int8 values as accumulation vectors
+template <class A>
+inline vec<A> widen8(const int8_t* p) {
+#if defined(__AVX512F__)
+  // GCC widens bytes one by one otherwise
+  if constexpr (sizeof(A) == 4) {
+    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return reinterpret_cast<vec<A>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(narrow)));
+  }
+#endif
+  typedef int8_t bytes __attribute__((vector_size(kLanes<A>)));
+  bytes raw;
+  std::memcpy(&raw, p, sizeof raw);
+  return __builtin_convertvector(raw, vec<A>);
+}
+
+// kLanes values of a packed row, from kLanes / 2 bytes; the first is an even channel
+template <class A>
+inline vec<A> widen4(const uint8_t* p) {
+#if defined(__SSE2__)
+  if constexpr (sizeof(A) == 4) {
+    uint64_t raw;
+    std::memcpy(&raw, p, sizeof raw);
+    const __m128i bytes = _mm_set_epi64x(0, static_cast<int64_t>(raw)), half = _mm_set1_epi8(15);
+    const __m128i low = _mm_and_si128(bytes, half), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), half);
+    const __m128i sign = _mm_set1_epi8(8);
+    const __m128i values = _mm_sub_epi8(_mm_xor_si128(_mm_unpacklo_epi8(low, high), sign), sign);
+    int8_t plain[kLanes<A>];
+    std::memcpy(plain, &values, sizeof plain);
+    return widen8<A>(plain);
+  }
+#endif
+  int8_t plain[kLanes<A>];
+  for (int64_t k = 0; k < kLanes<A> / 2; ++k) {
+    plain[2 * k] = static_cast<int8_t>(low_nibble(p[k]));
+    plain[2 * k + 1] = static_cast<int8_t>(high_nibble(p[k]));
+  }
+  return widen8<A>(plain);
+}
+
+// `lanes` values of a stored row from channel d on, d a multiple of kLanes; missing ones are zero
+template <class A>
+inline vec<A> load_quantized(const void* row, int64_t bits, int64_t d, int64_t lanes) {
+  constexpr int64_t L = kLanes<A>;
+  if (bits == 8) {
+    const int8_t* p = static_cast<const int8_t*>(row) + d;
+    if (lanes == L) return widen8<A>(p);
+    int8_t padded[L] = {};
+    std::memcpy(padded, p, lanes);
+    return widen8<A>(padded);
+  }
+  const uint8_t* p = static_cast<const uint8_t*>(row) + d / 2;
+  if (lanes == L) return widen4<A>(p);
+  uint8_t padded[L / 2] = {};
+  std::memcpy(padded, p, (lanes + 1) / 2);
+  return widen4<A>(padded);
+}
+
+// The scale of a row: 0 where it would not be a normal number, NaN where the row or its scale is not finite.
+template <class T>
+inline float row_scale(const T* x, int64_t D, int64_t bits) {
+  using A = acc_t<T>;
+  // four of each, so that no step waits for the one before
+  vec<A> peak[4] = {}, rest[4] = {};
+  int64_t turn = 0;
+  for_channels<A>(D, [&](int64_t d, int64_t lanes) {
+    const vec<A> value = load_some(x + d, lanes), size = value < A(0) ? -value : value;
+    const int64_t k = turn++ % 4;
+    peak[k] = size > peak[k] ? size : peak[k];
+    // 0 for every finite value, else NaN
+    rest[k] += value - value;
+  });
+  A most = 0;
+  for (const vec<A>& p : peak)
+    for (int64_t k = 0; k < kLanes<A>; ++k) most = std::max(most, p[k]);
+  const A odd = sum<A>((rest[0] + rest[1]) + (rest[2] + rest[3]));
+  const float scale = static_cast<float>(most / static_cast<A>(largest_value(bits)));
+  if (odd != A(0) || scale > std::numeric_limits<float>::max()) return std::numeric_limits<float>::quiet_NaN();
+  return scale < std::numeric_limits<float>::min() ? 0.0f : scale;
+}
+
+// round to nearest even within the range of `bits`, for values far below 2^22
+template <class A>
+inline vec<A> round_clamped(vec<A> x, int64_t bits) {
+  constexpr A magic = sizeof(A) == 4 ? A(12582912.0) : A(6755399441055744.0);  // 1.5 * 2^23, 1.5 * 2^52
+  const vec<A> whole = (x + magic) - magic, most = broadcast<A>(static_cast<A>(largest_value(bits)));
+  return whole > most ? most : (whole < -most ? -most : whole);
+}
+
+// whole numbers within int8
+template <class A>
+inline void narrow8(int8_t* p, vec<A> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(A) == 4) {
+    const __m512i whole = _mm512_cvtps_epi32(reinterpret_cast<__m512>(x));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(whole));
+    return;
+  }
+#endif
+  for (int64_t k = 0; k < kLanes<A>; ++k) p[k] = static_cast<int8_t>(x[k]);
+}
+
+// writes a row's values and returns its scale
+template <class T>
+inline float quantize_row(const T* x, int64_t D, int64_t bits, void* out) {
+  using A = acc_t<T>;
+  constexpr int64_t L = kLanes<A>;
+  const float scale = row_scale(x, D, bits);
+  if (!(scale > 0)) {
+    std::memset(out, 0, stored_bytes(D, bits));
+    return scale;
+  }
+  const vec<A> divisor = broadcast<A>(static_cast<A>(scale));
+  for_channels<A>(D, [&](int64_t d, int64_t lanes) {
+    int8_t plain[L];
+    narrow8<A>(plain, round_clamped<A>(load_some(x + d, lanes) / divisor, bits));
+    if (bits == 8) {
+      std::memcpy(static_cast<int8_t*>(out) + d, plain, lanes);
+      return;
+    }
+    uint8_t halves[L / 2];
+    for (int64_t k = 0; k < L / 2; ++k) halves[k] = packed(plain[2 * k], plain[2 * k + 1]);
+    std::memcpy(static_cast<uint8_t*>(out) + d / 2, halves, (lanes + 1) / 2);
+  });
+  return scale;
+}
+
+// out = values * scale
+template <class T>
+inline void dequantize_row(const void* row, int64_t D, int64_t bits, float scale, T* out) {
+  using A = acc_t<T>;
+  const vec<A> factor = broadcast<A>(static_cast<A>(scale));
+  for_channels<A>(D, [&](int64_t d, int64_t lanes) {
+    store_some(out + d, load_quantized<A>(row, bits, d, lanes) * factor, lanes);
+  });
+}
+
+}  // namespace vmemory

@@ -1,0 +1,53 @@
+#include "common/quant.h"
+#include "torch/stable.h"
+
+namespace vmemory {
+namespace {
+
+constexpr int64_t kGrainBytes = 1 << 17;  // below this a second thread costs more than it saves
+
+std::tuple<Tensor, Tensor> quantize_slots(const Tensor& x_, int64_t bits) {
+  const Tensor x = dense(x_);
+  const int64_t D = x.size(x.dim() - 1), stored = stored_bytes(D, bits);
+  Ints sizes;
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) sizes.push_back(x.size(d)), rows *= x.size(d);
+  Tensor scale = make(x, sizes, ScalarType::Float);
+  sizes.push_back(stored);
+  Tensor values = make(x, sizes, bits == 8 ? ScalarType::Char : ScalarType::Byte);
+  char* to = static_cast<char*>(values.mutable_data_ptr());
+  dispatch_floating(x.scalar_type(), [&](auto t) {
+    using T = typename decltype(t)::type;
+    parallel(rows, kGrainBytes / (D * sizeof(T) + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        mutable_data<float>(scale)[r] = quantize_row(data<T>(x) + r * D, D, bits, to + r * stored);
+    });
+  });
+  return {values, scale};
+}
+
+Tensor dequantize_slots(const Tensor& values_, const Tensor& scale_, int64_t D, ScalarType type) {
+  const Tensor values = dense(values_), scale = dense(scale_);
+  const int64_t bits = values.scalar_type() == ScalarType::Char ? 8 : 4, stored = stored_bytes(D, bits);
+  Ints sizes;
+  for (int64_t d = 0; d < scale.dim(); ++d) sizes.push_back(scale.size(d));
+  sizes.push_back(D);
+  Tensor out = make(scale, sizes, type);
+  const char* from = static_cast<const char*>(values.const_data_ptr());
+  dispatch_floating(type, [&](auto t) {
+    using T = typename decltype(t)::type;
+    parallel(scale.numel(), kGrainBytes / (D * sizeof(T) + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        dequantize_row(from + r * stored, D, bits, data<float>(scale)[r], mutable_data<T>(out) + r * D);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace vmemory
+
+STABLE_TORCH_LIBRARY_IMPL(vmemory, CPU, m) {
+  m.impl("quantize_slots", TORCH_BOX(&vmemory::quantize_slots));
+  m.impl("dequantize_slots", TORCH_BOX(&vmemory::dequantize_slots));
+}

@@ -1,0 +1,135 @@
+"""Memory slots in 8 or 4 bits a value, with a scale a row."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmemory.ops._checks import check_device, check_floating, shape_of
+from vmemory.ops._select import Backends, Impl, with_backends
+from vmemory.ops._stem import StemOp
+from vmemory.reference import quantize_slots as _reference
+
+_STEM = "quantize_slots"
+_QUANTIZE = Backends("quantize_slots")
+# the dtype that decides is that of the stored values
+_DEQUANTIZE = Backends(
+    "dequantize_slots", native_dtypes=(torch.int8, torch.uint8), triton_dtypes=(torch.int8, torch.uint8)
+)
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class QuantizedSlots(NamedTuple):
+    """values int8 `[..., D]`, or uint8 `[..., ceil(D / 2)]` with two values a byte; scale float32 `[...]`."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def _fake_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    *rows, channels = x.shape
+    stored = channels if bits == 8 else (channels + 1) // 2
+    kind = torch.int8 if bits == 8 else torch.uint8
+    return x.new_empty((*rows, stored), dtype=kind), x.new_empty(rows, dtype=torch.float32)
+
+
+def _fake_dequantize(values: Tensor, scale: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    return scale.new_empty((*scale.shape, dim), dtype=dtype)
+
+
+_quantize = StemOp(_STEM, "quantize_slots", "(Tensor x, int bits) -> (Tensor, Tensor)", _fake_quantize)
+_dequantize = StemOp(
+    _STEM,
+    "dequantize_slots",
+    "(Tensor values, Tensor scale, SymInt dim, ScalarType dtype) -> Tensor",
+    _fake_dequantize,
+)
+
+
+@with_backends(_QUANTIZE)
+def quantize_slots(x: Tensor, bits: Literal[8, 4] = 8, *, impl: Impl = "auto") -> QuantizedSlots:
+    """Store rows in 8 or 4 bits a value: symmetric, one scale a row, rounded half to even.
+
+    scale = max|x| / 127 (4 bits: / 7) and value = x / scale, in float32 or better, so that a value comes back within
+    half a scale. A row of zeros, or one so small that its scale would not be a normal number, has scale 0 and values 0.
+    A row that holds a NaN or an infinity, or whose scale exceeds float32, has scale NaN and values 0: all of it comes
+    back as NaN. There is no gradient.
+
+    Args:
+        x: `[..., D]`, float64, float32, float16 or bfloat16, any strides.
+        bits: 8 or 4. With 4, byte j holds channel 2j in its low half and channel 2j + 1 in its high half, in two's
+            complement; the last high half of an odd D is 0.
+        impl: Which implementation to run; `"auto"` picks by device and dtype.
+
+    Returns:
+        `QuantizedSlots(values, scale)`: int8 `[..., D]`, −127 to 127, or uint8 `[..., ceil(D / 2)]`, −7 to 7; scale
+        float32 `[...]`.
+
+    Raises:
+        TypeError: `x` is no tensor.
+        ValueError: dtype, shape or bits as above not met.
+        RuntimeError: `impl` names an implementation that cannot run here.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor [..., D], got {type(x).__name__}")
+    if x.dim() < 1:
+        raise ValueError(f"x: expected a tensor [..., D], got shape {shape_of(x)}")
+    check_floating("x", x)
+    if isinstance(bits, bool) or bits not in (8, 4):
+        raise ValueError(f"bits: expected 8 or 4, got {bits!r}")
+    picked = _QUANTIZE.pick(x, impl)
+    x = x.detach()
+    return QuantizedSlots(
+        *(_reference.quantize_slots(x, bits) if picked == "reference" else _quantize(picked, x, bits))
+    )
+
+
+@with_backends(_DEQUANTIZE)
+def dequantize_slots(
+    values: Tensor,
+    scale: Tensor,
+    *,
+    dim: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Bring back rows that `quantize_slots` stored: value · scale.
+
+    Args:
+        values: int8 `[..., D]`, or uint8 `[..., ceil(D / 2)]` with two values a byte.
+        scale: float32 `[...]`, on the device of `values`.
+        dim: D; needed for packed values with an odd D, else it follows from `values`.
+        dtype: float64, float32, float16 or bfloat16. The product is taken in float32 (float64 for float64).
+        impl: Which implementation to run; `"auto"` picks by device and dtype.
+
+    Returns:
+        `[..., D]` of `dtype`.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: dtype, shape or device as above not met, or `dim` does not fit.
+        RuntimeError: `impl` names an implementation that cannot run here.
+    """
+    for name, x, layout in (("values", values, "[..., D]"), ("scale", scale, "[...]")):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor {layout}, got {type(x).__name__}")
+    if values.dtype not in (torch.int8, torch.uint8):
+        raise ValueError(f"values: expected int8, or uint8 with two values a byte, got {values.dtype}")
+    if values.dim() < 1 or scale.dtype != torch.float32 or scale.shape != values.shape[:-1]:
+        want = list(values.shape[:-1])
+        raise ValueError(f"scale: expected float32 {want}, a row less than values, got {scale.dtype} {shape_of(scale)}")
+    check_device("scale", scale, "values", values)
+    if dtype not in _FLOATING:
+        raise ValueError(f"dtype: expected float64, float32, float16 or bfloat16, got {dtype}")
+    stored = values.shape[-1]
+    most = stored if values.dtype == torch.int8 else 2 * stored
+    least = most if values.dtype == torch.int8 else max(most - 1, 0)
+    channels = most if dim is None else dim
+    if not least <= channels <= most:
+        raise ValueError(f"dim: expected {most if least == most else f'{least} or {most}'}, got {dim}")
+    picked = _DEQUANTIZE.pick(values, impl)
+    if picked == "reference":
+        return _reference.dequantize_slots(values, scale, channels, dtype)
+    return _dequantize(picked, values, scale.detach(), channels, dtype)

@@ -1,0 +1,47 @@
+"""Per-row symmetric quantisation to 8 or 4 bits, and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LARGEST = {8: 127, 4: 7}
+
+
+def quantize_slots(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """`x [..., D]` to int8 `[..., D]`, or uint8 `[..., ceil(D / 2)]` with two values a byte; float32 scales `[...]`.
+
+    scale = max|x| / 127 (or 7); value = x / scale, rounded half to even. A scale that is not a normal number counts as
+    0, with values 0. A row that is not finite, or whose scale is not, has scale NaN and values 0.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    peak = wide.abs().amax(-1) if x.shape[-1] > 0 else wide.new_zeros(x.shape[:-1])
+    scale = (peak / LARGEST[bits]).to(torch.float32)
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, 0, scale)
+    scale = torch.where(scale.isfinite() & peak.isfinite(), scale, torch.nan)
+    usable = scale > 0
+    divisor = torch.where(usable, scale, 1).to(wide.dtype)[..., None]
+    values = torch.where(usable[..., None], wide / divisor, 0)
+    values = values.round().clamp(-LARGEST[bits], LARGEST[bits]).to(torch.int8)
+    return (values if bits == 8 else pack(values)), scale
+
+
+def pack(values: Tensor) -> Tensor:
+    """Two's complement nibbles: the even channel in the low half of a byte, the odd one in the high half."""
+    padded = torch.nn.functional.pad(values, (0, values.shape[-1] % 2))
+    low, high = padded[..., ::2], padded[..., 1::2]
+    return ((low & 15) | (high << 4)).view(torch.uint8)
+
+
+def unpack(packed: Tensor, dim: int) -> Tensor:
+    """Int8 values of the first `dim` channels."""
+    bytes_ = packed.view(torch.int8)
+    # the arithmetic shift extends the sign
+    return torch.stack([bytes_ << 4 >> 4, bytes_ >> 4], -1).flatten(-2)[..., :dim]
+
+
+def dequantize_slots(values: Tensor, scale: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """values · scale `[..., dim]`, computed in float32 or, for float64, in float64."""
+    wide = torch.promote_types(dtype, torch.float32)
+    plain = values if values.dtype == torch.int8 else unpack(values, dim)
+    return (plain.to(wide) * scale.to(wide)[..., None]).to(dtype)
