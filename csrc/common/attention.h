@@ -1,0 +1,132 @@
+// What attention over blocks of keys shares: rows of one head, queries in transposed tiles, blocks of keys.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <new>
+
+#include "common/math.h"
+#include "common/product_tile.h"
+#include "common/rows.h"
+
+namespace vmemory {
+
+constexpr int64_t kKeyBlock = 128;
+constexpr int64_t kSmallAttention = 1 << 18;  // multiplications below which a second thread costs more than it saves
+
+// whole cache lines: a vector that straddles two costs two loads
+template <class A>
+class Lines {
+ public:
+  explicit Lines(int64_t n) : at_(static_cast<A*>(::operator new(n * sizeof(A) + 1, std::align_val_t(64)))) {}
+  Lines(const Lines&) = delete;
+  Lines& operator=(const Lines&) = delete;
+  ~Lines() { ::operator delete(at_, std::align_val_t(64)); }
+  A* get() const { return at_; }
+
+ private:
+  A* at_;
+};
+
+// a memory of M slots of n rows each, of which the first min(count, M) are valid
+struct SlotSizes {
+  int64_t S, N, G, E, M, n;
+  int64_t rows() const { return M * n; }
+  int64_t valid(const int64_t* count, int64_t s) const { return std::clamp<int64_t>(count[s], 0, M) * n; }
+};
+
+// rows of one head: E channels each, `step` elements apart
+template <class T>
+struct Rows {
+  const T* at;
+  int64_t step, E;
+  const T* row(int64_t i) const { return at + i * step; }
+};
+
+// x [S, rows, G, E], head g of stream s
+template <class T>
+Rows<T> head_rows(const T* x, int64_t s, int64_t rows, int64_t G, int64_t g, int64_t E) {
+  return {x + (s * rows * G + g) * E, G * E, E};
+}
+
+// channels as stored in scratch: whole vectors and whole groups of kProductRows
+template <class A>
+int64_t padded_channels(int64_t E) {
+  return round_up(round_up(E, kLanes<A>), kProductRows);
+}
+
+// rows in the accumulation type, `wide` apart, channels beyond E and rows beyond `count` up to `filled` zero
+template <class T, class A>
+void copy_rows(const Rows<T>& x, int64_t first, int64_t count, int64_t filled, int64_t wide, A* to) {
+  for (int64_t i = 0; i < count; ++i, to += wide) {
+    const T* from = x.row(first + i);
+    for_channels<A>(x.E, [&](int64_t d, int64_t lanes) { store(to + d, load_some(from + d, lanes)); });
+    const int64_t done = round_up(x.E, kLanes<A>);
+    std::fill(to + done, to + wide, A(0));
+  }
+  std::fill(to, to + (filled - count) * wide, A(0));
+}
+
+// rows [count][wide] to groups of kProductRows channels, [wide / kProductRows][count][kProductRows]
+template <class A>
+void interleave(const A* rows, int64_t count, int64_t wide, A* to) {
+  constexpr int R = kProductRows;
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t c = 0; c < wide / R; ++c)
+      std::memcpy(to + (c * count + i) * R, rows + i * wide + c * R, R * sizeof(A));
+}
+
+// rows to columns: to[e * width + i] = row i's channel e times a factor, the columns beyond `count` zero
+template <class T, class A>
+void transpose_rows(const Rows<T>& x, int64_t first, int64_t count, int64_t width, A factor, A* to) {
+  std::fill(to, to + x.E * width, A(0));
+  for (int64_t i = 0; i < count; ++i) {
+    const T* from = x.row(first + i);
+    for_channels<A>(x.E, [&](int64_t d, int64_t lanes) {
+      A value[kLanes<A>];
+      store(value, load_some(from + d, lanes) * factor);
+      for (int64_t k = 0; k < lanes; ++k) to[(d + k) * width + i] = value[k];
+    });
+  }
+}
+
+// A tile of queries: [first, first + count) of a piece, in whole vectors.
+struct QueryTile {
+  int64_t first, count, vectors;
+  template <class A>
+  int64_t width() const {
+    return vectors * kLanes<A>;
+  }
+};
+
+// f(tile) over n queries
+template <class A, class F>
+void for_query_tiles(int64_t n, const F& f) {
+  constexpr int64_t L = kLanes<A>;
+  for_vector_tiles((n + L - 1) / L, [&](int64_t vector, int64_t vectors) {
+    f(QueryTile{vector * L, std::min(vectors * L, n - vector * L), vectors});
+  });
+}
+
+// scores[key][query] of a block of keys, rows of `wide`, and a tile of queries; short chains of sums round less
+template <class A>
+void score_tile(const A* keys, int64_t count, int64_t wide, const A* query, int64_t E, const QueryTile& tile, A* to) {
+  constexpr int64_t kChain = 64;
+  const int64_t width = tile.width<A>(), chain = std::min(E, kChain);
+  for (int64_t j = 0; j < count; j += kProductRows) {
+    product_tile<false, false>(tile.vectors, keys + j * wide, wide, query, width, chain, to + j * width, width);
+    for (int64_t e = chain; e < E; e += kChain)
+      product_tile<true, false>(tile.vectors, keys + j * wide + e, wide, query + e * width, width,
+                                std::min(kChain, E - e), to + j * width, width);
+  }
+}
+
+// Cuts `heads` heads of n queries into pieces so that every thread has work; a piece reads its keys anew.
+inline int64_t pieces_of(int64_t heads, int64_t units, int64_t least, int64_t threads) {
+  if (threads == 1 || heads == 0) return 1;
+  const int64_t wanted = (4 * threads + heads - 1) / heads;
+  return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, units / least));
+}
+
+}  // namespace vmemory

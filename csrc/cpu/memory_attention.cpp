@@ -1,0 +1,139 @@
+#include "common/attention.h"
+#include "torch/stable.h"
+
+namespace vmemory {
+namespace {
+
+// Online softmax over blocks of keys for one piece of queries of one head. Scores and outputs lie transposed, queries
+// in the lanes: no sum runs across a vector.
+template <class A>
+class Piece {
+ public:
+  Piece(int64_t queries, int64_t E)
+      : E_(E),
+        wide_(padded_channels<A>(E)),
+        lanes_(round_up(queries, kLanes<A>)),
+        query_(lanes_ * wide_),
+        out_(lanes_ * wide_),
+        keys_(kKeyBlock * wide_),
+        values_(kKeyBlock * wide_),
+        weight_((kKeyBlock + kProductRows) * kProductVectors * kLanes<A>),
+        most_(lanes_),
+        total_(lanes_) {}
+
+  template <class T>
+  void attend(const Rows<T>& query, int64_t first, int64_t queries, const Rows<T>& keys, const Rows<T>& values,
+              int64_t valid) {
+    std::fill_n(out_.get(), lanes_ * wide_, A(0));
+    std::fill_n(most_.get(), lanes_, -std::numeric_limits<A>::infinity());
+    std::fill_n(total_.get(), lanes_, A(0));
+    const A scale = A(1 / std::sqrt(double(E_)));
+    for_query_tiles<A>(queries, [&](const QueryTile& t) {
+      transpose_rows(query, first + t.first, t.count, t.width<A>(), scale, query_.get() + t.first * wide_);
+    });
+    for (int64_t j = 0; j < valid; j += kKeyBlock) {
+      const int64_t count = std::min(kKeyBlock, valid - j);
+      copy_rows(values, j, count, count, wide_, keys_.get());
+      interleave(keys_.get(), count, wide_, values_.get());
+      copy_rows(keys, j, count, round_up(count, kProductRows), wide_, keys_.get());
+      for_query_tiles<A>(queries, [&](const QueryTile& t) { add_block(t, count); });
+    }
+  }
+
+  // outputs, and what the backward pass makes the weights from: the largest score and the sum
+  template <class T>
+  void write(int64_t queries, int64_t valid, T* out, int64_t step, A* largest, A* sum) const {
+    Lines<A> row(wide_);
+    for_query_tiles<A>(queries, [&](const QueryTile& t) {
+      const int64_t width = t.width<A>();
+      for (int64_t i = 0; i < t.count; ++i) {
+        const A total = total_.get()[t.first + i], most = most_.get()[t.first + i];
+        const A* from = out_.get() + t.first * wide_ + i;
+        for (int64_t e = 0; e < E_; ++e) row.get()[e] = valid ? from[e * width] / total : A(0);
+        T* to = out + (t.first + i) * step;
+        for_channels<A>(E_, [&](int64_t d, int64_t lanes) { store_some(to + d, load(row.get() + d), lanes); });
+        largest[t.first + i] = most > -std::numeric_limits<A>::infinity() ? most : A(0);
+        sum[t.first + i] = total;
+      }
+    });
+  }
+
+ private:
+  void add_block(const QueryTile& t, int64_t count) {
+    constexpr int64_t L = kLanes<A>;
+    const int64_t width = t.width<A>();
+    A* out = out_.get() + t.first * wide_;
+    score_tile(keys_.get(), count, wide_, query_.get() + t.first * wide_, E_, t, weight_.get());
+    for (int64_t w = 0; w < t.vectors; ++w) {
+      A* p = weight_.get() + w * L;
+      A* most = most_.get() + t.first + w * L;
+      A* total = total_.get() + t.first + w * L;
+      const vec<A> before = load(most);
+      vec<A> largest = before;
+      for (int64_t j = 0; j < count; ++j) largest = vmax<A>(load(p + j * width), largest);
+      // a query that has met nothing but -inf must not take -inf from it
+      const vec<A> base = largest > -std::numeric_limits<A>::infinity() ? largest : vec<A>{};
+      const vec<A> shrink = exp<A>(before - base);
+      vec<A> sum[4] = {};
+      for (int64_t j = 0; j < count; ++j) {
+        const vec<A> x = exp<A>(load(p + j * width) - base);
+        store(p + j * width, x);
+        sum[j % 4] += x;
+      }
+      store(total, load(total) * shrink + ((sum[0] + sum[1]) + (sum[2] + sum[3])));
+      store(most, largest);
+      for (int64_t e = 0; e < wide_; ++e) store(out + e * width + w * L, load(out + e * width + w * L) * shrink);
+    }
+    for (int64_t e = 0; e < wide_; e += kProductRows)
+      product_tile<true, true>(t.vectors, values_.get() + e * count, 0, weight_.get(), width, count, out + e * width,
+                               width);
+  }
+
+  int64_t E_, wide_, lanes_;
+  Lines<A> query_, out_, keys_, values_, weight_, most_, total_;
+};
+
+template <class T>
+void attention(const SlotSizes& z, const T* query, const T* keys, const T* values, const int64_t* count, T* out,
+               acc_t<T>* stats) {
+  using A = acc_t<T>;
+  const int64_t vectors = (z.N + kLanes<A> - 1) / kLanes<A>;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t pieces = pieces_of(z.S * z.G, vectors, kProductVectors, threads);
+  int64_t longest = 0;
+  for (int64_t s = 0; s < z.S; ++s) longest = std::max(longest, z.valid(count, s));
+  const int64_t work = z.N * (longest + 1) * (z.E + 1) / pieces + 1;
+  parallel(z.S * z.G * pieces, kSmallAttention / work, [&](int64_t begin, int64_t end) {
+    Piece<A> piece((vectors + pieces - 1) / pieces * kLanes<A>, z.E);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t p = item % pieces, g = item / pieces % z.G, s = item / pieces / z.G;
+      const int64_t first = p * vectors / pieces * kLanes<A>;
+      const int64_t queries = std::min((p + 1) * vectors / pieces * kLanes<A>, z.N) - first;
+      const int64_t valid = z.valid(count, s);
+      const auto rows = [&](const T* x, int64_t n) { return head_rows(x, s, n, z.G, g, z.E); };
+      piece.attend(rows(query, z.N), first, queries, rows(keys, z.rows()), rows(values, z.rows()), valid);
+      piece.write(queries, valid, out + ((s * z.N + first) * z.G + g) * z.E, z.G * z.E,
+                  stats + (s * z.G + g) * z.N + first, stats + (z.S * z.G + s * z.G + g) * z.N + first);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> memory_attention(const Tensor& query_, const Tensor& keys_, const Tensor& values_,
+                                            const Tensor& count_) {
+  const Tensor query = dense(query_), keys = dense(keys_), values = dense(values_), count = dense(count_);
+  const SlotSizes z{query.size(0), query.size(1), query.size(2), query.size(3), keys.size(1), keys.size(2)};
+  const ScalarType wide = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor out = make(query, {z.S, z.N, z.G, z.E}), stats = make(query, {2, z.S, z.G, z.N}, wide);
+  if (stats.numel() == 0) return {out, stats};
+  dispatch_floating(query.scalar_type(), [&](auto t) {
+    using T = typename decltype(t)::type;
+    attention(z, data<T>(query), data<T>(keys), data<T>(values), data<int64_t>(count), mutable_data<T>(out),
+              mutable_data<acc_t<T>>(stats));
+  });
+  return {out, stats};
+}
+
+}  // namespace
+}  // namespace vmemory
+
+STABLE_TORCH_LIBRARY_IMPL(vmemory, CPU, m) { m.impl("memory_attention", TORCH_BOX(&vmemory::memory_attention)); }

@@ -1,0 +1,327 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from vmemory.ops.memory_attention import memory_attention
+from vmemory.reference import memory_attention as reference
+from vmemory.testing import A100_SHARED_BYTES, assert_within_budget, compile_triton, layouts, poisoned, random_tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MODULE = "vmemory.kernels.memory_attention"
+# S, N, G, E, M, n
+SHAPES = [
+    (1, 63, 2, 33, 5, 7),
+    (3, 100, 3, 64, 4, 50),
+    (2, 1, 1, 128, 3, 100),
+    (1, 130, 1, 8, 1000, 1),
+    (2, 5, 2, 1, 2, 3),
+    (1, 17, 2, 200, 3, 65),
+    (0, 3, 2, 8, 2, 3),
+    (2, 0, 2, 8, 2, 3),
+    (2, 3, 0, 8, 2, 3),
+    (2, 3, 2, 8, 0, 3),
+    (2, 3, 2, 8, 2, 0),
+]
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def inputs(S: int, N: int, G: int, E: int, M: int, n: int, dtype: torch.dtype = torch.float32) -> Inputs:
+    """Streams hold M + 1, 1, 0, ... items; slots that are not valid hold NaN."""
+    query = random_tensor(S, N, G, E, dtype=dtype, seed=1)
+    keys, values = (random_tensor(S, M, n, G, E, dtype=dtype, seed=seed) for seed in (2, 3))
+    count = torch.tensor([M + 1, 1, 0][:S], dtype=torch.int64)
+    for s in range(S):
+        keys[s, count[s] :] = values[s, count[s] :] = float("nan")
+    return query, keys, values, count
+
+
+def outputs(impl: str, query: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> list[Tensor]:
+    """The result and the gradients of the three."""
+    leaves = [x.clone().requires_grad_() for x in (query, keys, values)]
+    out = memory_attention(*leaves, count, impl=impl)
+    grad = random_tensor(*out.shape, seed=4).to(out.device, out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def widened(query: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> Inputs:
+    return query.double(), keys.double(), values.double(), count
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_native_matches_reference(shape, dtype):
+    x = inputs(*shape, dtype=dtype)
+    with poisoned():
+        actual = outputs("native", *x)
+    assert_within_budget(actual, outputs("reference", *x), outputs("reference", *widened(*x)))
+    assert torch.equal(memory_attention(*x), actual[0])
+
+
+def test_is_scaled_dot_product_attention_on_the_valid_slots():
+    query, keys, values, count = inputs(1, 20, 2, 16, 6, 5)
+    count[:] = 4
+    kept = [x[:, :4].flatten(1, 2).transpose(1, 2) for x in (keys, values)]
+    wanted = [
+        torch.nn.functional.scaled_dot_product_attention(query.transpose(1, 2).to(t), *(x.to(t) for x in kept))
+        for t in (torch.float32, torch.float64)
+    ]
+    assert_within_budget(memory_attention(query, keys, values, count), *(w.transpose(1, 2) for w in wanted))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_stream_without_items_gets_zeros_and_passes_none_on(impl):
+    query, keys, values, _ = inputs(2, 4, 2, 8, 3, 2)
+    keys, values = torch.full_like(keys, torch.nan), torch.full_like(values, torch.inf)
+    for out in outputs(impl, query, keys, values, torch.tensor([0, -3])):
+        assert torch.equal(out, torch.zeros_like(out))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_slots_that_are_not_valid_get_no_gradient(impl):
+    query, keys, values, _ = inputs(1, 9, 2, 8, 5, 3)
+    count = torch.tensor([2])
+    whole = outputs(impl, query, keys, values, count)
+    for grad in whole[2:]:
+        assert (grad[:, 2:] == 0).all()
+        assert (grad[:, :2] != 0).any()
+    # an item more than slots changes nothing
+    for a, b in zip(
+        outputs(impl, query, keys, values, count + 3), outputs(impl, query, keys, values, count + 9), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("layout", ["offset", "strided", "reversed", "padded"])
+def test_any_layout_gives_the_same_bits(layout):
+    query, keys, values, count = inputs(2, 20, 3, 40, 4, 9)
+    expected = outputs("native", query, keys, values, count)
+    turned = [layouts(x)[layout] for x in (query, keys, values)]
+    assert torch.equal(memory_attention(*turned, layouts(count)[layout]), expected[0])
+    for leaf in turned:
+        leaf.requires_grad_()
+    out = memory_attention(*turned, count)
+    grad = layouts(random_tensor(*out.shape, seed=4))[layout]
+    for got, wanted in zip(torch.autograd.grad(out, turned, grad), expected[1:], strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.usefixtures("native")
+def test_a_query_does_not_depend_on_its_neighbours_or_the_threads():
+    query, keys, values, count = inputs(1, 200, 2, 64, 3, 100)
+    whole = memory_attention(query, keys, values, count)
+    assert torch.equal(memory_attention(query[:, 57:58], keys, values, count), whole[:, 57:58])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(memory_attention(query, keys, values, count), whole)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("native")
+def test_the_same_call_gives_the_same_bits():
+    x = inputs(3, 100, 3, 64, 4, 50)
+    for first, second in zip(outputs("native", *x), outputs("native", *x), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("where", ["query", "keys", "values"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_values_spoil_what_they_reach(where, value):
+    query, keys, values, count = inputs(1, 40, 2, 16, 3, 70)
+    target = {"query": query, "keys": keys, "values": values}[where]
+    target[(0, 5, 1, 3) if where == "query" else (0, 1, 5, 1, 3)] = value
+    assert_within_budget(
+        memory_attention(query, keys, values, count),
+        reference.memory_attention(query, keys, values, count),
+        reference.memory_attention(*widened(query, keys, values, count)),
+    )
+
+
+def test_scores_of_minus_infinity_weigh_nothing():
+    query, keys, values, count = inputs(1, 3, 1, 4, 2, 200)
+    query.abs_()
+    keys[0, 0] = -float("inf")
+    alone = query, keys[:, 1:], values[:, 1:], count
+    wanted = reference.memory_attention(*alone), reference.memory_attention(*widened(*alone))
+    assert_within_budget(memory_attention(query, keys, values, count), *wanted)
+
+
+def test_large_scores_do_not_overflow():
+    query, keys, values, count = inputs(1, 33, 2, 16, 3, 70)
+    x = query * 1e3, keys * 1e3, values, count
+    assert_within_budget(memory_attention(*x), reference.memory_attention(*x), reference.memory_attention(*widened(*x)))
+
+
+@pytest.mark.usefixtures("native")
+def test_gradcheck():
+    query, keys, values, count = inputs(3, 4, 2, 3, 3, 2, dtype=torch.float64)
+    keys, values = keys.nan_to_num(), values.nan_to_num()
+    leaves = [x.requires_grad_() for x in (query, keys, values)]
+    assert torch.autograd.gradcheck(lambda *x: memory_attention(*x, count), leaves)
+
+
+@pytest.mark.parametrize("needing", [(True, False, False), (False, True, False), (False, False, True)])
+def test_gradients_for_some_inputs_only(needing):
+    *x, count = inputs(1, 20, 2, 16, 3, 5)
+    expected = outputs("auto", *x, count)
+    leaves = [v.clone().requires_grad_(need) for v, need in zip(x, needing, strict=True)]
+    out = memory_attention(*leaves, count)
+    out.backward(random_tensor(*out.shape, seed=4))
+    for leaf, need, wanted in zip(leaves, needing, expected[1:], strict=True):
+        assert torch.equal(leaf.grad, wanted) if need else leaf.grad is None
+
+
+@pytest.mark.usefixtures("native")
+def test_opcheck():
+    query, keys, values, count = inputs(2, 20, 2, 16, 3, 5)
+    keys, values = keys.nan_to_num(), values.nan_to_num()
+    torch.library.opcheck(torch.ops.vmemory.memory_attention.default, (query, keys, values, count))
+    out, stats = torch.ops.vmemory.memory_attention(query, keys, values, count)
+    for for_memory in (True, False):
+        torch.library.opcheck(
+            torch.ops.vmemory.memory_attention_backward.default,
+            (torch.ones_like(out), query, keys, values, count, out, stats, for_memory),
+        )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_in_one_graph(backend, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(memory_attention, fullgraph=True, backend=backend, dynamic=dynamic)
+    for tokens in (5, 9):
+        *x, count = inputs(2, tokens, 2, 16, 3, tokens)
+        leaves = [v.clone().requires_grad_() for v in x]
+        out = compiled(*leaves, count)
+        grads = torch.autograd.grad(out, leaves, random_tensor(*out.shape, seed=4))
+        expected = outputs("auto", *x, count)
+        assert torch.equal(out, expected[0])
+        assert all(torch.equal(a, b) for a, b in zip(grads, expected[1:], strict=True))
+
+
+@given(
+    sizes=st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(0, 3), st.integers(1, 40)),
+    memory=st.tuples(st.integers(0, 5), st.integers(0, 60)),
+    counts=st.lists(st.integers(-1, 7), min_size=3, max_size=3),
+    # one float32 number may by chance have a reference without error
+    dtype=st.sampled_from([torch.float64, torch.bfloat16]),
+    layout=st.sampled_from(["contiguous", "strided", "reversed", "padded"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_shape(sizes, memory, counts, dtype, layout):
+    query, keys, values, _ = inputs(*sizes, *memory, dtype=dtype)
+    x = *(layouts(v.nan_to_num())[layout] for v in (query, keys, values)), torch.tensor(counts[: sizes[0]]).long()
+    with poisoned():
+        actual = outputs("auto", *x)
+    assert_within_budget(actual, outputs("reference", *x), outputs("reference", *widened(*x)))
+
+
+def swapped(**changes: object) -> dict:
+    query, keys, values, count = inputs(1, 4, 2, 8, 3, 5)
+    return {"query": query, "key_slots": keys, "value_slots": values, "count": count} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"query": 3}, TypeError, "query: expected a tensor"),
+        ({"query": torch.ones(4, 2, 8)}, ValueError, r"query: expected a tensor \[S, N, G, E\]"),
+        ({"query": torch.ones(1, 4, 2, 8).int()}, ValueError, "query: .*int32"),
+        ({"query": torch.ones(1, 4, 2, 0)}, ValueError, "query: expected at least 1 channel"),
+        ({"query": torch.ones(1, 4, 2, 9)}, ValueError, r"key_slots: expected \[1, M, n, 2, 9\]"),
+        ({"query": torch.ones(1, 4, 2, 8).double()}, ValueError, "key_slots: expected query's dtype"),
+        ({"key_slots": torch.ones(1, 3, 2, 8)}, ValueError, r"key_slots: expected a tensor \[S, M, n, G, E\]"),
+        ({"value_slots": torch.ones(1, 3, 4, 2, 8)}, ValueError, "value_slots: expected key_slots'"),
+        ({"value_slots": torch.ones(1, 3, 5, 2, 8).half()}, ValueError, "value_slots: expected query's dtype"),
+        ({"count": 3}, TypeError, "count: expected a tensor"),
+        ({"count": torch.ones(2, dtype=torch.int64)}, ValueError, r"count: expected torch.int64 of shape \[1\]"),
+        ({"count": torch.ones(1, dtype=torch.int32)}, ValueError, "count: expected torch.int64"),
+    ],
+)
+def test_bad_arguments(changes, error, words):
+    with pytest.raises(error, match=words):
+        memory_attention(**swapped(**changes))
+
+
+# one block and many, keys split between programs and not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [*SHAPES[:3], SHAPES[4], *SHAPES[6:], (1, 70, 1, 20, 2, 150)])
+def test_triton_interpreted(interpreter, shape, dtype):
+    query, keys, values, count = inputs(*shape, dtype=dtype)
+    out, stats = interpreter(MODULE, "memory_attention", query, keys, values, count)
+    grad = random_tensor(*out.shape, seed=4).to(dtype)
+    low, wide = outputs("reference", query, keys, values, count), widened(query, keys, values, count)
+    grads = interpreter(MODULE, "memory_attention_backward", grad, query, keys, values, count, out, stats, True)
+    assert_within_budget([out, *grads], low, outputs("reference", *wide))
+    alone = interpreter(MODULE, "memory_attention_backward", grad, query, keys, values, count, out, stats, False)
+    assert torch.equal(alone[0], grads[0])
+    assert [x.shape for x in alone[1:]] == [(0,), (0,)]
+
+
+def sums(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    scores = torch.einsum("ne,mje->nmj", query[0, :, 0], keys[0, :, :, 0]).flatten(1) / 4
+    most = scores.max(1).values
+    return most, (scores - most[:, None]).exp().sum(1)
+
+
+# with few programs the keys are split, and the largest score and the sum come from a combination
+@pytest.mark.parametrize("queries", [17, 400])
+def test_triton_saves_the_largest_score_and_the_sum(interpreter, queries):
+    query, keys, values, count = inputs(1, queries, 1, 16, 3, 200)
+    stats = interpreter(MODULE, "memory_attention", query, keys, values, count)[1]
+    assert_within_budget(tuple(stats[:, 0, 0]), sums(query, keys), sums(query.double(), keys.double()))
+
+
+def test_triton_weighs_minus_infinity_with_nothing(interpreter):
+    query, keys, values, count = inputs(1, 3, 1, 4, 2, 200)
+    query.abs_()
+    keys[0, 0] = -float("inf")
+    alone = query, keys[:, 1:], values[:, 1:], count
+    out = interpreter(MODULE, "memory_attention", query, keys, values, count)[0]
+    assert_within_budget(out, reference.memory_attention(*alone), reference.memory_attention(*widened(*alone)))
+
+
+@pytest.mark.usefixtures("triton_compiler")
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("kernel", ["fwd", "share", "combine", "delta", "slots", "query"])
+@pytest.mark.parametrize(("dtype", "channels"), [("bf16", 64), ("bf16", 256), ("fp32", 64), ("fp32", 128)])
+def test_triton_compiles(kernel, dtype, channels, arch):
+    from vmemory.kernels import memory_attention as kernels
+
+    signature = dict.fromkeys(("N", "M", "ROWS", "S", "G", "SPLITS"), "i32")
+    signature |= dict.fromkeys(("query", "keys", "values", "grad", "out", "to_query"), f"*{dtype}")
+    signature |= dict.fromkeys(("stats", "delta", "partial", "partial_stats"), "*fp32")
+    signature |= {"count": "*i64", "SCALE": "fp32", "to_keys": f"*{dtype}", "to_values": f"*{dtype}"}
+    walked = {"slots": "BLOCK_N", "query": "BLOCK_M"}.get(kernel, "")
+    config = kernels.blocks(channels, dtype == "fp32", walked)
+    options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
+    constants = {"E": channels, **config}
+    jitted = getattr(kernels, f"_memory_attention_{kernel}_kernel", None)
+    if kernel in ("fwd", "share"):
+        jitted, constants["WHOLE"] = kernels._memory_attention_fwd_kernel, kernel == "fwd"
+        signature["out"] = f"*{dtype}" if kernel == "fwd" else "*fp32"
+    elif kernel in ("slots", "query"):
+        jitted = getattr(kernels, f"_memory_attention_{kernel}_bwd_kernel")
+    else:
+        constants["BLOCK_N"], options = 16, {}
+        del constants["BLOCK_M"]
+    compiled = compile_triton(jitted, signature, constants, arch, **options)
+    assert compiled.spills == 0
+    assert compiled.shared < A100_SHARED_BYTES
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 196, 7, 128, 40, 196)])
+def test_cuda_matches_reference(shape, dtype):
+    x = tuple(v.cuda() for v in inputs(*shape, dtype=dtype))
+    with poisoned():
+        actual = outputs("triton", *x)
+    assert_within_budget(actual, outputs("reference", *x), outputs("reference", *widened(*x)))

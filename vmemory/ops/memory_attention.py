@@ -1,0 +1,123 @@
+"""Attention over the valid slots of a memory, with work proportional to what is valid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from vmemory.ops._checks import check_device, check_floating, check_same, check_tensor, shape_of
+from vmemory.ops._registry import Op
+from vmemory.ops._select import Backends, Impl, with_backends
+from vmemory.reference import memory_attention as _reference
+
+_BACKENDS = Backends("memory_attention")
+
+
+def _fake(query: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    streams, tokens, heads, _ = query.shape
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape), query.new_empty((2, streams, heads, tokens), dtype=wide)
+
+
+def _fake_backward(
+    grad: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    count: Tensor,
+    out: Tensor,
+    stats: Tensor,
+    for_memory: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = keys.shape if for_memory else (0,)
+    return query.new_empty(query.shape), query.new_empty(shape), query.new_empty(shape)
+
+
+# the output, and [2, S, G, N] the largest score and the sum of exp(score - largest), which one number would round away
+_forward = Op("memory_attention", "(Tensor query, Tensor keys, Tensor values, Tensor count) -> (Tensor, Tensor)", _fake)
+# gradients of keys and values that are not asked for come back as empty tensors
+_backward = Op(
+    "memory_attention_backward",
+    "(Tensor grad, Tensor query, Tensor keys, Tensor values, Tensor count, Tensor out, Tensor stats, bool for_memory)"
+    " -> (Tensor, Tensor, Tensor)",
+    _fake_backward,
+)
+
+
+class _MemoryAttention(Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor, count: Tensor, impl: str) -> Tensor:
+        out, stats = _forward(impl, query, keys, values, count)
+        ctx.save_for_backward(query, keys, values, count, out, stats)
+        ctx.impl = impl
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        for_query, for_keys, for_values = ctx.needs_input_grad[:3]
+        to_query, to_keys, to_values = _backward(ctx.impl, grad, *ctx.saved_tensors, for_keys or for_values)
+        return (
+            to_query if for_query else None,
+            to_keys if for_keys else None,
+            to_values if for_values else None,
+            None,
+            None,
+        )
+
+
+@with_backends(_BACKENDS)
+def memory_attention(
+    query: Tensor, key_slots: Tensor, value_slots: Tensor, count: Tensor, *, impl: Impl = "auto"
+) -> Tensor:
+    """Attend from tokens to the valid slots of a memory; what is not valid yet is neither read nor computed.
+
+    Args:
+        query: `[S, N, G, E]`, E at least 1, float64, float32, float16 or bfloat16, any strides; other sizes may be 0.
+        key_slots: `[S, M, n, G, E]`: M slots of n tokens, same dtype and device as `query`.
+        value_slots: `[S, M, n, G, E]`, same dtype and device.
+        count: `[S]` int64 on the device: items ever written; the first `min(count, M)` slots are valid, below 0 none.
+        impl: Which implementation to run; `"auto"` picks by device and dtype.
+
+    Returns:
+        `[S, N, G, E]`, the dtype of `query`: softmax(q · k / √E) · v over the valid slots of the stream, without a
+        causal mask, accumulated in float32 or better (on a GPU the weights of float16 and bfloat16 inputs are rounded
+        to that dtype). A stream without a valid slot gets zeros. What slots hold that are not valid has no influence.
+        Differentiable once in query, keys and values; the weights are never stored, the backward pass recomputes them,
+        and slots that are not valid get zero gradients.
+
+    Raises:
+        TypeError: An argument is no tensor.
+        ValueError: Shapes, dtypes or devices do not fit.
+        RuntimeError: `impl` names an implementation that cannot run here.
+
+    Source: Eq. 5 of VLM² (arXiv 2511.20644) with keys and values projected once, when a slot is written; blocks with an
+    online softmax as in FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2.
+    """
+    check_tensor("query", query, "[S, N, G, E]")
+    check_tensor("key_slots", key_slots, "[S, M, n, G, E]")
+    check_tensor("value_slots", value_slots, "[S, M, n, G, E]")
+    check_tensor("count", count, "[S]")
+    check_floating("query", query)
+    S, _, G, E = query.shape
+    if E < 1:
+        raise ValueError(f"query: expected at least 1 channel a head [S, N, G, E], got shape {shape_of(query)}")
+    if (key_slots.shape[0], *key_slots.shape[3:]) != (S, G, E):
+        raise ValueError(f"key_slots: expected [{S}, M, n, {G}, {E}] to fit query, got shape {shape_of(key_slots)}")
+    if value_slots.shape != key_slots.shape:
+        raise ValueError(f"value_slots: expected key_slots' {shape_of(key_slots)}, got shape {shape_of(value_slots)}")
+    check_same("key_slots", key_slots, "query", query)
+    check_same("value_slots", value_slots, "query", query)
+    if count.shape != (S,) or count.dtype != torch.int64:
+        raise ValueError(f"count: expected torch.int64 of shape [{S}], got {count.dtype} of shape {shape_of(count)}")
+    check_device("count", count, "query", query)
+    picked = _BACKENDS.pick(query, impl)
+    if picked == "reference":
+        return _reference.memory_attention(query, key_slots, value_slots, count)
+    if torch.is_grad_enabled() and (query.requires_grad or key_slots.requires_grad or value_slots.requires_grad):
+        return _MemoryAttention.apply(query, key_slots, value_slots, count, picked)
+    return _forward(picked, query, key_slots, value_slots, count)[0]

@@ -1,0 +1,26 @@
+"""Attention of a frame's tokens over the valid slots of a memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def memory_attention(query: Tensor, key_slots: Tensor, value_slots: Tensor, count: Tensor) -> Tensor:
+    """`query [S, N, G, E]` over slots `[S, M, n, G, E]`, of which the first `min(count, M)` count; `[S, N, G, E]`.
+
+    Computed in float32 (float64 for float64) and rounded once. A stream without a valid slot gets zeros. Slots that are
+    not valid may hold anything, NaN included, and get zero gradients.
+    """
+    slots, rows = key_slots.shape[1:3]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    valid = torch.arange(slots, device=query.device) < count[:, None]
+    kept = valid[..., None, None, None]
+    keys, values = (torch.where(kept, x.to(wide), 0).flatten(1, 2) for x in (key_slots, value_slots))
+    # [S, G, N, M·n]
+    scores = torch.einsum("snge,smge->sgnm", query.to(wide) * query.shape[-1] ** -0.5, keys)
+    hidden = ~valid.repeat_interleave(rows, 1)[:, None, None]
+    # where nothing is valid, softmax sees zeros instead of -inf and its result is not used
+    empty = hidden.all(-1, keepdim=True)
+    weights = scores.masked_fill(hidden & ~empty, -torch.inf).softmax(-1).masked_fill(hidden, 0)
+    return torch.einsum("sgnm,smge->snge", weights, values).to(query.dtype)
