@@ -13,6 +13,16 @@ _EPS = tl.constexpr(1e-8)
 
 
 @triton.jit
+def _channels(memory, row, d, D, mask):
+    """Channels d of rows in float32; in uint8 a row holds two a byte, the even one in the low half."""
+    if memory.dtype.element_ty == tl.uint8:
+        pair = tl.load(memory + row * ((D + 1) // 2) + d // 2, mask, other=0).to(tl.int32)
+        return ((((pair >> ((d % 2) * 4).to(tl.int32)) & 15) ^ 8) - 8).to(tl.float32)
+    else:
+        return tl.load(memory + row * D + d, mask, other=0).to(tl.float32)
+
+
+@triton.jit
 def _similarity_topk_share_kernel(
     grad, values, indices, query, memory, scale, share, Q, M, D, K, ENTRIES,
     COSINE: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -33,7 +43,7 @@ def _similarity_topk_share_kernel(
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             x = tl.load(query + place * D + d, d < D, other=0.0).to(tl.float32)
-            y = tl.load(memory + row * D + d, d < tl.where(there, D, 0), other=0.0).to(tl.float32)
+            y = _channels(memory, row, d, D, d < tl.where(there, D, 0))
             query_square += tl.sum(x * x, 0)
             row_square += tl.sum(y * y, 0)
         a, b = tl.sqrt_rn(query_square), tl.sqrt_rn(row_square)
@@ -67,8 +77,8 @@ def _similarity_topk_query_bwd_kernel(
         own += tl.sum(tl.load(share + ENTRIES + entry, there, other=0.0), 0)
         if HAS_SCALE:
             weight *= tl.load(scale + row, there, other=0.0)
-        rows = tl.load(memory + row[:, None] * D + d[None, :], there[:, None] & (d < D)[None, :], other=0.0)
-        total += tl.sum(weight[:, None] * rows.to(tl.float32), 0)
+        rows = _channels(memory, row[:, None], d[None, :], D, there[:, None] & (d < D)[None, :])
+        total += tl.sum(weight[:, None] * rows, 0)
     total -= own * tl.load(query + place * D + d, d < D, other=0.0).to(tl.float32)
     tl.store(out + place * D + d, total.to(out.dtype.element_ty), d < D)
 

@@ -36,19 +36,42 @@ def _scored(
     query, query_norm, memory, scale, stream, q, m, searched, Q, M, D, CHANNELS,
     COSINE: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Keys `[BLOCK_M, BLOCK_Q]` of rows m for queries q; CHANNELS is D, or 0 where no row is searched."""
+    """Keys `[BLOCK_M, BLOCK_Q]` of rows m for queries q; CHANNELS is D, or 0 where no row is searched.
+
+    In uint8 a row holds two channels a byte, the even one in the low half.
+    """
+    PACKED: tl.constexpr = memory.dtype.element_ty == tl.uint8
     d = tl.arange(0, BLOCK_D)
     query_row, row = query + (stream * Q + q) * D, stream * M + m
     dots = tl.zeros((BLOCK_M, BLOCK_Q), tl.float32)
     square = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, CHANNELS, BLOCK_D):
-        channel = start + d < D
-        x = tl.load(query_row[None, :] + (start + d)[:, None], channel[:, None] & (q < Q)[None, :], other=0.0)
-        rows = tl.load(memory + row[:, None] * D + (start + d)[None, :], searched[:, None] & channel[None, :], other=0)
-        dots = tl.dot(rows.to(x.dtype), x, dots, input_precision="ieee")
-        if COSINE:
-            wide = rows.to(tl.float32)
-            square += tl.sum(wide * wide, 1)
+    if PACKED:
+        stored = (D + 1) // 2
+        for start in range(0, (CHANNELS + 1) // 2, BLOCK_D):
+            byte = start + d
+            there = searched[:, None] & (byte < stored)[None, :]
+            pair = tl.load(memory + row[:, None] * stored + byte[None, :], there, other=0).to(tl.int32)
+            low, high = ((pair & 15) ^ 8) - 8, ((pair >> 4) ^ 8) - 8
+            # the half byte after an odd number of channels may hold anything
+            high = tl.where((2 * byte + 1 < D)[None, :], high, 0)
+            at = query_row[None, :] + 2 * byte[:, None]
+            asked = (q < Q)[None, :]
+            x = tl.load(at, (byte < stored)[:, None] & asked, other=0.0)
+            dots = tl.dot(low.to(x.dtype), x, dots, input_precision="ieee")
+            x = tl.load(at + 1, (2 * byte + 1 < D)[:, None] & asked, other=0.0)
+            dots = tl.dot(high.to(x.dtype), x, dots, input_precision="ieee")
+            if COSINE:
+                square += tl.sum((low * low + high * high).to(tl.float32), 1)
+    else:
+        for start in range(0, CHANNELS, BLOCK_D):
+            channel = start + d < D
+            x = tl.load(query_row[None, :] + (start + d)[:, None], channel[:, None] & (q < Q)[None, :], other=0.0)
+            there = searched[:, None] & channel[None, :]
+            rows = tl.load(memory + row[:, None] * D + (start + d)[None, :], there, other=0)
+            dots = tl.dot(rows.to(x.dtype), x, dots, input_precision="ieee")
+            if COSINE:
+                wide = rows.to(tl.float32)
+                square += tl.sum(wide * wide, 1)
     factor = tl.full((BLOCK_M,), 1.0, tl.float32)
     if HAS_SCALE:
         factor = tl.load(scale + row, searched, other=0.0)
@@ -171,6 +194,9 @@ def similarity_topk(
     places = streams * queries
     block_q = 16 if queries <= 16 else 64
     block_m, block_d = 64, 16 if query.dtype == torch.float32 else 64
+    if memory.dtype == torch.uint8:
+        # bytes of two channels
+        block_d = max(16, block_d // 2)
     # small groups where many are chosen, or by many queries: they are scored twice
     group = 64 if k <= 64 and queries <= 16 else 16
     best = max(16, power_of_two(k))

@@ -21,10 +21,44 @@ inline vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) {
 }
 inline vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) { return a * b + c; }
 
-// kLanes<A> elements of a row in the accumulation type; int8 beside the types of load()
+// Two channels in 4 bits each, in two's complement: the even one in the low half.
+struct nibbles {
+  uint8_t pair;
+};
+
+constexpr int low_nibble(uint8_t pair) { return static_cast<int>((pair & 15u) ^ 8u) - 8; }
+constexpr int high_nibble(uint8_t pair) { return static_cast<int>((pair >> 4) ^ 8u) - 8; }
+
+// elements of T that hold D channels, and the one where channel d begins; d is even for nibbles
+template <class T>
+constexpr int64_t stored_elements(int64_t D) {
+  return std::is_same_v<T, nibbles> ? (D + 1) / 2 : D;
+}
+template <class T>
+inline const T* channel(const T* row, int64_t d) {
+  return row + (std::is_same_v<T, nibbles> ? d / 2 : d);
+}
+
+// kLanes<A> channels of a row in the accumulation type; int8 and nibbles beside the types of load()
 template <class A, class T>
 inline vec<A> load_row(const T* p) {
-  if constexpr (std::is_same_v<T, int8_t>) {
+  if constexpr (std::is_same_v<T, nibbles>) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<A, float>) {
+      // the table is looked up by the low four bits: what the shift leaves above them does no harm
+      const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+      const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      const __m128i apart = _mm_unpacklo_epi8(pairs, _mm_srli_epi16(pairs, 4));
+      return reinterpret_cast<vec<A>>(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(apart), table));
+    }
+#endif
+    vec<A> out;
+    for (int64_t k = 0; k < kLanes<A> / 2; ++k) {
+      out[2 * k] = static_cast<A>(low_nibble(p[k].pair));
+      out[2 * k + 1] = static_cast<A>(high_nibble(p[k].pair));
+    }
+    return out;
+  } else if constexpr (std::is_same_v<T, int8_t>) {
 #if defined(__AVX512F__)
     // GCC widens bytes one by one otherwise
     if constexpr (std::is_same_v<A, float>) {
@@ -41,7 +75,7 @@ inline vec<A> load_row(const T* p) {
   }
 }
 
-// the last n of a row, at most kLanes<A>, the missing lanes zero
+// the last n channels of a row, at most kLanes<A>, the missing lanes zero
 template <class A, class T>
 inline vec<A> load_row(const T* p, int64_t n) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
@@ -52,14 +86,29 @@ inline vec<A> load_row(const T* p, int64_t n) {
     const __m128i raw = _mm_maskz_loadu_epi8(mask, p);
     return load_row<A>(reinterpret_cast<const T*>(&raw));
   }
+  if constexpr (std::is_same_v<T, nibbles> && std::is_same_v<A, float>) {
+    const __m128i raw = _mm_maskz_loadu_epi8(static_cast<uint16_t>((1u << (n + 1) / 2) - 1), p);
+    const vec<A> x = load_row<A>(reinterpret_cast<const T*>(&raw));
+    // an odd number of channels leaves half a byte, which may hold anything
+    return reinterpret_cast<vec<A>>(_mm512_maskz_mov_ps(mask, reinterpret_cast<__m512>(x)));
+  }
   if constexpr (sizeof(T) == 2) {
     const __m256i raw = _mm256_maskz_loadu_epi16(mask, p);
     return load_row<A>(reinterpret_cast<const T*>(&raw));
   }
 #endif
   T padded[kLanes<A>] = {};
-  std::memcpy(padded, p, n * sizeof(T));
-  return load_row<A>(padded);
+  std::memcpy(padded, p, stored_elements<T>(n) * sizeof(T));
+  vec<A> x = load_row<A>(padded);
+  if constexpr (std::is_same_v<T, nibbles>)
+    if (n < kLanes<A>) x[n] = A(0);
+  return x;
+}
+
+// `lanes` channels of a row from d on, whole vectors where they fit
+template <class A, class T>
+inline vec<A> load_some_row(const T* row, int64_t d, int64_t lanes) {
+  return lanes == kLanes<A> ? load_row<A>(channel(row, d)) : load_row<A>(channel(row, d), lanes);
 }
 
 // lanes in pairs, half the width at a time, as in sum()
@@ -106,7 +155,7 @@ __attribute__((always_inline)) inline void unrolled(const F& f) {
 // turn, and padded with zeros: one stream instead of Q keeps them from falling into one cache set.
 template <int Q, bool kSquares, class A, class T>
 void dot_tile(const T* const* row, const A* query, int64_t D, const Ahead& ahead, A* dots, int64_t stride, A* squares) {
-  constexpr int64_t L = kLanes<A>;
+  constexpr int64_t L = kLanes<A>, kLine = 64 / sizeof(T) * (std::is_same_v<T, nibbles> ? 2 : 1);
   constexpr int R = kTileRows;
   vec<A> dot[Q * R], square[R];
   unrolled<Q * R>([&](auto i) __attribute__((always_inline)) { dot[i] = vec<A>{}; });
@@ -124,15 +173,16 @@ void dot_tile(const T* const* row, const A* query, int64_t D, const Ahead& ahead
   };
   int64_t d = 0;
   for (; d + L <= D; d += L) {
-    if (d % (64 / sizeof(T)) == 0)
-      for (int i = ahead.first; i < ahead.last; ++i) __builtin_prefetch(r[i] + d + ahead.distance, 0, 2);
-    const vec<A> x[R] = {load_row<A>(r[0] + d), load_row<A>(r[1] + d), load_row<A>(r[2] + d), load_row<A>(r[3] + d)};
+    if (d % kLine == 0)
+      for (int i = ahead.first; i < ahead.last; ++i) __builtin_prefetch(channel(r[i], d) + ahead.distance, 0, 2);
+    const vec<A> x[R] = {load_row<A>(channel(r[0], d)), load_row<A>(channel(r[1], d)), load_row<A>(channel(r[2], d)),
+                         load_row<A>(channel(r[3], d))};
     step(x);
   }
   if (d < D) {
     const int64_t n = D - d;
-    const vec<A> x[R] = {load_row<A>(r[0] + d, n), load_row<A>(r[1] + d, n), load_row<A>(r[2] + d, n),
-                         load_row<A>(r[3] + d, n)};
+    const vec<A> x[R] = {load_row<A>(channel(r[0], d), n), load_row<A>(channel(r[1], d), n),
+                         load_row<A>(channel(r[2], d), n), load_row<A>(channel(r[3], d), n)};
     step(x);
   }
   unrolled<Q>([&](auto j) __attribute__((always_inline)) {

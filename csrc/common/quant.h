@@ -5,76 +5,17 @@
 #include <cmath>
 #include <limits>
 
+#include "common/dot_tile.h"
 #include "common/rows.h"
 
 namespace vmemory {
 
 constexpr int largest_value(int64_t bits) { return bits == 8 ? 127 : 7; }
-constexpr int64_t stored_bytes(int64_t channels, int64_t bits) { return bits == 8 ? channels : (channels + 1) / 2; }
-
-// Byte j of a packed row holds channel 2j in its low half and channel 2j + 1 in its high half, in two's complement.
-constexpr int low_nibble(uint8_t byte) { return static_cast<int>((byte & 15u) ^ 8u) - 8; }
-constexpr int high_nibble(uint8_t byte) { return static_cast<int>((byte >> 4) ^ 8u) - 8; }
+constexpr int64_t stored_bytes(int64_t channels, int64_t bits) {
+  return bits == 8 ? channels : stored_elements<nibbles>(channels);
+}
 constexpr uint8_t packed(int low, int high) {
   return static_cast<uint8_t>((static_cast<unsigned>(low) & 15u) | (static_cast<unsigned>(high) & 15u) << 4);
-}
-
-// kLanes int8 values as accumulation vectors
-template <class A>
-inline vec<A> widen8(const int8_t* p) {
-#if defined(__AVX512F__)
-  // GCC widens bytes one by one otherwise
-  if constexpr (sizeof(A) == 4) {
-    const __m128i narrow = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-    return reinterpret_cast<vec<A>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(narrow)));
-  }
-#endif
-  typedef int8_t bytes __attribute__((vector_size(kLanes<A>)));
-  bytes raw;
-  std::memcpy(&raw, p, sizeof raw);
-  return __builtin_convertvector(raw, vec<A>);
-}
-
-// kLanes values of a packed row, from kLanes / 2 bytes; the first is an even channel
-template <class A>
-inline vec<A> widen4(const uint8_t* p) {
-#if defined(__SSE2__)
-  if constexpr (sizeof(A) == 4) {
-    uint64_t raw;
-    std::memcpy(&raw, p, sizeof raw);
-    const __m128i bytes = _mm_set_epi64x(0, static_cast<int64_t>(raw)), half = _mm_set1_epi8(15);
-    const __m128i low = _mm_and_si128(bytes, half), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), half);
-    const __m128i sign = _mm_set1_epi8(8);
-    const __m128i values = _mm_sub_epi8(_mm_xor_si128(_mm_unpacklo_epi8(low, high), sign), sign);
-    int8_t plain[kLanes<A>];
-    std::memcpy(plain, &values, sizeof plain);
-    return widen8<A>(plain);
-  }
-#endif
-  int8_t plain[kLanes<A>];
-  for (int64_t k = 0; k < kLanes<A> / 2; ++k) {
-    plain[2 * k] = static_cast<int8_t>(low_nibble(p[k]));
-    plain[2 * k + 1] = static_cast<int8_t>(high_nibble(p[k]));
-  }
-  return widen8<A>(plain);
-}
-
-// `lanes` values of a stored row from channel d on, d a multiple of kLanes; missing ones are zero
-template <class A>
-inline vec<A> load_quantized(const void* row, int64_t bits, int64_t d, int64_t lanes) {
-  constexpr int64_t L = kLanes<A>;
-  if (bits == 8) {
-    const int8_t* p = static_cast<const int8_t*>(row) + d;
-    if (lanes == L) return widen8<A>(p);
-    int8_t padded[L] = {};
-    std::memcpy(padded, p, lanes);
-    return widen8<A>(padded);
-  }
-  const uint8_t* p = static_cast<const uint8_t*>(row) + d / 2;
-  if (lanes == L) return widen4<A>(p);
-  uint8_t padded[L / 2] = {};
-  std::memcpy(padded, p, (lanes + 1) / 2);
-  return widen4<A>(padded);
 }
 
 // The scale of a row: 0 where it would not be a normal number, NaN where the row or its scale is not finite.
@@ -147,13 +88,12 @@ inline float quantize_row(const T* x, int64_t D, int64_t bits, void* out) {
 }
 
 // out = values * scale
-template <class T>
-inline void dequantize_row(const void* row, int64_t D, int64_t bits, float scale, T* out) {
+template <class Q, class T>
+inline void dequantize_row(const Q* row, int64_t D, float scale, T* out) {
   using A = acc_t<T>;
   const vec<A> factor = broadcast<A>(static_cast<A>(scale));
-  for_channels<A>(D, [&](int64_t d, int64_t lanes) {
-    store_some(out + d, load_quantized<A>(row, bits, d, lanes) * factor, lanes);
-  });
+  for_channels<A>(
+      D, [&](int64_t d, int64_t lanes) { store_some(out + d, load_some_row<A>(row, d, lanes) * factor, lanes); });
 }
 
 }  // namespace vmemory

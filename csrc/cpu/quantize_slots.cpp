@@ -28,18 +28,21 @@ std::tuple<Tensor, Tensor> quantize_slots(const Tensor& x_, int64_t bits) {
 
 Tensor dequantize_slots(const Tensor& values_, const Tensor& scale_, int64_t D, ScalarType type) {
   const Tensor values = dense(values_), scale = dense(scale_);
-  const int64_t bits = values.scalar_type() == ScalarType::Char ? 8 : 4, stored = stored_bytes(D, bits);
   Ints sizes;
   for (int64_t d = 0; d < scale.dim(); ++d) sizes.push_back(scale.size(d));
   sizes.push_back(D);
   Tensor out = make(scale, sizes, type);
-  const char* from = static_cast<const char*>(values.const_data_ptr());
   dispatch_floating(type, [&](auto t) {
     using T = typename decltype(t)::type;
-    parallel(scale.numel(), kGrainBytes / (D * sizeof(T) + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        dequantize_row(from + r * stored, D, bits, data<float>(scale)[r], mutable_data<T>(out) + r * D);
-    });
+    const auto run = [&](auto q) {
+      using Q = typename decltype(q)::type;
+      parallel(scale.numel(), kGrainBytes / (D * sizeof(T) + 1), [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r)
+          dequantize_row(data<Q>(values) + r * stored_elements<Q>(D), D, data<float>(scale)[r],
+                         mutable_data<T>(out) + r * D);
+      });
+    };
+    values.scalar_type() == ScalarType::Char ? run(tag<int8_t>{}) : run(tag<nibbles>{});
   });
   return out;
 }

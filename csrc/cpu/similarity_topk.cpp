@@ -92,7 +92,7 @@ struct Queries {
 
 template <class T>
 struct Memory {
-  const T* row;        // [S, M, D]
+  const T* row;        // [S, M, stored_elements(D)]
   const float* scale;  // [S, M] or null
   const bool* where;   // [S, M] or null
 };
@@ -106,11 +106,11 @@ struct Segment {
 template <class A, class T>
 void scan(const Sizes& z, const Memory<T>& memory, const Queries<A>& queries, const Segment& part, int64_t first,
           int64_t count, std::vector<TopK<A>>& best) {
-  const int64_t row_bytes = z.D * sizeof(T) + 1;
+  const int64_t stored = stored_elements<T>(z.D), row_bytes = stored * sizeof(T) + 1;
   const int64_t step = std::clamp<int64_t>(kRowBytes / row_bytes / kTileRows * kTileRows, 2 * kTileRows, kMostRows);
   const bool* where = memory.where ? memory.where + part.stream * z.M : nullptr;
   // beside a filter the rows to come are not known here
-  const std::vector<Tile> tiles = tiles_of(count, z.cosine, where ? 0 : step * z.D);
+  const std::vector<Tile> tiles = tiles_of(count, z.cosine, where ? 0 : step * stored);
   const int64_t at = part.stream * z.Q + first;
   const A* packed = queries.packed.data() + at * queries.padded;
   std::vector<A> score(count * step), norm(step);
@@ -121,7 +121,7 @@ void scan(const Sizes& z, const Memory<T>& memory, const Queries<A>& queries, co
     for (int64_t i = m; i < std::min(m + step, part.end); ++i) {
       if (where && !where[i]) continue;
       slot[n] = i;
-      row[n++] = memory.row + (part.stream * z.M + i) * z.D;
+      row[n++] = memory.row + (part.stream * z.M + i) * stored;
     }
     if (n == 0) continue;
     // the last tile is filled up with a row it has: its dots are not looked at
@@ -264,7 +264,14 @@ std::tuple<Tensor, Tensor> similarity_topk(const Tensor& query_, const Tensor& m
       search(z, slots, queries, count_ ? data<int64_t>(count) : nullptr,
              Output<A>{mutable_data<A>(value), mutable_data<int64_t>(index), k});
     };
-    memory.scalar_type() == ScalarType::Char ? run(tag<int8_t>{}) : run(u);
+    switch (memory.scalar_type()) {
+      case ScalarType::Char:
+        return run(tag<int8_t>{});
+      case ScalarType::Byte:
+        return run(tag<nibbles>{});
+      default:
+        return run(u);
+    }
   });
   return {value, index};
 }

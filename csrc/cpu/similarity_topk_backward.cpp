@@ -27,7 +27,7 @@ template <class A, class T>
 A norm(const T* row, int64_t D) {
   vec<A> square{};
   for_channels<A>(D, [&](int64_t d, int64_t lanes) {
-    const vec<A> x = load_row<A>(row + d, lanes);
+    const vec<A> x = load_some_row<A>(row, d, lanes);
     square = multiply_add(x, x, square);
   });
   return std::sqrt(sum<A>(square));
@@ -36,7 +36,7 @@ A norm(const T* row, int64_t D) {
 // sum += weight * row
 template <class A, class T>
 void add_row(LevelSum<A>& sum, const T* row, A weight, int64_t D) {
-  for_channels<A>(D, [&](int64_t d, int64_t lanes) { sum.add(d, load_row<A>(row + d, lanes) * weight, lanes); });
+  for_channels<A>(D, [&](int64_t d, int64_t lanes) { sum.add(d, load_some_row<A>(row, d, lanes) * weight, lanes); });
   sum.close();
 }
 
@@ -68,7 +68,7 @@ void into_query(const Sizes& z, const U* query, const Found<T, A>& found, U* out
       for (int64_t e = place * z.k; e < (place + 1) * z.k; ++e) {
         if (found.index[e] < 0) continue;
         const int64_t slot = place / z.Q * z.M + found.index[e];
-        const T* row = found.memory + slot * z.D;
+        const T* row = found.memory + slot * stored_elements<T>(z.D);
         const A scale = found.scale ? A(found.scale[slot]) : A(1), grad = found.grad[e];
         const A row_norm = z.cosine ? norm<A>(row, z.D) * std::fabs(scale) : A(1);
         const A b = z.cosine && row_norm < eps ? eps : row_norm;
@@ -127,7 +127,14 @@ std::tuple<Tensor, Tensor> similarity_topk_backward(const Tensor& grad_, const T
       if constexpr (std::is_same_v<T, U>)
         if (for_memory) into_memory(z, data<U>(query), found, share.data(), mutable_data<U>(grad_memory));
     };
-    memory.scalar_type() == ScalarType::Char ? run(tag<int8_t>{}) : run(u);
+    switch (memory.scalar_type()) {
+      case ScalarType::Char:
+        return run(tag<int8_t>{});
+      case ScalarType::Byte:
+        return run(tag<nibbles>{});
+      default:
+        return run(u);
+    }
   });
   return {grad_query, grad_memory};
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -41,6 +42,7 @@ _BACKENDS = Backends(
     cuda_dtypes=(torch.float32, torch.float16, torch.bfloat16),
     passed_over=_passed_over,
 )
+_IN_4_BITS = replace(_BACKENDS, cuda=False)
 _BACKWARD = Backends("similarity_topk_backward")
 
 
@@ -138,13 +140,18 @@ def similarity_topk(
 
     Args:
         query: `[S, Q, D]`, float64, float32, float16 or bfloat16, any strides; S, Q, M and D may be 0.
-        memory: `[S, M, D]`, fewer than 2³¹ slots, the dtype of `query`, or int8 with `scale`; the device of `query`.
+        memory: `[S, M, D]`, fewer than 2³¹ slots, the dtype of `query`, or with `scale` as `quantize_slots` stores it:
+            int8, or 4 bits in uint8 `[S, M, ceil(D / 2)]`; the device of `query`. A contiguous one is read where it
+            lies: on the CPU it may be a mapping of a file larger than the machine's memory, of which no copy is made.
         k: Slots per query, 1 to 1024; may exceed M.
         count: `[S]` int64 on the device: items ever written; only the first `min(count, M)` slots are searched.
         metric: `"cosine"`: dot / (max(|a|, 1e-8) · max(|b|, 1e-8)); `"dot"`: the dot product.
-        where: `[S, M]` bool, True = searchable. Together with `count` a slot has to pass both.
-        scale: `[S, M]` float32: a row is its int8 values times its scale.
-        impl: Which implementation to run; `"auto"` picks by device, dtype and, on a GPU, the number of queries.
+        where: `[S, M]` bool, True = searchable. Together with `count` a slot has to pass both. For a range of time give
+            `(time >= since) & (time < until)`: that is a byte a slot beside a row of them, and the CPU does not read
+            the rows that are left out. A slot whose time is NaN is in no range.
+        scale: `[S, M]` float32: a row is its int8 or 4-bit values times its scale.
+        impl: Which implementation to run; `"auto"` picks by device, dtype and, on a GPU, the number of queries. Memory
+            in 4 bits has no native kernel there.
 
     Returns:
         `TopK(values [S, Q, k], indices [S, Q, k])`, best first; values float32 (float64 for a float64 query), indices
@@ -167,11 +174,15 @@ def similarity_topk(
     S, M, D = memory.shape
     if M >= 2**31:
         raise ValueError(f"memory: expected fewer than 2**31 slots [S, M, D], got shape {shape_of(memory)}")
-    if query.shape[0] != S or query.shape[2] != D:
-        raise ValueError(f"query: expected [{S}, Q, {D}] to fit memory {shape_of(memory)}, got shape {shape_of(query)}")
-    if (memory.dtype == torch.int8) != (scale is not None):
-        raise ValueError(f"scale: expected one with int8 memory and only then, memory is {memory.dtype}")
-    if memory.dtype == torch.int8:
+    channels = query.shape[2]
+    in_4_bits = memory.dtype == torch.uint8
+    if query.shape[0] != S or ((channels + 1) // 2 if in_4_bits else channels) != D:
+        wanted = f"{2 * D - 1} or {2 * D}" if in_4_bits else D
+        raise ValueError(f"query: expected [{S}, Q, {wanted}] to fit memory {shape_of(memory)}, got {shape_of(query)}")
+    quantized = in_4_bits or memory.dtype == torch.int8
+    if quantized != (scale is not None):
+        raise ValueError(f"scale: expected one with int8 or uint8 memory and only then, memory is {memory.dtype}")
+    if quantized:
         check_device("memory", memory, "query", query)
     else:
         check_same("memory", memory, "query", query)
@@ -187,7 +198,7 @@ def similarity_topk(
         if x.shape != want or x.dtype != kind:
             raise ValueError(f"{name}: expected {kind} of shape {list(want)}, got {x.dtype} of shape {shape_of(x)}")
         check_device(name, x, "query", query)
-    picked = _BACKENDS.pick(query, impl)
+    picked = (_IN_4_BITS if in_4_bits else _BACKENDS).pick(query, impl)
     if picked == "reference":
         return TopK(*_reference.similarity_topk(query, memory, k, count, where, metric, scale))
     if torch.is_grad_enabled() and (query.requires_grad or memory.requires_grad):

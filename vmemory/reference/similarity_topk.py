@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmemory.reference.quantize_slots import unpack
+
 _EPS = 1e-8
 
 
-def _rows(memory: Tensor, scale: Tensor | None, wide: torch.dtype) -> Tensor:
-    rows = memory.to(wide)
+def _rows(memory: Tensor, scale: Tensor | None, dim: int, wide: torch.dtype) -> Tensor:
+    rows = (unpack(memory, dim) if memory.dtype == torch.uint8 else memory).to(wide)
     return rows if scale is None else rows * scale[..., None].to(wide)
 
 
@@ -24,10 +26,10 @@ def similarity_topk(
 ) -> tuple[Tensor, Tensor]:
     """`query [S, Q, D]` against `memory [S, M, D]`: values and indices `[S, Q, k]`, best first, lower index first.
 
-    A NaN score is the largest of all. Places that cannot be filled are −inf / −1. Slots that are not searched may hold
-    anything, NaN included.
+    Packed rows in uint8, `[S, M, ceil(D / 2)]`, are those of `quantize_slots`. A NaN score is the largest of all.
+    Places that cannot be filled are −inf / −1. Slots that are not searched may hold anything, NaN included.
     """
-    S, Q, _ = query.shape
+    S, Q, D = query.shape
     M = memory.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
     valid = torch.ones(S, M, dtype=torch.bool, device=query.device)
@@ -35,7 +37,7 @@ def similarity_topk(
         valid &= torch.arange(M, device=query.device) < count[:, None]
     if where is not None:
         valid &= where
-    q, m = query.to(wide), torch.where(valid[..., None], _rows(memory, scale, wide), 0)
+    q, m = query.to(wide), torch.where(valid[..., None], _rows(memory, scale, D, wide), 0)
     # one multiply and one sum a row, not a matrix product: equal rows get equal scores wherever they lie
     scores = torch.stack([(q[:, i, None] * m).sum(-1) for i in range(Q)], 1) if Q else q.new_zeros(S, 0, M)
     if metric == "cosine":
@@ -70,9 +72,10 @@ def similarity_topk_backward(
     d cos / d a = b / (|a| |b|) − cos · a / |a|², without the second term where |a| is clamped: there it is a constant.
     """
     q, there, slot = query.to(values.dtype), indices >= 0, indices.clamp_min(0).flatten(1)[..., None]
-    slot = slot.expand(-1, -1, memory.shape[2])
-    found = _rows(memory, scale, values.dtype).gather(1, slot) if memory.shape[1] else q.new_zeros(slot.shape)
-    rows = found.reshape(*indices.shape, memory.shape[2])
+    slot = slot.expand(-1, -1, query.shape[2])
+    every = _rows(memory, scale, query.shape[2], values.dtype)
+    found = every.gather(1, slot) if memory.shape[1] else q.new_zeros(slot.shape)
+    rows = found.reshape(*indices.shape, query.shape[2])
     across = torch.where(there, grad, 0)
     into_query, into_rows = torch.zeros_like(across[..., :1]), torch.zeros_like(across)
     if metric == "cosine":
