@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import vmemory.ops
-from benchmarks.timing import Rotation
 from vmemory.ops.bank import layout_maps
 from vmemory.reference.bank_layout import BankLayout
 from vmemory.testing import random_tensor

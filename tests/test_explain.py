@@ -14,7 +14,6 @@ from vmemory.ops._select import Backends
 
 PUBLIC = {name: getattr(vmemory.ops, name) for name in vmemory.ops.__all__}
 PUBLIC = {name: function for name, function in PUBLIC.items() if hasattr(function, "backends")}
-FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def has_kernel(name: str, key: str) -> bool:
@@ -22,8 +21,7 @@ def has_kernel(name: str, key: str) -> bool:
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("dtype", FLOATING)
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize(("name", "dtype"), [(n, d) for n, f in PUBLIC.items() for d in f.backends.native_dtypes])
 def test_native_is_picked_on_cpu(name, dtype):
     explanation = vmemory.explain(PUBLIC[name], torch.empty(1, 2, 4, 8, dtype=dtype))
     assert explanation.impl == "native"

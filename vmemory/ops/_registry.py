@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-
 OPS: dict[str, Op] = {}
 """Every operator defined so far, forward and backward, by name."""
 
