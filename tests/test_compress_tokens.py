@@ -1,0 +1,410 @@
+"""Token reducers: redundancy dropping against the originals' outputs, exact counts, provenance, gradients."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from vmemory import banks
+from vmemory.compress import PixelDifference, ReducedTokens, TokenArrangement, TokenDifference, pixel_difference
+from vmemory.compress import tokens_arrange as arrange
+from vmemory.testing import assert_within_budget, random_tensor
+
+
+def clip(T: int = 5, H: int = 3, W: int = 4, D: int = 6, S: int | None = None, seed: int = 0, **kind) -> Tensor:
+    x = random_tensor(S or 1, T, H, W, D, seed=seed, **kind)
+    return x if S else x[0]
+
+
+def still(x: Tensor, seed: int = 3) -> Tensor:
+    """The clip with about half of its tokens repeated from the frame before."""
+    x = x.clone()
+    repeat = torch.rand(x.shape[:-1], generator=torch.Generator().manual_seed(seed)) < 0.5
+    for t in range(1, x.shape[-4]):
+        x[..., t, :, :, :] = torch.where(repeat[..., t, :, :, None], x[..., t - 1, :, :, :], x[..., t, :, :, :])
+    return x
+
+
+def assert_provenance(reduced: ReducedTokens, tokens: Tensor, time: Tensor | None = None) -> None:
+    """One stream's reduced tokens are the rows of `tokens [T, H, W, D]` that `source` names."""
+    cells = tokens.shape[1] * tokens.shape[2]
+    assert torch.equal(reduced.tokens, tokens.flatten(0, 2)[reduced.source])
+    assert bool((reduced.source.diff() > 0).all())
+    assert torch.equal(reduced.source, reduced.frame * cells + reduced.cell)
+    assert torch.equal(reduced.level, torch.zeros_like(reduced.frame))
+    assert bool((reduced.weight == 1).all())
+    if time is None:
+        assert bool(reduced.time.isnan().all())
+    else:
+        assert torch.equal(reduced.time, time[reduced.frame])
+        assert torch.equal(reduced.start, reduced.time)
+
+
+def test_fields_are_those_of_a_memory() -> None:
+    assert ReducedTokens._fields == banks.MemoryTokens._fields
+
+
+@pytest.mark.parametrize("case", ["prune_t6_6x6_m1", "prune_t12_8x12_m2"])
+def test_pixel_difference_keeps_what_videollama3_keeps(golden, case: str) -> None:
+    facts = json.loads((golden / "videollama3" / f"{case}.json").read_text())
+    data = load_file(golden / "videollama3" / f"{case}.safetensors")
+    frames = (data["frames01"].float() - 0.5) / 0.5
+    T, h, w = facts["grid"][0]
+    H, W = h // facts["merge"], w // facts["merge"]
+    difference = pixel_difference(frames[None], (H, W))[0].flatten(1)
+    # the stored frames were rounded to float16: half a step of the largest, in both frames, in normalised grey levels
+    assert float((difference - data["diff"]).abs().max()) <= 2 * 255 * 2 * 2**-12
+    assert float((data["diff"] - facts["threshold"]).abs().min()) > 0.05
+    tokens = clip(T, H, W)
+    reducer = PixelDifference(facts["threshold"])
+    mask = reducer.mask(tokens, pixels=frames)
+    assert torch.equal(mask.flatten(), data["mask"])
+    assert mask.sum((1, 2)).tolist() == facts["kept_per_frame"]
+    reduced = reducer(tokens, pixels=frames)
+    assert reduced.source.tolist() == data["mask"].nonzero().flatten().tolist()
+    assert_provenance(reduced, tokens)
+
+
+def processor_mask() -> Callable[..., Tensor]:
+    """The rule of the installed transformers, taken out of its file: the file itself imports torchvision."""
+    spec = find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("transformers is not installed")
+    file = Path(spec.submodule_search_locations[0]) / "models/video_llama_3/video_processing_video_llama_3.py"
+    tree = ast.parse(file.read_text())
+    found = next(n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "_get_compression_mask")
+    names: dict[str, Any] = {"torch": torch}
+    exec(compile(ast.Module([found], []), str(file), "exec"), names)
+    return names["_get_compression_mask"]
+
+
+@pytest.mark.parametrize("merge", [1, 2])
+def test_pixel_difference_equals_the_installed_processor(merge: int) -> None:
+    # patches of 2 pixels, each token's merge x merge patches next to each other
+    T, H, W, patch = 7, 4, 6, 2
+    side = merge * patch
+    frames = random_tensor(T, 3, H * side, W * side) / 1000
+    frames[3], frames[4, :, :side] = frames[2], frames[3, :, :side]
+    patches = frames.reshape(T, 3, H, merge, patch, W, merge, patch).permute(0, 2, 5, 3, 6, 1, 4, 7)
+    mask = processor_mask()(
+        None,
+        patches.reshape(T * H * W * merge**2, -1),
+        torch.tensor([[T, H * merge, W * merge]]),
+        torch.tensor([merge]),
+    )
+    assert 0 < int(mask.sum()) < mask.numel()
+    assert torch.equal(PixelDifference().mask(clip(T, H, W), pixels=frames).flatten(), mask)
+
+
+def test_uint8_pixels_count_as_normalised_ones() -> None:
+    pixels = torch.randint(0, 256, (1, 4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    normalised = (pixels.double() / 255 - 0.5) / 0.5
+    wide = pixel_difference(normalised, (4, 2))
+    assert wide.shape == (1, 3, 4, 2)
+    assert_within_budget(pixel_difference(pixels, (4, 2)), pixel_difference(normalised.float(), (4, 2)), wide)
+    one = pixels.clone()
+    one[:, 1:] = one[:, :1] ^ 1
+    assert bool((pixel_difference(one, (1, 1))[:, 0] == 2).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_feature_threshold_is_one_minus_cosine(dtype: torch.dtype) -> None:
+    tokens, time = still(clip(6, dtype=dtype)), torch.arange(6, dtype=torch.float64) * 0.5
+    wide = tokens.double()
+    cosine = torch.nn.functional.cosine_similarity(wide[1:], wide[:-1], dim=-1, eps=1e-16)
+    expected = torch.cat([torch.ones(1, 3, 4, dtype=torch.bool), 1 - cosine > 0.5])
+    assert float((1 - cosine - 0.5).abs().min()) > 1e-3
+    reduced = TokenDifference(threshold=0.5)(tokens, time)
+    assert reduced.count is None
+    assert reduced.source.tolist() == expected.flatten().nonzero().flatten().tolist()
+    assert_provenance(reduced, tokens, time)
+
+
+def test_streams_are_padded_and_equal_to_each_alone() -> None:
+    tokens, time = still(clip(S=3)), torch.arange(5, dtype=torch.float64)
+    reducer = TokenDifference(threshold=0.2)
+    padded = reducer(tokens, time)
+    assert padded.tokens.shape == (3, 60, 6)
+    assert padded.count is not None
+    assert len(set(padded.count.tolist())) > 1
+    for s in range(3):
+        alone, n = reducer(tokens[s], time), int(padded.count[s])
+        for name, a, b in zip(alone._fields, padded.stream(s), alone, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b), name
+        assert bool((padded.source[s, n:] == -1).all())
+        assert bool((padded.frame[s, n:] == -1).all())
+        assert bool((padded.tokens[s, n:] == 0).all())
+        assert bool(padded.time[s, n:].isnan().all())
+    with pytest.raises(ValueError, match="stream: expected the padded tokens"):
+        reducer(tokens[0]).stream(0)
+
+
+@pytest.mark.parametrize("by", ["feature", "pixel"])
+@pytest.mark.parametrize("budget", [0, 1, 12, 17, 60, 500, 0.01, 0.4, 1.0])
+def test_exact_counts_are_known_beforehand(by: str, budget: float) -> None:
+    tokens, pixels = still(clip(S=2)), random_tensor(2, 5, 3, 6, 8, seed=8)
+    reducer = TokenDifference(by, budget=budget)
+    n = reducer.count(5, 12)
+    assert n == (min(budget, 60) if isinstance(budget, int) else max(12, int(60 * budget)))
+    extra = {"pixels": pixels} if by == "pixel" else {}
+    reduced = reducer(tokens, **extra)
+    assert reduced.tokens.shape == (2, n, 6)
+    assert reduced.count is not None
+    assert reduced.count.tolist() == [n, n]
+    difference = reducer.difference(tokens, **extra).flatten(1)
+    for s in range(2):
+        # the best by difference, the earlier of equals
+        order = difference[s].sort(descending=True, stable=True).indices[:n].sort().values
+        assert torch.equal(reduced.source[s], order)
+        single = reducer(tokens[s], **{k: v[s] for k, v in extra.items()})
+        assert_provenance(single, tokens[s])
+        assert torch.equal(single.source, order)
+    mask = reducer.mask(tokens, **extra)
+    assert mask.flatten(1).sum(1).tolist() == [n, n]
+    assert torch.equal(mask.flatten(1).nonzero()[:, 1].reshape(2, n), reduced.source)
+
+
+@pytest.mark.parametrize("arguments", [{"threshold": 0.2}, {"threshold": 0.2, "min_tokens": 2}, {"budget": 30}])
+def test_cells_that_do_not_exist_never_stay(arguments: dict) -> None:
+    tokens = still(clip(S=2))
+    valid = torch.rand(2, 5, 3, 4, generator=torch.Generator().manual_seed(1)) < 0.6
+    valid[1, 2:] = False
+    poisoned = torch.where(valid[..., None], tokens, torch.nan)
+    reducer = TokenDifference(**arguments)
+    reduced = reducer(poisoned, valid=valid)
+    assert reduced.count is not None
+    assert not reduced.tokens.isnan().any()
+    for s in range(2):
+        flat = valid[s].flatten()
+        n = int(reduced.count[s])
+        assert bool(flat[reduced.source[s, :n]].all())
+        assert torch.equal(reducer(poisoned[s], valid=valid[s]).source, reduced.source[s, :n])
+        if reducer.budget:
+            assert n == min(30, int(flat.sum()))
+        if reducer.min_tokens:
+            per_frame = reducer.mask(poisoned, valid=valid)[s].sum((1, 2))
+            assert bool((per_frame >= valid[s].sum((1, 2)).clamp_max(2)).all())
+
+
+def test_a_mask_feeds_a_memory() -> None:
+    tokens = still(clip(9, 4, 4, S=1))[0]
+    bank = banks.RingBank(6, (4, 4), 5)
+    mask = TokenDifference(threshold=0.2).mask(tokens)
+    bank.push(tokens, valid=mask)
+    held = bank.read()
+    sources = mask.flatten().nonzero().flatten()
+    assert held.source.tolist() == sources[sources >= 4 * 16].tolist()
+
+
+def test_degenerate_clips_are_defined() -> None:
+    for reducer in (TokenDifference(threshold=0.5), TokenDifference(budget=0.3), TokenDifference(budget=3)):
+        assert reducer(clip(0)).tokens.shape == (0, 6)
+        assert reducer(clip(2, S=2)[:0]).tokens.shape[0] == 0
+        assert reducer(clip(1)).frame.max() == 0
+    # one channel each: their cosine with themselves is 1 without rounding
+    tokens = 2.0 * torch.eye(6)[torch.arange(12) % 6].reshape(1, 3, 4, 6).expand(4, -1, -1, -1)
+    assert TokenDifference(threshold=0.01)(tokens).source.tolist() == list(range(12))
+    assert TokenDifference(budget=14)(tokens).source.tolist() == list(range(14))
+    # zero vectors resemble nothing; what cannot be compared stays
+    assert TokenDifference(threshold=0.5)(torch.zeros(3, 2, 2, 4)).source.numel() == 12
+    tokens = tokens.clone()
+    tokens[2, 1, 1, 0] = torch.nan
+    assert TokenDifference(threshold=0.01)(tokens).source.tolist() == [*range(12), 2 * 12 + 5, 3 * 12 + 5]
+    assert TokenDifference(budget=14)(tokens).source.tolist() == [*range(12), 2 * 12 + 5, 3 * 12 + 5]
+
+
+def test_key_channels_alone_decide() -> None:
+    tokens = still(clip(8))
+    riding = torch.cat([tokens, 100 * random_tensor(8, 3, 4, 5, seed=5)], -1)
+    plain = TokenDifference(threshold=0.3)(tokens)
+    keyed = TokenDifference(threshold=0.3, key_dim=6)(riding)
+    assert torch.equal(plain.source, keyed.source)
+
+
+@pytest.mark.parametrize("arguments", [{"threshold": 0.3}, {"budget": 20}])
+def test_gradients_reach_the_tokens_that_stay(arguments: dict) -> None:
+    tokens = still(clip(3, 2, 2, 4, S=2, dtype=torch.float64)).requires_grad_()
+    reducer = TokenDifference(**arguments)
+    reducer(tokens).tokens.sum().backward()
+    assert tokens.grad is not None
+    assert torch.equal(tokens.grad, reducer.mask(tokens.detach())[..., None].expand_as(tokens).double())
+    assert torch.autograd.gradcheck(lambda x: reducer(x).tokens, (tokens,))
+
+
+@pytest.mark.parametrize("by", ["feature", "pixel"])
+@pytest.mark.parametrize("arguments", [{"threshold": 0.3}, {"budget": 20}, {"budget": 0.5}])
+def test_compiled_equals_eager(by: str, arguments: dict) -> None:
+    reducer = TokenDifference(by, **arguments)
+    tokens, pixels = still(clip(S=2)), random_tensor(2, 5, 3, 6, 8) if by == "pixel" else None
+    compiled = torch.compile(lambda x, p: reducer(x, pixels=p), fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(tokens, pixels), reducer(tokens, pixels=pixels), strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    single = torch.compile(lambda x, p: reducer(x, pixels=p).tokens, fullgraph=True, backend="aot_eager")
+    if "budget" in arguments:
+        one = None if pixels is None else pixels[0]
+        assert torch.equal(single(tokens[0], one), reducer(tokens[0], pixels=one).tokens)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    S=st.integers(0, 3),
+    T=st.integers(0, 5),
+    H=st.integers(1, 4),
+    W=st.integers(1, 4),
+    D=st.integers(0, 5),
+    budget=st.one_of(st.integers(0, 40), st.floats(0.05, 1.0)),
+    seed=st.integers(0, 10),
+)
+def test_budgets_hold_for_any_shape(S: int, T: int, H: int, W: int, D: int, budget: float, seed: int) -> None:
+    # few distinct values make ties
+    tokens = random_tensor(S, T, H, W, D, seed=seed).round()
+    reducer = TokenDifference(budget=budget)
+    reduced = reducer(tokens)
+    n = reducer.count(T, H * W)
+    assert reduced.tokens.shape == (S, n, D)
+    assert reduced.source.shape == (S, n)
+    assert bool((reduced.source.diff(dim=1) > 0).all())
+    assert torch.equal(reduced.tokens, tokens.flatten(1, 3).gather(1, reduced.source[..., None].expand(-1, -1, D)))
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "words"),
+    [
+        (ValueError, {}, "threshold: expected exactly one of threshold and budget"),
+        (ValueError, {"threshold": 0.1, "budget": 3}, "threshold: expected exactly one"),
+        (ValueError, {"by": "sound", "budget": 3}, "by: expected one of 'feature', 'pixel'"),
+        (TypeError, {"threshold": "low"}, "threshold: expected a number, got str"),
+        (TypeError, {"budget": "3"}, "budget: expected an int, got str"),
+        (ValueError, {"budget": 1.5}, r"budget: expected a fraction in \(0, 1\]"),
+        (ValueError, {"budget": -1}, "budget: expected at least 0"),
+        (ValueError, {"budget": 3, "min_tokens": -1}, "min_tokens: expected at least 0"),
+        (ValueError, {"budget": 3, "key_dim": 0}, "key_dim: expected at least 1"),
+    ],
+)
+def test_bad_settings_are_named(error: type, arguments: dict, words: str) -> None:
+    with pytest.raises(error, match=words):
+        TokenDifference(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("error", "reducer", "arguments", "words"),
+    [
+        (TypeError, {}, {"tokens": [1.0]}, r"tokens: expected a tensor \[S, T, H, W, D\]"),
+        (ValueError, {}, {"tokens": torch.ones(2, 3)}, r"tokens: expected \[S, T, H, W, D\] or"),
+        (ValueError, {}, {"tokens": torch.ones(2, 3, 4, 6, dtype=torch.int64)}, "tokens: expected float64"),
+        (ValueError, {}, {"tokens": torch.ones(2, 0, 4, 6)}, "tokens: expected a grid of at least 1 cell"),
+        (ValueError, {}, {"time": torch.zeros(4, dtype=torch.float64)}, r"time: expected shape \[5\] or \[1, 5\]"),
+        (ValueError, {}, {"time": torch.zeros(5)}, "time: expected float64 seconds"),
+        (TypeError, {}, {"time": [0.0]}, "time: expected a tensor"),
+        (ValueError, {}, {"valid": torch.ones(5, 3, 4)}, r"valid: expected bool \[1, 5, 3, 4\]"),
+        (ValueError, {}, {"pixels": torch.ones(5, 3, 6, 8)}, "pixels: expected none"),
+        (ValueError, {"key_dim": 7}, {}, "key_dim: expected at most|key_dim: expected between"),
+        (TypeError, {"by": "pixel"}, {}, "pixels: expected a tensor"),
+        (ValueError, {"by": "pixel"}, {"pixels": torch.ones(4, 3, 6, 8)}, r"pixels: expected \[1, 5, C, h, w\]"),
+        (ValueError, {"by": "pixel"}, {"pixels": torch.ones(5, 3, 7, 8)}, "pixels: expected height and width"),
+    ],
+)
+def test_bad_input_is_named(error: type, reducer: dict, arguments: dict, words: str) -> None:
+    with pytest.raises(error, match=words):
+        TokenDifference(**({"threshold": 0.3} | reducer))(**({"tokens": clip()} | arguments))
+    if not reducer:
+        with pytest.raises(ValueError, match="count: expected a reducer with a budget"):
+            TokenDifference(threshold=0.3).count(5, 12)
+
+
+def test_tokens_arrange_equals_the_original(golden) -> None:
+    quirks = json.loads((golden / "vco_bank" / "quirks.json").read_text())
+    assert arrange(20) == quirks["tokens_arrange(20,[8,4,1],[1,2,4])"]
+    assert arrange(20, [8, 4, 1], [1, 2, 4]) == quirks["tokens_arrange(20,[8,4,1],[1,2,4])"]
+    skipping = quirks["tokens_arrange(12,[8,4],[1,2]) (no unit interval -> list shorter than frames)"]
+    assert arrange(12, [8, 4], [1, 2]) == skipping
+    assert arrange(0) == []
+    assert arrange(5, []) == []
+
+
+@pytest.mark.parametrize("S", [None, 2])
+@pytest.mark.parametrize("start", [0, 3])
+def test_arranged_tokens_are_pooled_frames(S: int | None, start: int) -> None:
+    T, H, W = 13, 8, 12
+    tokens, time = clip(T, H, W, S=S), torch.arange(T, dtype=torch.float64)
+    module = TokenArrangement((8, 4, 2))
+    reduced = module(tokens, time, start=start)
+    n = module.count(T, (H, W), start)
+    ratios = [
+        next((r for step, r in zip((8, 4, 2), (1, 2, 4), strict=True) if t % step == 0), 0)
+        for t in range(start, start + T)
+    ]
+    assert arrange(T, (8, 4, 2)) == [r for r in [1, 0, 4, 0, 2, 0, 4, 0, 1, 0, 4, 0, 2] if r]
+    for s in range(S or 1):
+        one = ReducedTokens(*(field[s] for field in reduced[:-1])) if S else reduced
+        clip_s = tokens[s] if S else tokens
+        assert one.tokens.shape == (n, 6)
+        place = 0
+        for t, ratio in enumerate(ratios):
+            if not ratio:
+                assert not bool((one.frame == t).any())
+                continue
+            h, w = H // ratio, W // ratio
+            rows = slice(place, place + h * w)
+            pooled = torch.nn.functional.adaptive_avg_pool2d(clip_s[t].permute(2, 0, 1), (h, w)).flatten(1).T
+            torch.testing.assert_close(one.tokens[rows], pooled)
+            assert bool((one.frame[rows] == t).all())
+            assert bool((one.time[rows] == t).all())
+            assert bool((one.level[rows] == [1, 2, 4].index(ratio)).all())
+            assert bool((one.weight[rows] == ratio**2).all())
+            # the owned cell lies in the middle of the window
+            y, x = one.cell[rows] // W, one.cell[rows] % W
+            assert torch.equal(y // ratio * w + x // ratio, torch.arange(h * w))
+            place += h * w
+        assert place == n
+        assert bool((one.source.diff() > 0).all())
+        assert torch.equal(one.source, one.frame * H * W + one.cell)
+
+
+def test_arrangement_gives_what_a_roomy_memory_holds() -> None:
+    tokens = clip(17, 8, 8)
+    bank = banks.HierarchicalBank(
+        6, (8, 8), capacities=(20, 20, 20), grids=((8, 8), (4, 4), (2, 2)), rule="videochat-online", intervals=(8, 4, 1)
+    )
+    bank.push(tokens)
+    held, reduced = bank.read(), TokenArrangement()(tokens)
+    for name in ("frame", "cell", "level", "weight", "source"):
+        assert torch.equal(getattr(held, name), getattr(reduced, name)), name
+    torch.testing.assert_close(held.tokens, reduced.tokens)
+
+
+def test_arrangement_is_differentiable_and_compiles() -> None:
+    tokens = clip(5, 4, 4, 3, S=2, dtype=torch.float64).requires_grad_()
+    module = TokenArrangement()
+    assert torch.autograd.gradcheck(lambda x: module(x).tokens, (tokens,))
+    compiled = torch.compile(lambda x: module(x).tokens, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(tokens.detach()), module(tokens.detach()).tokens)
+
+
+@pytest.mark.parametrize(
+    ("error", "call", "words"),
+    [
+        (TypeError, lambda: arrange(2.0), "num_frames: expected an int"),
+        (ValueError, lambda: arrange(-1), "num_frames: expected at least 0"),
+        (ValueError, lambda: arrange(3, [0]), "intervals: expected at least 1"),
+        (ValueError, lambda: arrange(3, [4, 1], [1]), r"ratios: expected one per interval \(2\)"),
+        (ValueError, lambda: TokenArrangement([1], [0]), "ratios: expected at least 1"),
+        (ValueError, lambda: TokenArrangement()(clip(4, 3, 4)), "ratios: expected at most 3"),
+        (ValueError, lambda: TokenArrangement()(clip(1), start=-1), "start: expected at least 0"),
+        (TypeError, lambda: TokenArrangement()([1.0]), "tokens: expected a tensor"),
+    ],
+)
+def test_bad_arrangements_are_named(error: type, call, words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()

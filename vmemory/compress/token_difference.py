@@ -1,0 +1,200 @@
+"""Keeps the tokens that differ from the token in the same place one frame before."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vmemory.compress.pixels import pixel_difference
+from vmemory.compress.reduced import ReducedTokens, as_streams, existing, kept, seconds
+from vmemory.ops._checks import check_choice, check_int
+from vmemory.ops.adjacent_similarity import adjacent_similarity
+from vmemory.ops.select_tokens import Selection, select_tokens
+
+
+class TokenDifference(nn.Module):
+    """Drops tokens that repeat the token in the same place of the previous frame, by a threshold or to an exact count.
+
+    The difference of a token is 1 − cosine of the features, or the mean absolute difference of the pixels under it in
+    grey levels; the first frame differs infinitely. A difference of NaN counts as the largest, so such a token stays.
+    Each frame is compared with the one before it in the same call, whether or not that one was kept.
+
+    Args:
+        by: `"feature"` or `"pixel"`.
+        threshold: Keep a token when its difference exceeds this.
+        budget: Keep exactly so many tokens a clip, those that differ most, of equals the earlier: an int, or a fraction
+            of the clip's tokens (a float in (0, 1], rounded down, but never less than one frame's tokens). See `count`.
+        min_tokens: With a threshold, a frame that would keep fewer keeps at least its first `min_tokens` cells.
+        key_dim: The cosine looks at the first `key_dim` channels; None = all.
+
+    Raises:
+        TypeError, ValueError: Not exactly one of `threshold` and `budget` is given, or an argument does not fit.
+
+    Source: TimeChat-Online (arXiv 2504.17343), differential token drop, which drops above a cosine of 0.5 (threshold
+    0.5 here); Efficient Video Sampling (arXiv 2510.14624), which keeps a fraction.
+    """
+
+    def __init__(
+        self,
+        by: Literal["feature", "pixel"] = "feature",
+        *,
+        threshold: float | None = None,
+        budget: int | float | None = None,
+        min_tokens: int = 0,
+        key_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_choice("by", by, ("feature", "pixel"))
+        if (threshold is None) == (budget is None):
+            raise ValueError("threshold: expected exactly one of threshold and budget")
+        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
+            raise TypeError(f"threshold: expected a number, got {type(threshold).__name__}")
+        if isinstance(budget, float):
+            if not 0 < budget <= 1:
+                raise ValueError(f"budget: expected a fraction in (0, 1] or an int, got {budget}")
+        elif budget is not None:
+            check_int("budget", budget, low=0)
+        check_int("min_tokens", min_tokens, low=0)
+        if key_dim is not None:
+            check_int("key_dim", key_dim, low=1)
+        self.by, self.threshold, self.budget = by, threshold, budget
+        self.min_tokens, self.key_dim = min_tokens, key_dim
+
+    def extra_repr(self) -> str:
+        limit = f"threshold={self.threshold}" if self.budget is None else f"budget={self.budget}"
+        return f"{self.by!r}, {limit}, min_tokens={self.min_tokens}, key_dim={self.key_dim}"
+
+    def count(self, frames: int, cells: int) -> int:
+        """Tokens that a clip of `frames` frames of `cells` tokens keeps, known before the clip is: needs a budget.
+
+        Raises:
+            ValueError: This reducer has a threshold, so the number depends on the values.
+        """
+        check_int("frames", frames, low=0)
+        check_int("cells", cells, low=1)
+        if self.budget is None:
+            raise ValueError("count: expected a reducer with a budget, a threshold keeps as many as the clip asks for")
+        total = frames * cells
+        wanted = max(int(total * self.budget), cells) if isinstance(self.budget, float) else self.budget
+        return min(wanted, total)
+
+    def difference(self, tokens: Tensor, pixels: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        """`[S, T, H·W]` float32 (float64 for float64): how much each token differs from the one before it.
+
+        +inf in the first frame, and where the token before does not exist.
+        """
+        tokens = as_streams(tokens)
+        S, T, H, W, D = tokens.shape
+        there = existing(valid, tokens)
+        if self.by == "pixel":
+            changed = pixel_difference(self._pixels(tokens, pixels), (H, W)).flatten(2)
+        else:
+            if pixels is not None:
+                raise ValueError("pixels: expected none, this reducer compares features")
+            if self.key_dim is not None:
+                check_int("key_dim", self.key_dim, high=D)
+            changed = 1 - adjacent_similarity(tokens.detach()[..., : self.key_dim].flatten(2, 3), "token")
+        first = changed.new_full((S, min(T, 1), H * W), torch.inf)
+        if there is not None:
+            changed = torch.where(there[:, :-1], changed, torch.inf)
+        return torch.cat([first, changed], 1)
+
+    def _pixels(self, tokens: Tensor, pixels: Tensor | None) -> Tensor:
+        if not isinstance(pixels, Tensor):
+            raise TypeError(f"pixels: expected a tensor [S, T, C, h, w] or [T, C, h, w], got {type(pixels).__name__}")
+        pixels = pixels[None] if pixels.dim() == 4 else pixels
+        if pixels.dim() != 5 or pixels.shape[:2] != tokens.shape[:2]:
+            S, T = tokens.shape[:2]
+            raise ValueError(f"pixels: expected [{S}, {T}, C, h, w], got shape {list(pixels.shape)}")
+        return pixels
+
+    def mask(self, tokens: Tensor, *, pixels: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+        """Which tokens stay, bool `[S, T, H, W]` or `[T, H, W]` as the tokens came: what `Bank.push` takes as `valid`.
+
+        Arguments and errors as in `forward`. No host synchronisation.
+        """
+        streams = as_streams(tokens)
+        S, T, H, W = streams.shape[:4]
+        there = existing(valid, streams)
+        difference = self.difference(tokens, pixels, valid)
+        if self.budget is None:
+            stay = self._above(difference, there)
+        else:
+            source = self._best(difference, there).indices
+            # one place more for the padding
+            flags = torch.zeros((S, T * H * W + 1), dtype=torch.bool, device=source.device)
+            stay = flags.scatter_(1, torch.where(source >= 0, source, T * H * W), True)[:, :-1]
+        stay = stay.reshape(S, T, H, W)
+        return stay[0] if tokens.dim() == 4 else stay
+
+    def _above(self, difference: Tensor, there: Tensor | None) -> Tensor:
+        assert self.threshold is not None
+        # the negation keeps NaN
+        stay = ~(difference <= self.threshold)
+        if there is not None:
+            stay &= there
+        if self.min_tokens:
+            exists = torch.ones_like(stay) if there is None else there
+            first = exists & (exists.cumsum(-1) <= self.min_tokens)
+            stay |= first & (stay.sum(-1, keepdim=True) < self.min_tokens)
+        return stay
+
+    def _best(self, difference: Tensor, there: Tensor | None) -> Selection:
+        S, T, N = difference.shape
+        budget = self.count(T, N)
+        scores = difference.flatten(1)
+        if there is None:
+            count = torch.full((S,), budget, dtype=torch.int64, device=scores.device)
+            return Selection(select_tokens(scores, budget), count)
+        return select_tokens(scores, [budget], torch.where(there.flatten(1), 0, -1))
+
+    def forward(
+        self, tokens: Tensor, time: Tensor | None = None, *, pixels: Tensor | None = None, valid: Tensor | None = None
+    ) -> ReducedTokens:
+        """The tokens that stay, in stream order; gradients reach them.
+
+        Args:
+            tokens: `[S, T, H, W, D]`, or `[T, H, W, D]` for one clip; float64, float32, float16 or bfloat16.
+            time: `[T]` or `[S, T]` float64 seconds; None = unknown (NaN).
+            pixels: `[S, T, C, h, w]` or `[T, C, h, w]` for `by="pixel"`, h and w multiples of H and W; see
+                `pixel_difference`.
+            valid: `[S, T, H, W]` or `[T, H, W]` bool, cells that exist; others never stay, and with fewer than the
+                budget of them the count is theirs.
+
+        Returns:
+            One clip: its tokens, without padding. Several streams: padded, with `count [S]`. A budget without `valid`
+            knows the number beforehand and pads nothing. The host is synchronised for one clip with a threshold or
+            with `valid`, once, and never else.
+
+        Raises:
+            TypeError, ValueError: An argument does not fit; the message names it.
+        """
+        streams = as_streams(tokens)
+        when = seconds(time, streams)
+        there = existing(valid, streams)
+        difference = self.difference(tokens, pixels, valid)
+        if self.budget is None:
+            stay = self._above(difference, there).flatten(1)
+            chosen = select_tokens(difference.flatten(1), [stay.shape[1]], torch.where(stay, 0, -1))
+        else:
+            chosen = self._best(difference, there)
+        reduced = kept(streams, chosen.indices, chosen.count, when)
+        if tokens.dim() == 5:
+            return reduced
+        return reduced.only() if self.budget is not None and there is None else reduced.stream(0)
+
+
+class PixelDifference(TokenDifference):
+    """VideoLLaMA3's rule: a token whose pixels stand still is dropped; a frame keeps at least one.
+
+    Args:
+        threshold: Grey levels of normalised pixels (mean and standard deviation 0.5, so two levels are one of 255).
+        min_tokens: As in `TokenDifference`.
+
+    Source: VideoLLaMA3 (arXiv 2501.13106), the differential frame pruner.
+    """
+
+    def __init__(self, threshold: float = 0.1, *, min_tokens: int = 1) -> None:
+        super().__init__("pixel", threshold=threshold, min_tokens=min_tokens)
