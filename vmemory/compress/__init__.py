@@ -1,11 +1,19 @@
 """Reducers in front of a memory: tokens and frames that need not be kept."""
 
+from vmemory.compress.adaptive import AdaptiveFrameResampler
 from vmemory.compress.arrange import TokenArrangement, tokens_arrange
 from vmemory.compress.pixels import pixel_difference
 from vmemory.compress.reduced import ReducedTokens
+from vmemory.compress.resampler import FrameResampler
+from vmemory.compress.selector import FrameSelector
 from vmemory.compress.token_difference import PixelDifference, TokenDifference
+from vmemory.compress.video import CompressedFrames
 
 __all__ = [
+    "AdaptiveFrameResampler",
+    "CompressedFrames",
+    "FrameResampler",
+    "FrameSelector",
     "PixelDifference",
     "ReducedTokens",
     "TokenArrangement",

@@ -1,0 +1,354 @@
+"""Frame compressors: order, masks and counts, exactness, and gradients that reach what decides."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from vmemory.compress import AdaptiveFrameResampler, CompressedFrames, FrameResampler, FrameSelector
+from vmemory.testing import random_tensor
+
+SMALL: dict[str, Any] = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2}
+KINDS = ["selector", "exact selector", "resampler", "hard resampler", "adaptive", "hard adaptive"]
+
+
+def make(kind: str, seed: int = 0, **arguments: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    hard = {"hard": kind.startswith("hard")}
+    if kind == "selector":
+        return FrameSelector(**({"compression_ratio": 0.5, "hidden_dim": 16} | arguments)).eval()
+    if kind == "exact selector":
+        return FrameSelector(**({"hidden_dim": 16, "output_frames": 4} | arguments)).eval()
+    if kind.endswith("resampler"):
+        return FrameResampler(**({"input_frames": 12, "output_frames": 4} | SMALL | hard | arguments)).eval()
+    module = AdaptiveFrameResampler(
+        **({"max_input_frames": 12, "min_output_frames": 2, "max_output_frames": 5} | SMALL | hard | arguments)
+    ).eval()
+    # spread the scores, or every clip would ask for half of its frames
+    with torch.no_grad():
+        module.scorer.weight.mul_(20)
+    return module
+
+
+def video(B: int = 2, T: int = 9, size: int = 20, seed: int = 0, **kind: Any) -> Tensor:
+    return random_tensor(B, T, 3, size, size, seed=seed, **kind)
+
+
+def holes(B: int, T: int, seed: int = 1) -> Tensor:
+    """Which frames exist: all, most, then fewer and fewer, in the end none."""
+    kept = torch.rand(B, T, generator=torch.Generator().manual_seed(seed))
+    return kept < torch.linspace(1, 0, B)[:, None]
+
+
+def assert_contract(out: CompressedFrames, frames: Tensor, exists: Tensor, K: int) -> None:
+    B, T = frames.shape[:2]
+    assert out.frames.shape == (B, K, *frames.shape[2:])
+    assert out.frames.dtype == frames.dtype
+    assert out.mask.shape == out.indices.shape == (B, K)
+    assert out.mask.dtype == torch.bool
+    assert out.indices.dtype == torch.int64
+    assert out.weights.shape == (B, K, T)
+    assert out.scores.shape == (B, T)
+    assert torch.equal(out.mask, out.indices >= 0)
+    for b in range(B):
+        n = int(out.mask[b].sum())
+        assert bool(out.mask[b, :n].all())
+        assert bool((out.indices[b, :n].diff() > 0).all())
+        assert bool(exists[b, out.indices[b, :n]].all())
+        torch.testing.assert_close(out.weights[b, :n].sum(-1), torch.ones(n, dtype=out.weights.dtype))
+        assert bool((out.frames[b, n:] == 0).all())
+        assert bool((out.weights[b, n:] == 0).all())
+    assert bool((out.weights >= 0).all())
+    assert bool((out.weights.sum(1)[~exists] == 0).all())
+    assert torch.equal(out.scores == -torch.inf, ~exists)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T", [1, 3, 9, 12])
+@pytest.mark.parametrize("masked", [False, True])
+def test_fewer_frames_in_time_order_with_mask_and_indices(kind: str, T: int, masked: bool) -> None:
+    module, frames = make(kind), video(5, T)
+    exists = holes(5, T) if masked else torch.ones(5, T, dtype=torch.bool)
+    out = module(frames, exists) if masked else module(frames)
+    K = module.count(T)
+    assert_contract(out, frames, exists, K)
+    held = exists.sum(1)
+    if "adaptive" not in kind:
+        assert torch.equal(out.mask.sum(1), held.clamp_max(K))
+    else:
+        assert bool((out.mask.sum(1) >= held.clamp_max(2)).all())
+        assert bool((out.mask.sum(1) <= held.clamp_max(5)).all())
+    if "selector" in kind or "hard" in kind:
+        for b, k in out.mask.nonzero().tolist():
+            assert torch.equal(out.frames[b, k], frames[b, out.indices[b, k]])
+    else:
+        mean = torch.einsum("bkt,btchw->bkchw", out.weights, torch.where(exists[:, :, None, None, None], frames, 0))
+        torch.testing.assert_close(out.frames, mean)
+        # each frame belongs to one span alone, the largest share names it, and spans cover the clip
+        assert torch.equal((out.weights > 0).sum(1), exists.long())
+        largest = torch.where(out.mask, out.weights.argmax(-1), -1)
+        assert torch.equal(largest, out.indices)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_content_of_missing_frames_is_not_read(kind: str) -> None:
+    module, frames, exists = make(kind), video(5), holes(5, 9)
+    clean = module(frames, exists)
+    poisoned = module(torch.where(exists[:, :, None, None, None], frames, torch.nan), exists)
+    for a, b in zip(clean, poisoned, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_clip_that_fits_comes_back_as_it_is(kind: str) -> None:
+    changes = {"compression_ratio": 1.0} if kind == "selector" else {}
+    if "adaptive" in kind:
+        changes = {"min_output_frames": 5}
+    module, frames = make(kind, **changes), video(2, 4)
+    out = module(frames)
+    n = frames.shape[1]
+    assert torch.equal(out.frames[:, :n], frames)
+    assert torch.equal(out.indices[:, :n], torch.arange(n).expand(2, -1))
+    assert int(out.mask.sum()) == 2 * n
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_is_deterministic_and_independent_of_the_batch(kind: str) -> None:
+    module, frames = make(kind, **({"dropout": 0.5})), video(3)
+    first, second = module(frames), module(frames)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    alone = module(frames[1:2])
+    assert torch.equal(alone.indices[0], first.indices[1])
+    torch.testing.assert_close(alone.frames[0], first.frames[1])
+    module.train()
+    assert not torch.equal(module(frames).scores, module(frames).scores)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_every_parameter_and_the_frames(kind: str) -> None:
+    module, frames = make(kind).train(), video(2).requires_grad_()
+    target = video(2, module.count(9), seed=7)
+    out = module(frames)
+    (out.frames * target).square().sum().backward()
+    # a bias shifts all logits of a softmax alike; one projection of the key stands for the same
+    shifts = {"scorer.bias", "scorer.4.bias", "key.bias"}
+    for name, parameter in module.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.isfinite().all()), name
+        if name not in shifts and not name.startswith("layers.0.self_attn.in_proj_bias"):
+            assert float(parameter.grad.abs().max()) > 0, name
+    assert frames.grad is not None
+    shown = torch.zeros(2, 9, dtype=torch.bool)
+    for b, k in out.mask.nonzero().tolist():
+        shown[b, out.indices[b, k]] = True
+    assert bool((frames.grad.abs().sum((2, 3, 4)) > 0)[shown].all())
+
+
+@pytest.mark.parametrize("kind", ["selector", "hard resampler", "hard adaptive"])
+def test_picks_pass_on_the_gradient_of_the_weighted_mean(kind: str) -> None:
+    module, frames = make(kind).double(), video(2, dtype=torch.float64)
+    target = video(2, module.count(9), seed=7, dtype=torch.float64)
+    out = module(frames)
+    got = torch.autograd.grad((out.frames * target).sum(), list(module.parameters()), allow_unused=True)
+    out = module(frames)
+    mean = torch.einsum("bkt,btchw->bkchw", out.weights, frames)
+    want = torch.autograd.grad((mean * target).sum(), list(module.parameters()), allow_unused=True)
+    for a, b in zip(got, want, strict=True):
+        assert a is not None
+        assert b is not None
+        torch.testing.assert_close(a, b)
+    picked = copy.deepcopy(frames).requires_grad_()
+    module.requires_grad_(False)
+    out = module(picked)
+    weights = out.weights.detach()
+    (grad,) = torch.autograd.grad((out.frames * target).sum(), picked, retain_graph=True)
+    (through,) = torch.autograd.grad((out.weights * torch.einsum("bkchw,btchw->bkt", target, frames)).sum(), picked)
+    direct = torch.zeros_like(frames)
+    for b, k in out.mask.nonzero().tolist():
+        direct[b, out.indices[b, k]] += target[b, k]
+    torch.testing.assert_close(grad, direct + through)
+    assert weights.requires_grad is False
+
+
+@pytest.mark.parametrize("kind", ["resampler", "adaptive"])
+def test_mixing_passes_gradcheck(kind: str) -> None:
+    module = make(kind).double()
+    frames = video(1, 5, 6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: module(x).frames, (frames,), fast_mode=True)
+    weight = module.scorer.weight.detach().clone().requires_grad_()
+
+    def run(weight: Tensor) -> Tensor:
+        return torch.func.functional_call(module, {"scorer.weight": weight}, (frames.detach(),)).frames
+
+    assert torch.autograd.gradcheck(run, (weight,), fast_mode=True)
+
+
+def test_a_selector_learns_which_frames_are_asked_for() -> None:
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    module = FrameSelector(hidden_dim=16, output_frames=2)
+    optimizer = torch.optim.Adam(module.parameters(), lr=3e-3)
+
+    def batch(n: int) -> tuple[Tensor, Tensor]:
+        frames = torch.randn(n, 6, 3, 16, 16, generator=generator) * 0.3
+        wanted = torch.rand(n, 6, generator=generator).argsort(1)[:, :2].sort(1).values
+        frames[torch.arange(n)[:, None], wanted, 0] += 2.0
+        return frames, wanted
+
+    def hits() -> float:
+        frames, wanted = batch(64)
+        return float((module.eval()(frames).indices == wanted).float().mean())
+
+    before = hits()
+    module.train()
+    for _ in range(40):
+        frames, _ = batch(16)
+        loss = -module(frames).frames[:, :, 0].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert before < 0.7
+    assert hits() > 0.95
+
+
+def test_adaptive_asks_for_more_frames_where_more_is_new() -> None:
+    module = make("adaptive")
+    with torch.no_grad():
+        module.scorer.weight.zero_()
+        for bias, frames in ((-10.0, 2), (10.0, 5), (torch.logit(torch.tensor(1 / 3)), 3)):
+            module.scorer.bias.fill_(bias)
+            out = module(video())
+            assert out.mask.sum(1).tolist() == [frames, frames]
+    scores = torch.tensor([[-9.0, 5.0, -9.0, -9.0, 6.0, 9.0, -9.0]])
+    span, count = module.spans(scores, torch.ones(1, 7, dtype=torch.bool))
+    assert count.tolist() == [3]
+    assert span.tolist() == [[0, 0, 0, 0, 1, 2, 2]]
+    exists = torch.tensor([[False, True, True, False, True, False, True]])
+    span, count = module.spans(scores, exists)
+    assert count.tolist() == [2]
+    assert span[exists].tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_low_precision_frames_and_modules(kind: str, dtype: torch.dtype) -> None:
+    frames = video(dtype=dtype)
+    exists = torch.ones(2, 9, dtype=torch.bool)
+    module = make(kind)
+    out = module(frames)
+    for value in (out.weights, out.scores):
+        assert value.dtype == torch.float32
+    largest = out.frames.detach().double().abs().max()
+    assert bool(out.frames.isfinite().all())
+    assert float(largest) <= float(frames.double().abs().max()) * 1.01
+    if dtype != torch.float16:
+        out = module.to(dtype)(frames)
+        assert out.frames.dtype == dtype
+        assert out.scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert torch.equal(out.mask, out.indices >= 0)
+        assert bool(exists[0, out.indices[0, out.mask[0]]].all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_equals_eager(kind: str) -> None:
+    module, frames, exists = make(kind), video(3), holes(3, 9)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for arguments in ((frames,), (frames, exists)):
+        got, want = compiled(*arguments), module(*arguments)
+        assert torch.equal(got.indices, want.indices)
+        torch.testing.assert_close(got.frames, want.frames)
+    train = torch.compile(lambda x: module(x).frames.square().sum(), fullgraph=True, backend="aot_eager")
+    parameters = list(module.parameters())
+    got = torch.autograd.grad(train(frames), parameters)
+    want = torch.autograd.grad(module(frames).frames.square().sum(), parameters)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("make_module", [
+    lambda: FrameSelector(output_frames=12),
+    lambda: FrameResampler(),
+    lambda: AdaptiveFrameResampler(min_output_frames=12, max_output_frames=12),
+])  # fmt: skip
+def test_twelve_frames_of_224_pixels_for_stop(make_module) -> None:
+    torch.manual_seed(0)
+    module = make_module()
+    frames = video(1, 20, 224)
+    out = module(frames)
+    assert out.frames.shape == (1, 12, 3, 224, 224)
+    assert bool(out.mask.all())
+    out.frames.square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in module.parameters())
+    short = module.eval()(frames[:, :7])
+    assert short.frames.shape == (1, 12, 3, 224, 224)
+    assert short.mask.tolist() == [[True] * 7 + [False] * 5]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    B=st.integers(0, 3),
+    T=st.integers(1, 12),
+    H=st.integers(1, 20),
+    W=st.integers(1, 20),
+    seed=st.integers(0, 20),
+)
+def test_any_shape_and_mask(kind: str, B: int, T: int, H: int, W: int, seed: int) -> None:
+    module = make(kind, seed)
+    frames = random_tensor(B, T, 3, H, W, seed=seed)
+    exists = torch.rand(B, T, generator=torch.Generator().manual_seed(seed)) < 0.7
+    assert_contract(module(frames, exists), frames, exists, module.count(T))
+
+
+@pytest.mark.parametrize(
+    ("error", "call", "words"),
+    [
+        (ValueError, lambda: FrameSelector(0.0), r"compression_ratio: expected a number in \(0, 1\], got 0.0"),
+        (ValueError, lambda: FrameSelector(1.5), "compression_ratio: expected a number in"),
+        (TypeError, lambda: FrameSelector("all"), "compression_ratio: expected a number, got str"),
+        (ValueError, lambda: FrameSelector(hidden_dim=0), "hidden_dim: expected at least 1"),
+        (ValueError, lambda: FrameSelector(output_frames=0), "output_frames: expected at least 1"),
+        (ValueError, lambda: FrameSelector(dropout=1.0), r"dropout: expected a number in \[0, 1\)"),
+        (TypeError, lambda: FrameSelector(dropout="no"), "dropout: expected a number, got str"),
+        (ValueError, lambda: FrameSelector(temperature=0), "temperature: expected a positive number"),
+        (ValueError, lambda: FrameResampler(0), "input_frames: expected at least 1"),
+        (ValueError, lambda: FrameResampler(8, 0), "output_frames: expected at least 1"),
+        (ValueError, lambda: FrameResampler(hidden_dim=10), r"hidden_dim: expected a multiple of num_heads \(8\)"),
+        (ValueError, lambda: FrameResampler(num_layers=-1), "num_layers: expected at least 0"),
+        (ValueError, lambda: AdaptiveFrameResampler(0), "max_input_frames: expected at least 1"),
+        (ValueError, lambda: AdaptiveFrameResampler(9, 5, 4), "min_output_frames: expected between 1 and 4"),
+        (ValueError, lambda: make("resampler").count(13), "frames: expected between 1 and 12"),
+    ],
+)
+def test_bad_settings_are_named(error: type, call, words: str) -> None:
+    with pytest.raises(error, match=words):
+        call()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("error", "arguments", "words"),
+    [
+        (TypeError, ([1.0],), r"frames: expected a tensor \[B, T, C, H, W\], got list"),
+        (ValueError, (torch.ones(2, 3, 8, 8),), r"frames: expected a tensor \[B, T, C, H, W\], got shape"),
+        (ValueError, (torch.ones(1, 2, 4, 8, 8),), "frames: expected 3 channels"),
+        (ValueError, (torch.ones(1, 0, 3, 8, 8),), "frames: expected at least 1 frame"),
+        (ValueError, (torch.ones(1, 2, 3, 8, 8, dtype=torch.uint8),), "frames: expected float64"),
+        (TypeError, (torch.ones(1, 2, 3, 8, 8), [True, True]), r"mask: expected a bool tensor \[1, 2\]"),
+        (ValueError, (torch.ones(1, 2, 3, 8, 8), torch.ones(1, 2)), r"mask: expected bool \[1, 2\], got torch.float32"),
+        (ValueError, (torch.ones(1, 2, 3, 8, 8), torch.ones(2, 2) > 0), r"mask: expected bool \[1, 2\]"),
+    ],
+)
+def test_bad_input_is_named(kind: str, error: type, arguments: tuple, words: str) -> None:
+    with pytest.raises(error, match=words):
+        make(kind)(*arguments)
+    if "selector" not in kind:
+        with pytest.raises(ValueError, match="frames: expected at most 12 frames, got 13"):
+            make(kind)(video(1, 13))
