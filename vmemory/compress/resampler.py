@@ -88,7 +88,8 @@ class QueryResampler(nn.Module):
         hidden = features + self.position[: features.shape[1]]
         # a clip without frames attends to its zeros: attention over nothing is NaN
         unread = ~exists & exists.any(1, keepdim=True)
-        for layer in self.layers:
+        # and torch's attention refuses a batch of no clips
+        for layer in self.layers if features.shape[0] else ():
             hidden = layer(hidden, src_key_padding_mask=unread)
         return self.norm(hidden)
 
