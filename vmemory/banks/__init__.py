@@ -10,14 +10,18 @@ import torch
 from vmemory.banks.adapter import FeatureAdapter
 from vmemory.banks.bank import Bank
 from vmemory.banks.budget import format_bytes, parse_bytes
+from vmemory.banks.episodic import EpisodicBank
 from vmemory.banks.files import BankFile, BankFileError
 from vmemory.banks.hierarchical import HierarchicalBank
+from vmemory.banks.reservoir import ReservoirBank
 from vmemory.banks.single import MergingBank, RingBank, UniformBank
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved
 from vmemory.reference.bank_layout import BankState
 
 # a new policy is one class and one line here; the shared contract tests run on all of them
-POLICIES: dict[str, type[Bank]] = {bank.policy: bank for bank in (HierarchicalBank, MergingBank, UniformBank, RingBank)}
+POLICIES: dict[str, type[Bank]] = {
+    bank.policy: bank for bank in (HierarchicalBank, MergingBank, UniformBank, RingBank, EpisodicBank, ReservoirBank)
+}
 
 
 def make(policy: str, **arguments: Any) -> Bank:
@@ -51,10 +55,12 @@ __all__ = [
     "BankFile",
     "BankFileError",
     "Entries",
+    "EpisodicBank",
     "FeatureAdapter",
     "HierarchicalBank",
     "MemoryTokens",
     "MergingBank",
+    "ReservoirBank",
     "Retrieved",
     "RingBank",
     "UniformBank",

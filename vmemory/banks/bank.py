@@ -13,7 +13,7 @@ from vmemory.banks.files import BankFile
 from vmemory.banks.tiers import clamped, make_layout
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved, compact_tokens, padded_tokens, row_tables
 from vmemory.ops._checks import check_int, check_tensor, shape_of
-from vmemory.ops.bank import bank_gather, bank_plan, bank_push_, layout_maps
+from vmemory.ops.bank import BankPlan, bank_gather, bank_plan, bank_push_, layout_maps
 from vmemory.ops.similarity_topk import similarity_topk
 from vmemory.reference.bank_layout import (
     DROPPED,
@@ -27,6 +27,7 @@ from vmemory.reference.bank_layout import (
     START,
     STOP,
     TIME,
+    BankLayout,
     BankState,
 )
 
@@ -151,7 +152,15 @@ class Bank(nn.Module):
                 raise ValueError(f"streams: expected int64, got {streams.dtype}")
         if times is not None and times.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_increasing(times, streams)
+        self._write(frames, times, valid, streams)
+
+    def _write(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
         bank_push_(self.state, self.layout, frames, time=times, valid=valid, streams=streams, maps=self.maps)
+
+    def _plan(
+        self, frames: Tensor, layout: BankLayout, times: Tensor | None, valid: Tensor | None, maps: Tensor
+    ) -> BankPlan:
+        return bank_plan(frames, layout, time=times, valid=valid, maps=maps)
 
     def _arrange(
         self, frames: Tensor, time: Times, valid: Tensor | None
@@ -235,7 +244,7 @@ class Bank(nn.Module):
         layout = clamped(self.layout, frames.shape[1])
         whole = layout == self.layout
         maps = self.maps if whole else layout_maps(layout, frames)
-        plan = bank_plan(frames, layout, time=times, valid=valid, maps=maps)
+        plan = self._plan(frames, layout, times, valid, maps)
         slots, mass = bank_gather(frames, plan, layout, valid=valid, maps=maps)
         tables = (
             self._tables() if whole else {k: t.to(slots.device) for k, t in row_tables(layout, self.levels).items()}

@@ -118,7 +118,8 @@ def layout_maps(layout: BankLayout, like: Tensor) -> Tensor:
     return layout.packed_maps.to(device=like.device, dtype=wide)
 
 
-def _check_frames(frames: Tensor, layout: BankLayout, time: Tensor | None, valid: Tensor | None) -> None:
+def check_frames(frames: Tensor, layout: BankLayout, time: Tensor | None, valid: Tensor | None) -> None:
+    """Frames, times and valid cells fit the layout and each other."""
     check_tensor("frames", frames, "[S, T, H, W, D]")
     check_floating("frames", frames)
     if tuple(frames.shape[2:]) != (*layout.grid, layout.dim):
@@ -132,6 +133,22 @@ def _check_frames(frames: Tensor, layout: BankLayout, time: Tensor | None, valid
             got = f"{shape_of(x)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name}: expected {kind} of shape {list(want)}, got {got}")
         check_device(name, x, "frames", frames)
+
+
+def check_push(
+    state: BankState,
+    layout: BankLayout,
+    frames: Tensor,
+    time: Tensor | None,
+    valid: Tensor | None,
+    streams: Tensor | None,
+) -> None:
+    """What `check_frames` checks, and that frames and streams fit the state."""
+    check_frames(frames, layout, time, valid)
+    check_same("frames", frames, "state.slots", state.slots)
+    rows = state.slots.shape[0] if streams is None else streams.shape[0]
+    if frames.shape[0] != rows:
+        raise ValueError(f"frames: expected {rows} streams, got {frames.shape[0]}")
 
 
 @with_backends(_PUSH)
@@ -165,12 +182,8 @@ def bank_push_(
 
     Source: VideoChat-Online's memory bank (arXiv 2501.00584), and the rules of `vmemory.reference.bank_layout.RULES`.
     """
-    _check_frames(frames, layout, time, valid)
-    check_same("frames", frames, "state.slots", state.slots)
-    rows = state.slots.shape[0] if streams is None else streams.shape[0]
-    if frames.shape[0] != rows:
-        raise ValueError(f"frames: expected {rows} streams, got {frames.shape[0]}")
-    if frames.shape[1] == 0 or rows == 0:
+    check_push(state, layout, frames, time, valid, streams)
+    if frames.shape[0] == 0 or frames.shape[1] == 0:
         return
     picked = _PUSH.pick(frames, impl)
     if picked == "reference":
@@ -199,7 +212,7 @@ def bank_plan(
     Raises:
         ValueError: A shape, dtype or device does not fit.
     """
-    _check_frames(frames, layout, time, valid)
+    check_frames(frames, layout, time, valid)
     picked = _PLAN.pick(frames, impl)
     frames = frames.detach()
     if picked == "reference":
@@ -261,7 +274,7 @@ def bank_gather(
     Raises:
         ValueError: A shape, dtype or device does not fit.
     """
-    _check_frames(frames, layout, None, valid)
+    check_frames(frames, layout, None, valid)
     if plan.assign.shape != frames.shape[:2]:
         raise ValueError(f"plan: expected a plan of {list(frames.shape[:2])} frames, got {list(plan.assign.shape)}")
     picked = _GATHER.pick(frames, impl)

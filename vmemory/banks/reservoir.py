@@ -1,0 +1,58 @@
+"""The memory that keeps a fair sample of everything it saw."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from vmemory.banks.slots import SlotBank
+from vmemory.ops._checks import check_int
+from vmemory.reference.bank_layout import FRAME, BankState
+
+_MASK = 0xFFFFFFFF
+_Word = TypeVar("_Word", int, Tensor)
+
+
+def mixed(x: _Word) -> _Word:
+    """A 32-bit integer to one that looks random; both factors are below 2³¹, so that int64 never overflows."""
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & _MASK
+    x = (x ^ (x >> 15)) * 0x735A2D97 & _MASK
+    return x ^ (x >> 15)
+
+
+class ReservoirBank(SlotBank):
+    """The newest frame and a uniform random sample of all frames before it.
+
+    With M slots, each of the frames before the newest is held with the same probability, (M − 1) / (frames before).
+    The draw depends on `seed` and the frame's number alone: runs repeat, however the frames are split into pushes, and
+    all streams of a bank draw alike.
+
+    Args:
+        dim, grid, capacity, pooled, budget, streams, device, dtype, key_dim, adapter: As in `SingleTierBank`.
+        seed: 0 to 2³² − 1.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit.
+
+    Source: reservoir sampling, Vitter (ACM TOMS 1985), Algorithm R, with the newest frame held back from the draw.
+    """
+
+    policy = "reservoir"
+
+    def __init__(self, *args: Any, seed: int = 0, **kwargs: Any) -> None:
+        check_int("seed", seed, low=0, high=_MASK)
+        super().__init__(*args, **kwargs)
+        self.seed = seed
+        self._config["seed"] = seed
+
+    def choose(self, state: BankState, seen: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None) -> Tensor:
+        M = state.entry.shape[1]
+        # the frame held back so far is the seen-th, and stays with probability (M - 1) / seen
+        drawn = (mixed(mixed(self.seed) ^ (seen & _MASK)) * seen) >> 32
+        newest = state.entry[..., FRAME].argmax(1)
+        # its own slot cannot be drawn
+        other = drawn + (drawn >= newest)
+        slot = torch.where(seen < M, seen, torch.where(drawn < M - 1, other, newest))
+        return torch.where(fed, slot, -1)

@@ -1,0 +1,136 @@
+"""Banks whose frames stay in the slot they were written to until another frame takes it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmemory.banks.single import SingleTierBank
+from vmemory.ops.bank import BankPlan, check_frames, check_push
+from vmemory.ops.grid_pool import grid_pool
+from vmemory.reference.bank_layout import DROPPED, FRAME, LENGTH, SEEN, SKIPPED, BankLayout, BankState
+
+
+class SlotBank(SingleTierBank):
+    """A bank that writes each frame into one slot, which the subclass chooses; no frame is moved or merged."""
+
+    # geometry and state are those of the one-tier first-in-first-out memory; the choice is not
+    rule = "recent"
+
+    def choose(self, state: BankState, seen: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None) -> Tensor:
+        """The slot `[S]` int64 that each stream writes its next frame to, −1 where it gets none. No synchronisation.
+
+        Args:
+            state: Of M at least 1 slots; only the descriptors may be changed, and those are written again.
+            seen: `[S]` int64 frames that came before, the number of the next.
+            fed: `[S]` bool, streams that get a frame.
+            descriptor: `[S, K]` mean of the frame, the dtype of `state.descriptor`.
+            tokens: `[S, n, D]` the frame as the bank holds it, or None unless `reads_tokens`.
+        """
+        raise NotImplementedError
+
+    # choose looks at tokens, not at descriptors alone
+    reads_tokens = False
+
+    def _write(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
+        check_push(self.state, self.layout, frames, times, valid, streams)
+        rows = torch.arange(self.streams, device=frames.device)
+        if streams is not None:
+            # one place more for the rows that are skipped
+            rows = torch.full((self.streams + 1,), -1, dtype=torch.int64, device=frames.device)
+            there = torch.where((streams >= 0) & (streams < self.streams), streams, self.streams)
+            rows = rows.scatter(0, there, torch.arange(streams.shape[0], device=frames.device))[:-1]
+        if frames.shape[0]:
+            self._replay(self.state, self.layout, frames, times, valid, rows, moves=True)
+
+    @torch.no_grad()
+    def _plan(
+        self, frames: Tensor, layout: BankLayout, times: Tensor | None, valid: Tensor | None, maps: Tensor
+    ) -> BankPlan:
+        check_frames(frames, layout, times, valid)
+        S, T = frames.shape[:2]
+        state = layout.new_state(S, frames.device, frames.dtype)
+        if not self.reads_tokens:
+            state = state._replace(slots=state.slots[:, :0], mass=state.mass[:, :0])
+        rows = torch.arange(S, device=frames.device)
+        chosen = self._replay(state, layout, frames, times, valid, rows, moves=self.reads_tokens)
+        assign = chosen
+        if layout.slots:
+            held = state.entry[..., FRAME].gather(1, chosen.clamp_min(0))
+            assign = torch.where(held == torch.arange(T, device=frames.device), chosen, -1)
+        return BankPlan(*state[2:], assign, frames.new_empty((S, T, 0, layout.dim)))
+
+    def _replay(
+        self, state: BankState, layout: BankLayout, frames: Tensor, times: Tensor | None, valid: Tensor | None,
+        rows: Tensor, *, moves: bool,
+    ) -> Tensor:  # fmt: skip
+        """Take `frames` into `state`, `rows [S]` naming the row of frames each stream gets; the slots `[S, T]`."""
+        frames = frames.detach()
+        fed, at = rows >= 0, rows.clamp_min(0)
+        means, mass = self._describe(frames, valid)
+        chosen = [rows.new_empty((rows.shape[0], 0))]
+        for t in range(frames.shape[1]):
+            tokens, cells = self._enter(frames[:, t], None if valid is None else valid[:, t]) if moves else (None, None)
+            seen = state.counter[:, SEEN].clone()
+            state.counter[:, SEEN] += fed
+            if layout.slots == 0:
+                state.counter[:, SKIPPED] += fed
+                chosen.append(torch.full_like(rows, -1)[:, None])
+                continue
+            tokens = None if tokens is None else tokens[at]
+            slot = self.choose(state, seen, fed, means[at, t], tokens)
+            time = mass.new_full(rows.shape, torch.nan) if times is None else times[at, t]
+            self._put(state, layout, slot, seen, means[at, t], mass[at, t], time)
+            if tokens is not None and cells is not None:
+                shape = (rows.shape[0], layout.slots, -1)
+                put(state.slots.view(*shape, layout.dim), slot, tokens)
+                put(state.mass.view(*shape), slot, cells[at])
+            chosen.append(slot[:, None])
+        return torch.cat(chosen, 1)
+
+    def _put(
+        self, state: BankState, layout: BankLayout, slot: Tensor, frame: Tensor, mean: Tensor, mass: Tensor,
+        time: Tensor,
+    ) -> None:  # fmt: skip
+        put(state.descriptor, slot, mean[:, None])
+        put(state.norm, slot, mean.norm(dim=-1, keepdim=True))
+        put(state.entry, slot, torch.stack([frame, frame, frame, torch.ones_like(frame)], 1))
+        put(state.clock, slot, torch.stack([time, time, time, mass], 1))
+        held = state.counter[:, SEEN].clamp_max(layout.slots)
+        state.counter[:, LENGTH] = held
+        state.counter[:, DROPPED] = state.counter[:, SEEN] - held
+        place = torch.arange(layout.slots, device=slot.device)
+        state.order.copy_(torch.where(place < held[:, None], place, -1))
+
+    def _describe(self, frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Means `[S, T, K]` of the cells that exist, and how many they are, `[S, T]` float64."""
+        keys = frames[..., : self.layout.key_dim]
+        if valid is None:
+            cells = torch.full(frames.shape[:2], float(self._cells), dtype=torch.float64, device=frames.device)
+            return grid_pool(keys, 1, stats=True).mean, cells
+        wide = keys.to(torch.promote_types(keys.dtype, torch.float32))
+        cells = valid.sum((2, 3))
+        mean = torch.where(valid[..., None], wide, 0).sum((2, 3)) / cells.clamp_min(1)[..., None]
+        return mean, cells.double()
+
+    def _enter(self, frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Frames `[S, H, W, D]` as the bank holds them, `[S, n, D]`, and the cells each token stands for, `[S, n]`."""
+        (H, W), (h, w) = self.layout.grid, self.layout.grids[0] if self.layout.grids else self.layout.grid
+        if valid is None:
+            pooled = frames if (h, w) == (H, W) else grid_pool(frames, (h, w))
+            return pooled.flatten(1, 2), torch.full((frames.shape[0], h * w), H * W / (h * w), device=frames.device)
+        if (h, w) == (H, W):
+            return torch.where(valid[..., None], frames, 0).flatten(1, 2), valid.flatten(1).float()
+        rows, columns = self.maps[: h * H].view(h, H), self.maps[h * H : h * H + w * W].view(w, W)
+        wide = torch.where(valid[..., None], frames.to(rows.dtype), 0)
+        held = torch.einsum("ih,jw,shw->sij", rows, columns, valid.to(rows.dtype))
+        summed = torch.einsum("ih,jw,shwd->sijd", rows, columns, wide)
+        pooled = torch.where(held[..., None] > 0, summed / held[..., None].clamp_min(1e-30), 0)
+        return pooled.to(frames.dtype).flatten(1, 2), (held * (H * W / (h * w))).float().flatten(1)
+
+
+def put(buffer: Tensor, slot: Tensor, value: Tensor) -> None:
+    """Write `value [S, ...]` into `buffer [S, M, ...]` at `slot [S]`, nothing where that is −1. No synchronisation."""
+    stream, at = torch.arange(slot.shape[0], device=slot.device), slot.clamp_min(0)
+    ok = (slot >= 0).view(-1, *[1] * (buffer.dim() - 2))
+    buffer[stream, at] = torch.where(ok, value.to(buffer.dtype), buffer[stream, at])
