@@ -257,6 +257,28 @@ def test_low_precision_frames_and_modules(kind: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_autocast_leaves_pixels_alone(kind: str) -> None:
+    module, frames = make(kind), video(2, 4 if "adaptive" not in kind else 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(frames)
+    assert out.frames.dtype == torch.float32
+    assert out.scores.dtype == torch.float32
+    for b, k in out.mask.nonzero().tolist():
+        assert torch.equal(out.frames[b, k], frames[b, out.indices[b, k]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_equals_training_without_dropout(kind: str) -> None:
+    module, frames, exists = make(kind, dropout=0.0).train(), video(3), holes(3, 9)
+    want = module(frames, exists)
+    with torch.no_grad():
+        got = module.eval()(frames, exists)
+    assert torch.equal(got.indices, want.indices)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_compiled_equals_eager(kind: str) -> None:
     module, frames, exists = make(kind), video(3), holes(3, 9)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")

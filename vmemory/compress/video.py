@@ -109,7 +109,9 @@ def pick(frames: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
 
 def mix(frames: Tensor, weights: Tensor) -> Tensor:
     """Weighted means `[B, K, C, H, W]` of `frames [B, T, C, H, W]` with `weights [B, K, T]`."""
-    mixed = torch.bmm(weights.to(frames.dtype), frames.flatten(2))
+    # pixels keep their precision whatever autocast does to the features
+    with torch.autocast(frames.device.type, enabled=False):
+        mixed = torch.bmm(weights.to(frames.dtype), frames.flatten(2))
     return mixed.reshape(*weights.shape[:2], *frames.shape[2:])
 
 
