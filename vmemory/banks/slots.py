@@ -8,6 +8,7 @@ from torch import Tensor
 from vmemory.banks.single import SingleTierBank
 from vmemory.ops.bank import BankPlan, check_frames, check_push
 from vmemory.ops.grid_pool import grid_pool
+from vmemory.ops.ring import ring_push_
 from vmemory.reference.bank_layout import DROPPED, FRAME, LENGTH, SEEN, SKIPPED, BankLayout, BankState
 
 
@@ -34,14 +35,8 @@ class SlotBank(SingleTierBank):
 
     def _write(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
         check_push(self.state, self.layout, frames, times, valid, streams)
-        rows = torch.arange(self.streams, device=frames.device)
-        if streams is not None:
-            # one place more for the rows that are skipped
-            rows = torch.full((self.streams + 1,), -1, dtype=torch.int64, device=frames.device)
-            there = torch.where((streams >= 0) & (streams < self.streams), streams, self.streams)
-            rows = rows.scatter(0, there, torch.arange(streams.shape[0], device=frames.device))[:-1]
         if frames.shape[0]:
-            self._replay(self.state, self.layout, frames, times, valid, rows, moves=True)
+            self._replay(self.state, self.layout, frames, times, valid, streams, moves=True)
 
     @torch.no_grad()
     def _plan(
@@ -49,11 +44,17 @@ class SlotBank(SingleTierBank):
     ) -> BankPlan:
         check_frames(frames, layout, times, valid)
         S, T = frames.shape[:2]
-        state = layout.new_state(S, frames.device, frames.dtype)
+        shapes = layout.state_shapes(S, frames.dtype)
         if not self.reads_tokens:
-            state = state._replace(slots=state.slots[:, :0], mass=state.mass[:, :0])
-        rows = torch.arange(S, device=frames.device)
-        chosen = self._replay(state, layout, frames, times, valid, rows, moves=self.reads_tokens)
+            shapes |= {name: ((S, 0, *shapes[name][0][2:]), shapes[name][1]) for name in ("slots", "mass")}
+        free = {"entry": -1, "order": -1}
+        state = BankState(
+            **{
+                name: torch.full(shape, free.get(name, 0), dtype=kind, device=frames.device)
+                for name, (shape, kind) in shapes.items()
+            }
+        )
+        chosen = self._replay(state, layout, frames, times, valid, None, moves=self.reads_tokens)
         assign = chosen
         if layout.slots:
             held = state.entry[..., FRAME].gather(1, chosen.clamp_min(0))
@@ -62,45 +63,49 @@ class SlotBank(SingleTierBank):
 
     def _replay(
         self, state: BankState, layout: BankLayout, frames: Tensor, times: Tensor | None, valid: Tensor | None,
-        rows: Tensor, *, moves: bool,
+        streams: Tensor | None, *, moves: bool,
     ) -> Tensor:  # fmt: skip
-        """Take `frames` into `state`, `rows [S]` naming the row of frames each stream gets; the slots `[S, T]`."""
-        frames = frames.detach()
-        fed, at = rows >= 0, rows.clamp_min(0)
+        """Take `frames [S', T, H, W, D]` into `state`, tokens only if it `moves`; the slots `[S, T]` they got."""
+        frames, S = frames.detach(), state.counter.shape[0]
+        stream = torch.arange(S, device=frames.device)
+        # the row of frames that feeds each stream
+        row = stream if streams is None else _inverse(streams, S)
+        fed = row >= 0
         means, mass = self._describe(frames, valid)
-        chosen = [rows.new_empty((rows.shape[0], 0))]
+        nothing = mass.new_full(mass.shape, torch.nan) if times is None else times
+        chosen = [row.new_empty((S, 0))]
         for t in range(frames.shape[1]):
-            tokens, cells = self._enter(frames[:, t], None if valid is None else valid[:, t]) if moves else (None, None)
             seen = state.counter[:, SEEN].clone()
             state.counter[:, SEEN] += fed
             if layout.slots == 0:
                 state.counter[:, SKIPPED] += fed
-                chosen.append(torch.full_like(rows, -1)[:, None])
+                chosen.append(torch.full_like(row, -1)[:, None])
                 continue
-            tokens = None if tokens is None else tokens[at]
-            slot = self.choose(state, seen, fed, means[at, t], tokens)
-            time = mass.new_full(rows.shape, torch.nan) if times is None else times[at, t]
-            self._put(state, layout, slot, seen, means[at, t], mass[at, t], time)
+            tokens, cells = self._enter(frames[:, t], None if valid is None else valid[:, t]) if moves else (None, None)
+            slot = self.choose(
+                state, seen, fed, _rows(means[:, t], row, streams),
+                _rows(tokens, row, streams) if tokens is not None and self.reads_tokens else None,
+            )  # fmt: skip
+            clock = torch.stack([nothing[:, t]] * 3 + [mass[:, t]], 1)
+            norm = means[:, t].norm(dim=-1, keepdim=True)
+            written = [(state.descriptor, means[:, t]), (state.norm, norm), (state.clock, clock)]
             if tokens is not None and cells is not None:
-                shape = (rows.shape[0], layout.slots, -1)
-                put(state.slots.view(*shape, layout.dim), slot, tokens)
-                put(state.mass.view(*shape), slot, cells[at])
+                written += [(state.slots, tokens), (state.mass, cells)]
+            for buffer, value in written:
+                # a ring writes where its counter points to, and skips the rows without a stream
+                flat = value.flatten(1)[:, None, None]
+                ring_push_(buffer.view(S, layout.slots, 1, -1), slot.clamp_min(0), flat, streams)
+            frame = torch.stack([seen, seen, seen, torch.ones_like(seen)], 1)
+            at = slot.clamp_min(0)
+            state.entry[stream, at] = torch.where(fed[:, None], frame, state.entry[stream, at])
             chosen.append(slot[:, None])
+        if layout.slots:
+            held = state.counter[:, SEEN].clamp_max(layout.slots)
+            state.counter[:, LENGTH] = held
+            state.counter[:, DROPPED] = state.counter[:, SEEN] - held
+            place = torch.arange(layout.slots, device=frames.device)
+            state.order.copy_(torch.where(place < held[:, None], place, -1))
         return torch.cat(chosen, 1)
-
-    def _put(
-        self, state: BankState, layout: BankLayout, slot: Tensor, frame: Tensor, mean: Tensor, mass: Tensor,
-        time: Tensor,
-    ) -> None:  # fmt: skip
-        put(state.descriptor, slot, mean[:, None])
-        put(state.norm, slot, mean.norm(dim=-1, keepdim=True))
-        put(state.entry, slot, torch.stack([frame, frame, frame, torch.ones_like(frame)], 1))
-        put(state.clock, slot, torch.stack([time, time, time, mass], 1))
-        held = state.counter[:, SEEN].clamp_max(layout.slots)
-        state.counter[:, LENGTH] = held
-        state.counter[:, DROPPED] = state.counter[:, SEEN] - held
-        place = torch.arange(layout.slots, device=slot.device)
-        state.order.copy_(torch.where(place < held[:, None], place, -1))
 
     def _describe(self, frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """Means `[S, T, K]` of the cells that exist, and how many they are, `[S, T]` float64."""
@@ -129,8 +134,14 @@ class SlotBank(SingleTierBank):
         return pooled.to(frames.dtype).flatten(1, 2), (held * (H * W / (h * w))).float().flatten(1)
 
 
-def put(buffer: Tensor, slot: Tensor, value: Tensor) -> None:
-    """Write `value [S, ...]` into `buffer [S, M, ...]` at `slot [S]`, nothing where that is −1. No synchronisation."""
-    stream, at = torch.arange(slot.shape[0], device=slot.device), slot.clamp_min(0)
-    ok = (slot >= 0).view(-1, *[1] * (buffer.dim() - 2))
-    buffer[stream, at] = torch.where(ok, value.to(buffer.dtype), buffer[stream, at])
+def _inverse(streams: Tensor, S: int) -> Tensor:
+    """The row `[S]` that feeds each stream, −1 = none, from the stream of each row."""
+    # one place more for the rows that are skipped
+    there = torch.where((streams >= 0) & (streams < S), streams, S)
+    rows = torch.full((S + 1,), -1, dtype=torch.int64, device=streams.device)
+    return rows.scatter(0, there, torch.arange(streams.shape[0], device=streams.device))[:-1]
+
+
+def _rows(values: Tensor, row: Tensor, streams: Tensor | None) -> Tensor:
+    """Values of rows as values of the streams they feed."""
+    return values if streams is None else values[row.clamp_min(0)]
