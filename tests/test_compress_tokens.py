@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from vmemory import banks
-from vmemory.compress import PixelDifference, ReducedTokens, TokenArrangement, TokenDifference, pixel_difference
-from vmemory.compress import tokens_arrange as arrange
+from vmemory.compress import PixelDifference, ReducedTokens, TokenDifference, pixel_difference
 from vmemory.testing import assert_within_budget, random_tensor
 
 
@@ -197,6 +196,33 @@ def test_cells_that_do_not_exist_never_stay(arguments: dict) -> None:
             assert bool((per_frame >= valid[s].sum((1, 2)).clamp_max(2)).all())
 
 
+@pytest.mark.parametrize("by", ["feature", "pixel"])
+@pytest.mark.parametrize("S", [None, 2])
+@pytest.mark.parametrize("piece", [1, 2, 5])
+def test_a_stream_in_pieces_drops_what_the_whole_does(by: str, S: int | None, piece: int) -> None:
+    tokens, pixels = still(clip(11, S=S)), random_tensor(S or 1, 11, 3, 6, 8, seed=8) / 100
+    pixels[:, 4] = pixels[:, 3]
+    pixels = pixels if S else pixels[0]
+    valid = torch.rand(tokens.shape[:-1], generator=torch.Generator().manual_seed(4)) < 0.8
+    reducer = TokenDifference("feature", threshold=0.2) if by == "feature" else TokenDifference("pixel", threshold=2.8)
+    along = 1 if S else 0
+    compared = tokens if by == "feature" else pixels
+    masks, previous = [], None
+    for at in range(0, 11, piece):
+        n = min(piece, 11 - at)
+        shown = {"pixels": pixels.narrow(along, at, n)} if by == "pixel" else {}
+        masks.append(reducer.mask(tokens.narrow(along, at, n), **shown, previous=previous))
+        previous = compared.select(along, at + n - 1)
+    whole = reducer.mask(tokens, **({"pixels": pixels} if by == "pixel" else {}))
+    assert 0.1 < float(whole.float().mean()) < 0.9
+    assert torch.equal(torch.cat(masks, along), whole)
+    # a cell that is missing now is new when it comes back; those before the piece all exist
+    if by == "feature":
+        last = tokens.narrow(along, 10, 1)
+        got = reducer.mask(last, valid=valid.narrow(along, 10, 1), previous=tokens.select(along, 9))
+        assert torch.equal(got, whole.narrow(along, 10, 1) & valid.narrow(along, 10, 1))
+
+
 def test_a_mask_feeds_a_memory() -> None:
     tokens = still(clip(9, 4, 4, S=1))[0]
     bank = banks.RingBank(6, (4, 4), 5)
@@ -313,6 +339,9 @@ def test_bad_settings_are_named(error: type, arguments: dict, words: str) -> Non
         (TypeError, {"by": "pixel"}, {}, "pixels: expected a tensor"),
         (ValueError, {"by": "pixel"}, {"pixels": torch.ones(4, 3, 6, 8)}, r"pixels: expected \[1, 5, C, h, w\]"),
         (ValueError, {"by": "pixel"}, {"pixels": torch.ones(5, 3, 7, 8)}, "pixels: expected height and width"),
+        (ValueError, {}, {"previous": torch.ones(3, 4)}, r"previous: expected torch.float32 \[1, 3, 4, 6\], got"),
+        (ValueError, {}, {"previous": torch.ones(3, 4, 6).half()}, "previous: expected torch.float32"),
+        (TypeError, {}, {"previous": 0}, r"previous: expected a tensor \[1, 3, 4, 6\], got int"),
     ],
 )
 def test_bad_input_is_named(error: type, reducer: dict, arguments: dict, words: str) -> None:
@@ -321,90 +350,3 @@ def test_bad_input_is_named(error: type, reducer: dict, arguments: dict, words: 
     if not reducer:
         with pytest.raises(ValueError, match="count: expected a reducer with a budget"):
             TokenDifference(threshold=0.3).count(5, 12)
-
-
-def test_tokens_arrange_equals_the_original(golden) -> None:
-    quirks = json.loads((golden / "vco_bank" / "quirks.json").read_text())
-    assert arrange(20) == quirks["tokens_arrange(20,[8,4,1],[1,2,4])"]
-    assert arrange(20, [8, 4, 1], [1, 2, 4]) == quirks["tokens_arrange(20,[8,4,1],[1,2,4])"]
-    skipping = quirks["tokens_arrange(12,[8,4],[1,2]) (no unit interval -> list shorter than frames)"]
-    assert arrange(12, [8, 4], [1, 2]) == skipping
-    assert arrange(0) == []
-    assert arrange(5, []) == []
-
-
-@pytest.mark.parametrize("S", [None, 2])
-@pytest.mark.parametrize("start", [0, 3])
-def test_arranged_tokens_are_pooled_frames(S: int | None, start: int) -> None:
-    T, H, W = 13, 8, 12
-    tokens, time = clip(T, H, W, S=S), torch.arange(T, dtype=torch.float64)
-    module = TokenArrangement((8, 4, 2))
-    reduced = module(tokens, time, start=start)
-    n = module.count(T, (H, W), start)
-    ratios = [
-        next((r for step, r in zip((8, 4, 2), (1, 2, 4), strict=True) if t % step == 0), 0)
-        for t in range(start, start + T)
-    ]
-    assert arrange(T, (8, 4, 2)) == [r for r in [1, 0, 4, 0, 2, 0, 4, 0, 1, 0, 4, 0, 2] if r]
-    for s in range(S or 1):
-        one = ReducedTokens(*(field[s] for field in reduced[:-1])) if S else reduced
-        clip_s = tokens[s] if S else tokens
-        assert one.tokens.shape == (n, 6)
-        place = 0
-        for t, ratio in enumerate(ratios):
-            if not ratio:
-                assert not bool((one.frame == t).any())
-                continue
-            h, w = H // ratio, W // ratio
-            rows = slice(place, place + h * w)
-            pooled = torch.nn.functional.adaptive_avg_pool2d(clip_s[t].permute(2, 0, 1), (h, w)).flatten(1).T
-            torch.testing.assert_close(one.tokens[rows], pooled)
-            assert bool((one.frame[rows] == t).all())
-            assert bool((one.time[rows] == t).all())
-            assert bool((one.level[rows] == [1, 2, 4].index(ratio)).all())
-            assert bool((one.weight[rows] == ratio**2).all())
-            # the owned cell lies in the middle of the window
-            y, x = one.cell[rows] // W, one.cell[rows] % W
-            assert torch.equal(y // ratio * w + x // ratio, torch.arange(h * w))
-            place += h * w
-        assert place == n
-        assert bool((one.source.diff() > 0).all())
-        assert torch.equal(one.source, one.frame * H * W + one.cell)
-
-
-def test_arrangement_gives_what_a_roomy_memory_holds() -> None:
-    tokens = clip(17, 8, 8)
-    bank = banks.HierarchicalBank(
-        6, (8, 8), capacities=(20, 20, 20), grids=((8, 8), (4, 4), (2, 2)), rule="videochat-online", intervals=(8, 4, 1)
-    )
-    bank.push(tokens)
-    held, reduced = bank.read(), TokenArrangement()(tokens)
-    for name in ("frame", "cell", "level", "weight", "source"):
-        assert torch.equal(getattr(held, name), getattr(reduced, name)), name
-    torch.testing.assert_close(held.tokens, reduced.tokens)
-
-
-def test_arrangement_is_differentiable_and_compiles() -> None:
-    tokens = clip(5, 4, 4, 3, S=2, dtype=torch.float64).requires_grad_()
-    module = TokenArrangement()
-    assert torch.autograd.gradcheck(lambda x: module(x).tokens, (tokens,))
-    compiled = torch.compile(lambda x: module(x).tokens, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(tokens.detach()), module(tokens.detach()).tokens)
-
-
-@pytest.mark.parametrize(
-    ("error", "call", "words"),
-    [
-        (TypeError, lambda: arrange(2.0), "num_frames: expected an int"),
-        (ValueError, lambda: arrange(-1), "num_frames: expected at least 0"),
-        (ValueError, lambda: arrange(3, [0]), "intervals: expected at least 1"),
-        (ValueError, lambda: arrange(3, [4, 1], [1]), r"ratios: expected one per interval \(2\)"),
-        (ValueError, lambda: TokenArrangement([1], [0]), "ratios: expected at least 1"),
-        (ValueError, lambda: TokenArrangement()(clip(4, 3, 4)), "ratios: expected at most 3"),
-        (ValueError, lambda: TokenArrangement()(clip(1), start=-1), "start: expected at least 0"),
-        (TypeError, lambda: TokenArrangement()([1.0]), "tokens: expected a tensor"),
-    ],
-)
-def test_bad_arrangements_are_named(error: type, call, words: str) -> None:
-    with pytest.raises(error, match=words):
-        call()

@@ -72,7 +72,7 @@ class SlotBank(SingleTierBank):
         row = stream if streams is None else _inverse(streams, S)
         fed = row >= 0
         means, mass = self._describe(frames, valid)
-        nothing = mass.new_full(mass.shape, torch.nan) if times is None else times
+        when = mass.new_full(mass.shape, torch.nan) if times is None else times
         chosen = [row.new_empty((S, 0))]
         for t in range(frames.shape[1]):
             seen = state.counter[:, SEEN].clone()
@@ -86,7 +86,7 @@ class SlotBank(SingleTierBank):
                 state, seen, fed, _rows(means[:, t], row, streams),
                 _rows(tokens, row, streams) if tokens is not None and self.reads_tokens else None,
             )  # fmt: skip
-            clock = torch.stack([nothing[:, t]] * 3 + [mass[:, t]], 1)
+            clock = torch.stack([when[:, t]] * 3 + [mass[:, t]], 1)
             norm = means[:, t].norm(dim=-1, keepdim=True)
             written = [(state.descriptor, means[:, t]), (state.norm, norm), (state.clock, clock)]
             if tokens is not None and cells is not None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vmemory.compress.pixels import pixel_difference
 from vmemory.compress.reduced import ReducedTokens, as_streams, existing, kept, seconds
-from vmemory.ops._checks import check_choice, check_int
+from vmemory.ops._checks import check_choice, check_device, check_int, shape_of
 from vmemory.ops.adjacent_similarity import adjacent_similarity
 from vmemory.ops.select_tokens import Selection, select_tokens
 
@@ -19,7 +19,7 @@ class TokenDifference(nn.Module):
 
     The difference of a token is 1 − cosine of the features, or the mean absolute difference of the pixels under it in
     grey levels; the first frame differs infinitely. A difference of NaN counts as the largest, so such a token stays.
-    Each frame is compared with the one before it in the same call, whether or not that one was kept.
+    Each frame is compared with the one before it, whether or not that one was kept.
 
     Args:
         by: `"feature"` or `"pixel"`.
@@ -80,25 +80,39 @@ class TokenDifference(nn.Module):
         wanted = max(int(total * self.budget), cells) if isinstance(self.budget, float) else self.budget
         return min(wanted, total)
 
-    def difference(self, tokens: Tensor, pixels: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    def difference(
+        self,
+        tokens: Tensor,
+        pixels: Tensor | None = None,
+        valid: Tensor | None = None,
+        previous: Tensor | None = None,
+    ) -> Tensor:
         """`[S, T, H·W]` float32 (float64 for float64): how much each token differs from the one before it.
 
-        +inf in the first frame, and where the token before does not exist.
+        +inf where there is none before it: in the first frame without `previous`, and where it does not exist.
+        Arguments and errors as in `forward`.
         """
         tokens = as_streams(tokens)
-        S, T, H, W, D = tokens.shape
+        H, W, D = tokens.shape[2:]
         there = existing(valid, tokens)
         if self.by == "pixel":
-            changed = pixel_difference(self._pixels(tokens, pixels), (H, W)).flatten(2)
+            frames = _after(self._pixels(tokens, pixels), previous)
+            changed = pixel_difference(frames, (H, W)).flatten(2)
         else:
             if pixels is not None:
                 raise ValueError("pixels: expected none, this reducer compares features")
             if self.key_dim is not None:
                 check_int("key_dim", self.key_dim, high=D)
-            changed = 1 - adjacent_similarity(tokens.detach()[..., : self.key_dim].flatten(2, 3), "token")
-        first = changed.new_full((S, min(T, 1), H * W), torch.inf)
+            frames = _after(tokens.detach(), previous)
+            changed = 1 - adjacent_similarity(frames[..., : self.key_dim].flatten(2, 3), "token")
         if there is not None:
-            changed = torch.where(there[:, :-1], changed, torch.inf)
+            before = there[:, :-1]
+            if previous is not None:
+                before = torch.cat([torch.ones_like(there[:, :1]), before], 1)
+            changed = torch.where(before, changed, torch.inf)
+        if previous is not None:
+            return changed
+        first = changed.new_full((changed.shape[0], min(tokens.shape[1], 1), H * W), torch.inf)
         return torch.cat([first, changed], 1)
 
     def _pixels(self, tokens: Tensor, pixels: Tensor | None) -> Tensor:
@@ -107,10 +121,18 @@ class TokenDifference(nn.Module):
         pixels = pixels[None] if pixels.dim() == 4 else pixels
         if pixels.dim() != 5 or pixels.shape[:2] != tokens.shape[:2]:
             S, T = tokens.shape[:2]
-            raise ValueError(f"pixels: expected [{S}, {T}, C, h, w], got shape {list(pixels.shape)}")
+            raise ValueError(f"pixels: expected [{S}, {T}, C, h, w], got shape {shape_of(pixels)}")
+        check_device("pixels", pixels, "tokens", tokens)
         return pixels
 
-    def mask(self, tokens: Tensor, *, pixels: Tensor | None = None, valid: Tensor | None = None) -> Tensor:
+    def mask(
+        self,
+        tokens: Tensor,
+        *,
+        pixels: Tensor | None = None,
+        valid: Tensor | None = None,
+        previous: Tensor | None = None,
+    ) -> Tensor:
         """Which tokens stay, bool `[S, T, H, W]` or `[T, H, W]` as the tokens came: what `Bank.push` takes as `valid`.
 
         Arguments and errors as in `forward`. No host synchronisation.
@@ -118,7 +140,7 @@ class TokenDifference(nn.Module):
         streams = as_streams(tokens)
         S, T, H, W = streams.shape[:4]
         there = existing(valid, streams)
-        difference = self.difference(tokens, pixels, valid)
+        difference = self.difference(tokens, pixels, valid, previous)
         if self.budget is None:
             stay = self._above(difference, there)
         else:
@@ -151,7 +173,13 @@ class TokenDifference(nn.Module):
         return select_tokens(scores, [budget], torch.where(there.flatten(1), 0, -1))
 
     def forward(
-        self, tokens: Tensor, time: Tensor | None = None, *, pixels: Tensor | None = None, valid: Tensor | None = None
+        self,
+        tokens: Tensor,
+        time: Tensor | None = None,
+        *,
+        pixels: Tensor | None = None,
+        valid: Tensor | None = None,
+        previous: Tensor | None = None,
     ) -> ReducedTokens:
         """The tokens that stay, in stream order; gradients reach them.
 
@@ -162,6 +190,8 @@ class TokenDifference(nn.Module):
                 `pixel_difference`.
             valid: `[S, T, H, W]` or `[T, H, W]` bool, cells that exist; others never stay, and with fewer than the
                 budget of them the count is theirs.
+            previous: The frame before the first, where a stream comes in pieces: `[S, H, W, D]` or `[H, W, D]`, for
+                `by="pixel"` `[S, C, h, w]` or `[C, h, w]`; all of it exists. None = the stream begins here.
 
         Returns:
             One clip: its tokens, without padding. Several streams: padded, with `count [S]`. A budget without `valid`
@@ -174,7 +204,7 @@ class TokenDifference(nn.Module):
         streams = as_streams(tokens)
         when = seconds(time, streams)
         there = existing(valid, streams)
-        difference = self.difference(tokens, pixels, valid)
+        difference = self.difference(tokens, pixels, valid, previous)
         if self.budget is None:
             stay = self._above(difference, there).flatten(1)
             chosen = select_tokens(difference.flatten(1), [stay.shape[1]], torch.where(stay, 0, -1))
@@ -184,6 +214,20 @@ class TokenDifference(nn.Module):
         if tokens.dim() == 5:
             return reduced
         return reduced.only() if self.budget is not None and there is None else reduced.stream(0)
+
+
+def _after(frames: Tensor, previous: Tensor | None) -> Tensor:
+    """`frames [S, T, ...]` with `previous [S, ...]` in front of them."""
+    if previous is None:
+        return frames
+    shape = frames.shape[:1] + frames.shape[2:]
+    if not isinstance(previous, Tensor):
+        raise TypeError(f"previous: expected a tensor {list(shape)}, got {type(previous).__name__}")
+    if previous.shape not in (shape, shape[1:]) or previous.dtype != frames.dtype:
+        got = f"{previous.dtype} of shape {shape_of(previous)}"
+        raise ValueError(f"previous: expected {frames.dtype} {list(shape)}, got {got}")
+    check_device("previous", previous, "frames", frames)
+    return torch.cat([previous.detach().expand(shape)[:, None], frames], 1)
 
 
 class PixelDifference(TokenDifference):
