@@ -2,7 +2,7 @@
 
 How many slots are valid is read on the device. A program attends from a block of queries to its share of the valid
 keys; where queries alone do not fill the device the keys are split, and a second kernel combines the shares. The
-backward pass makes the weights anew from each query's largest score and sum.
+backward pass makes the weights anew from each query's largest score and sum. Quantised slots are widened when loaded.
 """
 
 from __future__ import annotations
@@ -12,15 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import device_of, power_of_two
+from vmemory.kernels._attention import blocks, exp, head_of, load_rows, load_scales, store_rows
+from vmemory.kernels._launch import device_of
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 _NOTHING = tl.constexpr(-float("inf"))
-
-
-@triton.jit
-def _exp(x):
-    return tl.exp2(x * _LOG2E)
 
 
 @triton.jit
@@ -29,34 +24,10 @@ def _valid_rows(count, stream, M, ROWS):
 
 
 @triton.jit
-def _head(x, stream, head, rows, G, E):
-    """Where one head of one stream begins in `[S, rows, G, E]`."""
-    return x + (stream * rows * G + head) * E
-
-
-@triton.jit
-def _load_rows(x, start, end, G, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Rows [start, start + BLOCK) of a head, zeros from row `end` on."""
-    i, e = tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
-    mask = (start + i < end)[:, None]
-    if E != BLOCK_E:
-        mask = mask & (e < E)[None, :]
-    # one 64-bit address a block, 32 bits within
-    return tl.load(x + (tl.zeros((), tl.int64) + start) * G * E + (i[:, None] * (G * E) + e[None, :]), mask, other=0.0)
-
-
-@triton.jit
-def _store_rows(x, value, start, end, G, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
-    i, e = tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
-    mask = (start + i < end)[:, None] & (e < E)[None, :]
-    at = x + (tl.zeros((), tl.int64) + start) * G * E + (i[:, None] * (G * E) + e[None, :])
-    tl.store(at, value.to(x.dtype.element_ty), mask)
-
-
-@triton.jit
 def _memory_attention_fwd_kernel(
-    query, keys, values, count, out, stats, N, M, ROWS, S, G, SCALE, SPLITS,
-    E: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+    query, keys, values, count, key_scale, value_scale, out, stats, N, M, ROWS, S, G, SCALE, SPLITS,
+    E: tl.constexpr, WHOLE: tl.constexpr, QUANTIZED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """`stats [SPLITS, 2, S, G, N]`, and `out [SPLITS, S, N, G, E]`, divided by the sums if WHOLE."""
     first = tl.program_id(0) * BLOCK_N
@@ -67,30 +38,36 @@ def _memory_attention_fwd_kernel(
     share = tl.cdiv(tl.cdiv(valid, SPLITS), BLOCK_M) * BLOCK_M
     begin = tl.minimum(split.to(tl.int32) * share, valid)
     end = tl.minimum(begin + share, valid)
-    k_head = _head(keys, stream, head, M * ROWS, G, E)
-    v_head = _head(values, stream, head, M * ROWS, G, E)
-    q = _load_rows(_head(query, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E)
+    k_head = head_of(keys, stream, head, M * ROWS, G, E)
+    v_head = head_of(values, stream, head, M * ROWS, G, E)
+    q = load_rows(head_of(query, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E)
     most = tl.full((BLOCK_N,), _NOTHING, tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for start in range(begin, end, BLOCK_M):
         j = start + tl.arange(0, BLOCK_M)
-        k = _load_rows(k_head, start, end, G, E, BLOCK_M, BLOCK_E)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+        k = load_rows(k_head, start, end, G, E, BLOCK_M, BLOCK_E)
+        # whole numbers of 8 bits are exact in every type of query
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * SCALE
+        if QUANTIZED:
+            s *= load_scales(key_scale, stream, head, start, end, M * ROWS, G, BLOCK_M)[None, :]
         s = tl.where((j < end)[None, :], s, _NOTHING)
         largest = tl.maximum(most, tl.max(s, 1))
         # a query that has met nothing but -inf must not take -inf from it
         base = tl.where(largest == _NOTHING, 0.0, largest)
-        p = _exp(s - base[:, None])
-        shrink = _exp(most - base)
+        p = exp(s - base[:, None])
+        shrink = exp(most - base)
         total = total * shrink + tl.sum(p, 1)
-        v = _load_rows(v_head, start, end, G, E, BLOCK_M, BLOCK_E)
+        v = load_rows(v_head, start, end, G, E, BLOCK_M, BLOCK_E)
+        if QUANTIZED:
+            factor = load_scales(value_scale, stream, head, start, end, M * ROWS, G, BLOCK_M)
+            v = (v.to(tl.float32) * factor[:, None]).to(q.dtype)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         most = largest
     if WHOLE:
         acc = tl.where(valid > 0, acc / total[:, None], 0.0)
         most = tl.where(most == _NOTHING, 0.0, most)
-    _store_rows(_head(out, split * S + stream, head, N, G, E), acc, first, N, G, E, BLOCK_N, BLOCK_E)
+    store_rows(head_of(out, split * S + stream, head, N, G, E), acc, first, N, G, E, BLOCK_N, BLOCK_E)
     at = split * 2 * S * G * N + program * N + i
     tl.store(stats + at, most, i < N)
     tl.store(stats + at + S * G * N, total, i < N)
@@ -114,12 +91,12 @@ def _memory_attention_combine_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for split in range(0, SPLITS):
-        weight = _exp(tl.load(partial_stats + split * 2 * size + at, i < N, other=0.0) - most)
+        weight = exp(tl.load(partial_stats + split * 2 * size + at, i < N, other=0.0) - most)
         total += weight * tl.load(partial_stats + (split * 2 + 1) * size + at, i < N, other=0.0)
-        share = _head(partial, split * S + stream, head, N, G, E)
-        acc += weight[:, None] * _load_rows(share, first, N, G, E, BLOCK_N, BLOCK_E)
+        share = head_of(partial, split * S + stream, head, N, G, E)
+        acc += weight[:, None] * load_rows(share, first, N, G, E, BLOCK_N, BLOCK_E)
     acc = tl.where(_valid_rows(count, stream, M, ROWS) > 0, acc / total[:, None], 0.0)
-    _store_rows(_head(out, stream, head, N, G, E), acc, first, N, G, E, BLOCK_N, BLOCK_E)
+    store_rows(head_of(out, stream, head, N, G, E), acc, first, N, G, E, BLOCK_N, BLOCK_E)
     tl.store(stats + at, most, i < N)
     tl.store(stats + size + at, total, i < N)
 
@@ -133,8 +110,8 @@ def _memory_attention_delta_kernel(
     i = first + tl.arange(0, BLOCK_N)
     program = tl.program_id(1).to(tl.int64)
     stream, head = program // G, program % G
-    g = _load_rows(_head(grad, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E).to(tl.float32)
-    o = _load_rows(_head(out, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E).to(tl.float32)
+    g = load_rows(head_of(grad, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E).to(tl.float32)
+    o = load_rows(head_of(out, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E).to(tl.float32)
     tl.store(delta + program * N + i, tl.sum(g * o, 1), i < N)
 
 
@@ -149,9 +126,9 @@ def _memory_attention_slots_bwd_kernel(
     stream, head = program // G, program % G
     size = tl.zeros((), tl.int64) + S * G * N
     valid = _valid_rows(count, stream, M, ROWS)
-    k = _load_rows(_head(keys, stream, head, M * ROWS, G, E), first, valid, G, E, BLOCK_M, BLOCK_E)
-    v = _load_rows(_head(values, stream, head, M * ROWS, G, E), first, valid, G, E, BLOCK_M, BLOCK_E)
-    q_head, g_head = _head(query, stream, head, N, G, E), _head(grad, stream, head, N, G, E)
+    k = load_rows(head_of(keys, stream, head, M * ROWS, G, E), first, valid, G, E, BLOCK_M, BLOCK_E)
+    v = load_rows(head_of(values, stream, head, M * ROWS, G, E), first, valid, G, E, BLOCK_M, BLOCK_E)
+    q_head, g_head = head_of(query, stream, head, N, G, E), head_of(grad, stream, head, N, G, E)
     to_k = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     to_v = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     # a block without valid keys only stores its zeros
@@ -159,25 +136,25 @@ def _memory_attention_slots_bwd_kernel(
     for start in range(0, queries, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
         at = program * N + i
-        q = _load_rows(q_head, start, N, G, E, BLOCK_N, BLOCK_E)
+        q = load_rows(q_head, start, N, G, E, BLOCK_N, BLOCK_E)
         most = tl.load(stats + at, i < N, other=0.0)
         total = tl.load(stats + size + at, i < N, other=1.0)
         s = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE
-        p = _exp(s - most[None, :]) / total[None, :]
+        p = exp(s - most[None, :]) / total[None, :]
         p = tl.where((j < valid)[:, None] & (i < N)[None, :], p, 0.0)
-        g = _load_rows(g_head, start, N, G, E, BLOCK_N, BLOCK_E)
+        g = load_rows(g_head, start, N, G, E, BLOCK_N, BLOCK_E)
         to_v += tl.dot(p.to(g.dtype), g, input_precision="ieee")
         slope = tl.dot(v, tl.trans(g), input_precision="ieee")
         slope = p * (slope - tl.load(delta + at, i < N, other=0.0)[None, :]) * SCALE
         to_k += tl.dot(slope.to(q.dtype), q, input_precision="ieee")
-    _store_rows(_head(to_keys, stream, head, M * ROWS, G, E), to_k, first, M * ROWS, G, E, BLOCK_M, BLOCK_E)
-    _store_rows(_head(to_values, stream, head, M * ROWS, G, E), to_v, first, M * ROWS, G, E, BLOCK_M, BLOCK_E)
+    store_rows(head_of(to_keys, stream, head, M * ROWS, G, E), to_k, first, M * ROWS, G, E, BLOCK_M, BLOCK_E)
+    store_rows(head_of(to_values, stream, head, M * ROWS, G, E), to_v, first, M * ROWS, G, E, BLOCK_M, BLOCK_E)
 
 
 @triton.jit
 def _memory_attention_query_bwd_kernel(
-    grad, query, keys, values, count, stats, delta, to_query, N, M, ROWS, S, G, SCALE,
-    E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+    grad, query, keys, values, count, key_scale, value_scale, stats, delta, to_query, N, M, ROWS, S, G, SCALE,
+    E: tl.constexpr, QUANTIZED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BLOCK_N
     i = first + tl.arange(0, BLOCK_N)
@@ -189,34 +166,31 @@ def _memory_attention_query_bwd_kernel(
     most = tl.load(stats + at, i < N, other=0.0)
     total = tl.load(stats + size + at, i < N, other=1.0)
     along = tl.load(delta + at, i < N, other=0.0)
-    q = _load_rows(_head(query, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E)
-    g = _load_rows(_head(grad, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E)
-    k_head = _head(keys, stream, head, M * ROWS, G, E)
-    v_head = _head(values, stream, head, M * ROWS, G, E)
+    q = load_rows(head_of(query, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E)
+    g = load_rows(head_of(grad, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E)
+    k_head = head_of(keys, stream, head, M * ROWS, G, E)
+    v_head = head_of(values, stream, head, M * ROWS, G, E)
     acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for start in range(0, valid, BLOCK_M):
         j = start + tl.arange(0, BLOCK_M)
-        k = _load_rows(k_head, start, valid, G, E, BLOCK_M, BLOCK_E)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
-        p = tl.where((j < valid)[None, :], _exp(s - most[:, None]) / total[:, None], 0.0)
-        v = _load_rows(v_head, start, valid, G, E, BLOCK_M, BLOCK_E)
+        k = load_rows(k_head, start, valid, G, E, BLOCK_M, BLOCK_E)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * SCALE
+        if QUANTIZED:
+            factor = load_scales(key_scale, stream, head, start, valid, M * ROWS, G, BLOCK_M)
+            s *= factor[None, :]
+        p = tl.where((j < valid)[None, :], exp(s - most[:, None]) / total[:, None], 0.0)
+        v = load_rows(v_head, start, valid, G, E, BLOCK_M, BLOCK_E)
+        if QUANTIZED:
+            factor = load_scales(value_scale, stream, head, start, valid, M * ROWS, G, BLOCK_M)
+            v = (v.to(tl.float32) * factor[:, None]).to(q.dtype)
         slope = tl.dot(g, tl.trans(v), input_precision="ieee")
         slope = p * (slope - along[:, None]) * SCALE
+        if QUANTIZED:
+            # only now: both forms at once do not fit the registers
+            factor = load_scales(key_scale, stream, head, start, valid, M * ROWS, G, BLOCK_M)
+            k = (load_rows(k_head, start, valid, G, E, BLOCK_M, BLOCK_E).to(tl.float32) * factor[:, None]).to(q.dtype)
         acc += tl.dot(slope.to(k.dtype), k, input_precision="ieee")
-    _store_rows(_head(to_query, stream, head, N, G, E), acc, first, N, G, E, BLOCK_N, BLOCK_E)
-
-
-def blocks(E: int, wide: bool, across: str = "") -> dict[str, int]:
-    """Block sizes by the channels of a head; float32 rows take more space, as products without tensor cores.
-
-    `across` names the side the backward pass walks along, which gets half: it keeps more at once.
-    """
-    block_e = max(16, power_of_two(E))
-    side = max(16, min(32 if wide else 64, (2048 if wide else 8192) // block_e))
-    sizes = {"BLOCK_N": side, "BLOCK_M": side, "BLOCK_E": block_e}
-    if across:
-        sizes[across] = max(16, side // 2)
-    return sizes | {"num_warps": 8 if side * block_e >= 4096 else 4, "num_stages": 2}
+    store_rows(head_of(to_query, stream, head, N, G, E), acc, first, N, G, E, BLOCK_N, BLOCK_E)
 
 
 def _splits(programs: int, rows: int, block: int, device: torch.device) -> int:
@@ -225,8 +199,11 @@ def _splits(programs: int, rows: int, block: int, device: torch.device) -> int:
     return max(1, min(wanted // programs, rows // (4 * block), 32))
 
 
-def memory_attention(query: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def memory_attention(
+    query: Tensor, keys: Tensor, values: Tensor, count: Tensor, key_scale: Tensor | None, value_scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
     query, keys, values, count = query.contiguous(), keys.contiguous(), values.contiguous(), count.contiguous()
+    scales = [count if scale is None else scale.contiguous() for scale in (key_scale, value_scale)]
     S, N, G, E = query.shape
     M, rows = keys.shape[1:3]
     out = torch.empty_like(query)
@@ -242,8 +219,8 @@ def memory_attention(query: Tensor, keys: Tensor, values: Tensor, count: Tensor)
         share_stats = stats.new_empty((splits, *stats.shape))
     with device_of(query):
         _memory_attention_fwd_kernel[(along, S * G * splits)](
-            query, keys, values, count, shares, share_stats, N, M, rows, S, G, E**-0.5, splits, E=E,
-            WHOLE=splits == 1, **config,
+            query, keys, values, count, *scales, shares, share_stats, N, M, rows, S, G, E**-0.5, splits, E=E,
+            WHOLE=splits == 1, QUANTIZED=key_scale is not None, **config,
         )  # fmt: skip
         if splits > 1:
             _memory_attention_combine_kernel[(triton.cdiv(N, 16), S * G)](
@@ -254,10 +231,11 @@ def memory_attention(query: Tensor, keys: Tensor, values: Tensor, count: Tensor)
 
 
 def memory_attention_backward(
-    grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, count: Tensor, out: Tensor, stats: Tensor,
-    for_memory: bool,
+    grad: Tensor, query: Tensor, keys: Tensor, values: Tensor, count: Tensor, key_scale: Tensor | None,
+    value_scale: Tensor | None, out: Tensor, stats: Tensor, for_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     grad, query, keys, values, count = (x.contiguous() for x in (grad, query, keys, values, count))
+    scales = [count if scale is None else scale.contiguous() for scale in (key_scale, value_scale)]
     S, N, G, E = query.shape
     M, rows = keys.shape[1:3]
     shape = keys.shape if for_memory else (0,)
@@ -266,8 +244,8 @@ def memory_attention_backward(
     to_query, to_keys, to_values = query.new_empty(query.shape), query.new_empty(shape), query.new_empty(shape)
     delta = stats.new_empty((S, G, N))
     wide = query.dtype == torch.float32
-    over_slots, over_query = blocks(E, wide, "BLOCK_N"), blocks(E, wide, "BLOCK_M")
-    saved = grad, query, keys, values, count, stats, delta
+    over_slots, over_query = blocks(E, wide, "BLOCK_N"), blocks(E, wide, "BLOCK_M", key_scale is not None)
+    saved = grad, query, keys, values, count
     sizes = N, M, rows, S, G, E**-0.5
     with device_of(query):
         _memory_attention_delta_kernel[(triton.cdiv(N, 16), S * G)](
@@ -275,9 +253,9 @@ def memory_attention_backward(
         )
         if to_keys.numel() > 0:
             _memory_attention_slots_bwd_kernel[(triton.cdiv(M * rows, over_slots["BLOCK_M"]), S * G)](
-                *saved, to_keys, to_values, *sizes, E=E, **over_slots
+                *saved, stats, delta, to_keys, to_values, *sizes, E=E, **over_slots
             )
         _memory_attention_query_bwd_kernel[(triton.cdiv(N, over_query["BLOCK_N"]), S * G)](
-            *saved, to_query, *sizes, E=E, **over_query
+            *saved, *scales, stats, delta, to_query, *sizes, E=E, QUANTIZED=key_scale is not None, **over_query
         )
     return to_query, to_keys, to_values

@@ -6,37 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.attention import DTYPES, SHAPES, inputs, widened
 from vmemory.ops.memory_attention import memory_attention
 from vmemory.reference import memory_attention as reference
 from vmemory.testing import A100_SHARED_BYTES, assert_within_budget, compile_triton, layouts, poisoned, random_tensor
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MODULE = "vmemory.kernels.memory_attention"
-# S, N, G, E, M, n
-SHAPES = [
-    (1, 63, 2, 33, 5, 7),
-    (3, 100, 3, 64, 4, 50),
-    (2, 1, 1, 128, 3, 100),
-    (1, 130, 1, 8, 1000, 1),
-    (2, 5, 2, 1, 2, 3),
-    (1, 17, 2, 200, 3, 65),
-    (0, 3, 2, 8, 2, 3),
-    (2, 0, 2, 8, 2, 3),
-    (2, 3, 0, 8, 2, 3),
-    (2, 3, 2, 8, 0, 3),
-    (2, 3, 2, 8, 2, 0),
-]
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def inputs(S: int, N: int, G: int, E: int, M: int, n: int, dtype: torch.dtype = torch.float32) -> Inputs:
-    """Streams hold M + 1, 1, 0, ... items; slots that are not valid hold NaN."""
-    query = random_tensor(S, N, G, E, dtype=dtype, seed=1)
-    keys, values = (random_tensor(S, M, n, G, E, dtype=dtype, seed=seed) for seed in (2, 3))
-    count = torch.tensor([M + 1, 1, 0][:S], dtype=torch.int64)
-    for s in range(S):
-        keys[s, count[s] :] = values[s, count[s] :] = float("nan")
-    return query, keys, values, count
 
 
 def outputs(impl: str, query: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> list[Tensor]:
@@ -45,10 +20,6 @@ def outputs(impl: str, query: Tensor, keys: Tensor, values: Tensor, count: Tenso
     out = memory_attention(*leaves, count, impl=impl)
     grad = random_tensor(*out.shape, seed=4).to(out.device, out.dtype)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def widened(query: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> Inputs:
-    return query.double(), keys.double(), values.double(), count
 
 
 @pytest.mark.usefixtures("native")
@@ -182,12 +153,12 @@ def test_gradients_for_some_inputs_only(needing):
 def test_opcheck():
     query, keys, values, count = inputs(2, 20, 2, 16, 3, 5)
     keys, values = keys.nan_to_num(), values.nan_to_num()
-    torch.library.opcheck(torch.ops.vmemory.memory_attention.default, (query, keys, values, count))
-    out, stats = torch.ops.vmemory.memory_attention(query, keys, values, count)
+    torch.library.opcheck(torch.ops.vmemory.memory_attention.default, (query, keys, values, count, None, None))
+    out, stats = torch.ops.vmemory.memory_attention(query, keys, values, count, None, None)
     for for_memory in (True, False):
         torch.library.opcheck(
             torch.ops.vmemory.memory_attention_backward.default,
-            (torch.ones_like(out), query, keys, values, count, out, stats, for_memory),
+            (torch.ones_like(out), query, keys, values, count, None, None, out, stats, for_memory),
         )
 
 
@@ -208,7 +179,8 @@ def test_compiles_in_one_graph(backend, dynamic):
 
 @given(
     sizes=st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(0, 3), st.integers(1, 40)),
-    memory=st.tuples(st.integers(0, 5), st.integers(0, 60)),
+    # over one key alone the gradient of the query is 0, and so is the budget for what rounding the output leaves of it
+    memory=st.tuples(st.integers(0, 5), st.integers(0, 60).filter(lambda n: n != 1)),
     counts=st.lists(st.integers(-1, 7), min_size=3, max_size=3),
     # one float32 number may by chance have a reference without error
     dtype=st.sampled_from([torch.float64, torch.bfloat16]),
@@ -255,12 +227,16 @@ def test_bad_arguments(changes, error, words):
 @pytest.mark.parametrize("shape", [*SHAPES[:3], SHAPES[4], *SHAPES[6:], (1, 70, 1, 20, 2, 150)])
 def test_triton_interpreted(interpreter, shape, dtype):
     query, keys, values, count = inputs(*shape, dtype=dtype)
-    out, stats = interpreter(MODULE, "memory_attention", query, keys, values, count)
+    out, stats = interpreter(MODULE, "memory_attention", query, keys, values, count, None, None)
     grad = random_tensor(*out.shape, seed=4).to(dtype)
     low, wide = outputs("reference", query, keys, values, count), widened(query, keys, values, count)
-    grads = interpreter(MODULE, "memory_attention_backward", grad, query, keys, values, count, out, stats, True)
+    grads = interpreter(
+        MODULE, "memory_attention_backward", grad, query, keys, values, count, None, None, out, stats, True
+    )
     assert_within_budget([out, *grads], low, outputs("reference", *wide))
-    alone = interpreter(MODULE, "memory_attention_backward", grad, query, keys, values, count, out, stats, False)
+    alone = interpreter(
+        MODULE, "memory_attention_backward", grad, query, keys, values, count, None, None, out, stats, False
+    )
     assert torch.equal(alone[0], grads[0])
     assert [x.shape for x in alone[1:]] == [(0,), (0,)]
 
@@ -275,7 +251,7 @@ def sums(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("queries", [17, 400])
 def test_triton_saves_the_largest_score_and_the_sum(interpreter, queries):
     query, keys, values, count = inputs(1, queries, 1, 16, 3, 200)
-    stats = interpreter(MODULE, "memory_attention", query, keys, values, count)[1]
+    stats = interpreter(MODULE, "memory_attention", query, keys, values, count, None, None)[1]
     assert_within_budget(tuple(stats[:, 0, 0]), sums(query, keys), sums(query.double(), keys.double()))
 
 
@@ -284,7 +260,7 @@ def test_triton_weighs_minus_infinity_with_nothing(interpreter):
     query.abs_()
     keys[0, 0] = -float("inf")
     alone = query, keys[:, 1:], values[:, 1:], count
-    out = interpreter(MODULE, "memory_attention", query, keys, values, count)[0]
+    out = interpreter(MODULE, "memory_attention", query, keys, values, count, None, None)[0]
     assert_within_budget(out, reference.memory_attention(*alone), reference.memory_attention(*widened(*alone)))
 
 
@@ -298,11 +274,18 @@ def test_triton_compiles(kernel, dtype, channels, arch):
     signature = dict.fromkeys(("N", "M", "ROWS", "S", "G", "SPLITS"), "i32")
     signature |= dict.fromkeys(("query", "keys", "values", "grad", "out", "to_query"), f"*{dtype}")
     signature |= dict.fromkeys(("stats", "delta", "partial", "partial_stats"), "*fp32")
-    signature |= {"count": "*i64", "SCALE": "fp32", "to_keys": f"*{dtype}", "to_values": f"*{dtype}"}
+    signature |= {
+        "key_scale": "*fp32",
+        "value_scale": "*fp32",
+        "count": "*i64",
+        "SCALE": "fp32",
+        "to_keys": f"*{dtype}",
+        "to_values": f"*{dtype}",
+    }
     walked = {"slots": "BLOCK_N", "query": "BLOCK_M"}.get(kernel, "")
     config = kernels.blocks(channels, dtype == "fp32", walked)
     options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
-    constants = {"E": channels, **config}
+    constants = {"E": channels, **config} | ({"QUANTIZED": False} if kernel in ("fwd", "share", "query") else {})
     jitted = getattr(kernels, f"_memory_attention_{kernel}_kernel", None)
     if kernel in ("fwd", "share"):
         jitted, constants["WHOLE"] = kernels._memory_attention_fwd_kernel, kernel == "fwd"

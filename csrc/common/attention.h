@@ -36,19 +36,35 @@ struct SlotSizes {
   int64_t valid(const int64_t* count, int64_t s) const { return std::clamp<int64_t>(count[s], 0, M) * n; }
 };
 
-// rows of one head: E channels each, `step` elements apart
+// rows of one head: E channels each, `step` elements apart; those stored in int8 or nibbles have a scale each
 template <class T>
 struct Rows {
   const T* at;
   int64_t step, E;
+  const float* scale;
+  int64_t scale_step;
   const T* row(int64_t i) const { return at + i * step; }
 };
 
-// x [S, rows, G, E], head g of stream s
+// x [S, rows, G, E] and, for quantised ones, scale [S, rows, G]: head g of stream s
 template <class T>
-Rows<T> head_rows(const T* x, int64_t s, int64_t rows, int64_t G, int64_t g, int64_t E) {
-  return {x + (s * rows * G + g) * E, G * E, E};
+Rows<T> head_rows(const T* x, const float* scale, int64_t s, int64_t rows, int64_t G, int64_t g, int64_t E) {
+  const int64_t first = s * rows * G + g, stored = stored_elements<T>(E);
+  return {x + first * stored, G * stored, E, scale ? scale + first : nullptr, G};
 }
+
+// keys and values [S, M, n, G, E], quantised ones with scales [S, M, n, G]
+template <class T>
+struct Slots {
+  const T *keys, *values;
+  const float *key_scale, *value_scale;
+  Rows<T> head_keys(const SlotSizes& z, int64_t s, int64_t g) const {
+    return head_rows(keys, key_scale, s, z.rows(), z.G, g, z.E);
+  }
+  Rows<T> head_values(const SlotSizes& z, int64_t s, int64_t g) const {
+    return head_rows(values, value_scale, s, z.rows(), z.G, g, z.E);
+  }
+};
 
 // channels as stored in scratch: whole vectors and whole groups of kProductRows
 template <class A>
@@ -61,7 +77,12 @@ template <class T, class A>
 void copy_rows(const Rows<T>& x, int64_t first, int64_t count, int64_t filled, int64_t wide, A* to) {
   for (int64_t i = 0; i < count; ++i, to += wide) {
     const T* from = x.row(first + i);
-    for_channels<A>(x.E, [&](int64_t d, int64_t lanes) { store(to + d, load_some(from + d, lanes)); });
+    if constexpr (kQuantized<T>) {
+      const vec<A> scale = broadcast<A>(x.scale[(first + i) * x.scale_step]);
+      for_channels<A>(x.E, [&](int64_t d, int64_t lanes) { store(to + d, load_some_row<A>(from, d, lanes) * scale); });
+    } else {
+      for_channels<A>(x.E, [&](int64_t d, int64_t lanes) { store(to + d, load_some(from + d, lanes)); });
+    }
     const int64_t done = round_up(x.E, kLanes<A>);
     std::fill(to + done, to + wide, A(0));
   }

@@ -21,11 +21,6 @@ inline vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) {
 }
 inline vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) { return a * b + c; }
 
-// Two channels in 4 bits each, in two's complement: the even one in the low half.
-struct nibbles {
-  uint8_t pair;
-};
-
 constexpr int low_nibble(uint8_t pair) { return static_cast<int>((pair & 15u) ^ 8u) - 8; }
 constexpr int high_nibble(uint8_t pair) { return static_cast<int>((pair >> 4) ^ 8u) - 8; }
 

@@ -16,6 +16,12 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+// two channels in 4 bits each, in two's complement: the even one in the low half
+struct nibbles {
+  uint8_t pair;
+};
+template <class T>
+constexpr bool kQuantized = std::is_same_v<T, int8_t> || std::is_same_v<T, nibbles>;
 
 // the type sums are kept in: float for every storage type but double
 template <class T>

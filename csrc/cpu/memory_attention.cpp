@@ -21,8 +21,8 @@ class Piece {
         most_(lanes_),
         total_(lanes_) {}
 
-  template <class T>
-  void attend(const Rows<T>& query, int64_t first, int64_t queries, const Rows<T>& keys, const Rows<T>& values,
+  template <class T, class Q>
+  void attend(const Rows<T>& query, int64_t first, int64_t queries, const Rows<Q>& keys, const Rows<Q>& values,
               int64_t valid) {
     std::fill_n(out_.get(), lanes_ * wide_, A(0));
     std::fill_n(most_.get(), lanes_, -std::numeric_limits<A>::infinity());
@@ -93,8 +93,8 @@ class Piece {
   Lines<A> query_, out_, keys_, values_, weight_, most_, total_;
 };
 
-template <class T>
-void attention(const SlotSizes& z, const T* query, const T* keys, const T* values, const int64_t* count, T* out,
+template <class T, class Q>
+void attention(const SlotSizes& z, const T* query, const Slots<Q>& slots, const int64_t* count, T* out,
                acc_t<T>* stats) {
   using A = acc_t<T>;
   const int64_t vectors = (z.N + kLanes<A> - 1) / kLanes<A>;
@@ -110,8 +110,8 @@ void attention(const SlotSizes& z, const T* query, const T* keys, const T* value
       const int64_t first = p * vectors / pieces * kLanes<A>;
       const int64_t queries = std::min((p + 1) * vectors / pieces * kLanes<A>, z.N) - first;
       const int64_t valid = z.valid(count, s);
-      const auto rows = [&](const T* x, int64_t n) { return head_rows(x, s, n, z.G, g, z.E); };
-      piece.attend(rows(query, z.N), first, queries, rows(keys, z.rows()), rows(values, z.rows()), valid);
+      piece.attend(head_rows(query, nullptr, s, z.N, z.G, g, z.E), first, queries, slots.head_keys(z, s, g),
+                   slots.head_values(z, s, g), valid);
       piece.write(queries, valid, out + ((s * z.N + first) * z.G + g) * z.E, z.G * z.E,
                   stats + (s * z.G + g) * z.N + first, stats + (z.S * z.G + s * z.G + g) * z.N + first);
     }
@@ -119,16 +119,23 @@ void attention(const SlotSizes& z, const T* query, const T* keys, const T* value
 }
 
 std::tuple<Tensor, Tensor> memory_attention(const Tensor& query_, const Tensor& keys_, const Tensor& values_,
-                                            const Tensor& count_) {
+                                            const Tensor& count_, std::optional<Tensor> key_scale_,
+                                            std::optional<Tensor> value_scale_) {
   const Tensor query = dense(query_), keys = dense(keys_), values = dense(values_), count = dense(count_);
+  const Tensor key_scale = key_scale_ ? dense(*key_scale_) : count;
+  const Tensor value_scale = value_scale_ ? dense(*value_scale_) : count;
   const SlotSizes z{query.size(0), query.size(1), query.size(2), query.size(3), keys.size(1), keys.size(2)};
   const ScalarType wide = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor out = make(query, {z.S, z.N, z.G, z.E}), stats = make(query, {2, z.S, z.G, z.N}, wide);
   if (stats.numel() == 0) return {out, stats};
   dispatch_floating(query.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
-    attention(z, data<T>(query), data<T>(keys), data<T>(values), data<int64_t>(count), mutable_data<T>(out),
-              mutable_data<acc_t<T>>(stats));
+    dispatch_stored<T>(keys.scalar_type(), [&](auto q) {
+      using Q = typename decltype(q)::type;
+      const Slots<Q> slots{data<Q>(keys), data<Q>(values), key_scale_ ? data<float>(key_scale) : nullptr,
+                           value_scale_ ? data<float>(value_scale) : nullptr};
+      attention(z, data<T>(query), slots, data<int64_t>(count), mutable_data<T>(out), mutable_data<acc_t<T>>(stats));
+    });
   });
   return {out, stats};
 }

@@ -6,7 +6,7 @@ namespace {
 
 template <class T>
 struct Saved {
-  const T *grad, *query, *keys, *values, *out;
+  const T *grad, *query, *out;
   const acc_t<T>* stats;
 };
 
@@ -58,8 +58,8 @@ class Head {
   }
 
   // keys [first, first + count): what they send to the queries, and, if asked for, what they are sent
-  template <class T>
-  void add_block(const Rows<T>& keys, const Rows<T>& values, int64_t first, int64_t count, T* to_keys, T* to_values) {
+  template <class T, class Q>
+  void add_block(const Rows<Q>& keys, const Rows<Q>& values, int64_t first, int64_t count, T* to_keys, T* to_values) {
     const int64_t filled = round_up(count, kProductRows);
     copy_rows(keys, first, count, filled, wide_, keys_.get());
     copy_rows(values, first, count, filled, wide_, values_.get());
@@ -144,24 +144,24 @@ void clear_invalid(const SlotSizes& z, const int64_t* count, T* out) {
 }
 
 // `partial` [pieces, S, N, G, E]: what each piece of the keys sends to the queries
-template <class T>
-void backward(const SlotSizes& z, const Saved<T>& x, const int64_t* count, int64_t pieces, acc_t<T>* partial,
-              T* to_keys, T* to_values) {
+template <class T, class Q>
+void backward(const SlotSizes& z, const Saved<T>& x, const Slots<Q>& slots, const int64_t* count, int64_t pieces,
+              acc_t<T>* partial, T* to_keys, T* to_values) {
   using A = acc_t<T>;
   parallel(z.S * z.G * pieces, kSmallAttention / (z.N * (z.rows() / pieces + 1) * (z.E + 1) + 1),
            [&](int64_t begin, int64_t end) {
              Head<A> head(z.N, z.E);
              for (int64_t item = begin; item < end; ++item) {
                const int64_t p = item % pieces, g = item / pieces % z.G, s = item / pieces / z.G;
-               const auto rows = [&](const T* from, int64_t n) { return head_rows(from, s, n, z.G, g, z.E); };
+               const auto rows = [&](const T* from) { return head_rows(from, nullptr, s, z.N, z.G, g, z.E); };
+               const Rows<Q> keys = slots.head_keys(z, s, g), values = slots.head_values(z, s, g);
                const int64_t valid = z.valid(count, s), blocks = (valid + kKeyBlock - 1) / kKeyBlock;
-               head.start(rows(x.query, z.N), rows(x.grad, z.N), rows(x.out, z.N), x.stats + (s * z.G + g) * z.N,
+               head.start(rows(x.query), rows(x.grad), rows(x.out), x.stats + (s * z.G + g) * z.N,
                           x.stats + (z.S * z.G + s * z.G + g) * z.N, z.N);
                const int64_t at = (s * z.rows() * z.G + g) * z.E;
                for (int64_t b = p * blocks / pieces; b < (p + 1) * blocks / pieces; ++b)
-                 head.add_block(rows(x.keys, z.rows()), rows(x.values, z.rows()), b * kKeyBlock,
-                                std::min(kKeyBlock, valid - b * kKeyBlock), to_keys ? to_keys + at : nullptr,
-                                to_keys ? to_values + at : nullptr);
+                 head.add_block(keys, values, b * kKeyBlock, std::min(kKeyBlock, valid - b * kKeyBlock),
+                                to_keys ? to_keys + at : nullptr, to_keys ? to_values + at : nullptr);
                head.finish(partial + ((p * z.S + s) * z.N * z.G + g) * z.E, z.G * z.E);
              }
            });
@@ -181,10 +181,13 @@ void add_pieces(int64_t n, int64_t pieces, const acc_t<T>* partial, T* out) {
 
 std::tuple<Tensor, Tensor, Tensor> memory_attention_backward(const Tensor& grad_, const Tensor& query_,
                                                              const Tensor& keys_, const Tensor& values_,
-                                                             const Tensor& count_, const Tensor& out_,
+                                                             const Tensor& count_, std::optional<Tensor> key_scale_,
+                                                             std::optional<Tensor> value_scale_, const Tensor& out_,
                                                              const Tensor& stats_, bool for_memory) {
   const Tensor grad = dense(grad_), query = dense(query_), keys = dense(keys_), values = dense(values_);
   const Tensor count = dense(count_), out = dense(out_), stats = dense(stats_);
+  const Tensor key_scale = key_scale_ ? dense(*key_scale_) : count;
+  const Tensor value_scale = value_scale_ ? dense(*value_scale_) : count;
   const SlotSizes z{query.size(0), query.size(1), query.size(2), query.size(3), keys.size(1), keys.size(2)};
   const int64_t pieces = pieces_of(z.S * z.G, z.rows() / kKeyBlock, 1, torch::stable::get_num_threads());
   Tensor to_query = make(query, {z.S, z.N, z.G, z.E});
@@ -199,9 +202,14 @@ std::tuple<Tensor, Tensor, Tensor> memory_attention_backward(const Tensor& grad_
       clear_invalid(z, counts, mutable_data<T>(to_keys));
       clear_invalid(z, counts, mutable_data<T>(to_values));
     }
-    const Saved<T> saved{data<T>(grad), data<T>(query), data<T>(keys), data<T>(values), data<T>(out), data<A>(stats)};
-    backward(z, saved, counts, pieces, mutable_data<A>(partial), for_memory ? mutable_data<T>(to_keys) : nullptr,
-             for_memory ? mutable_data<T>(to_values) : nullptr);
+    const Saved<T> saved{data<T>(grad), data<T>(query), data<T>(out), data<A>(stats)};
+    dispatch_stored<T>(keys.scalar_type(), [&](auto q) {
+      using Q = typename decltype(q)::type;
+      const Slots<Q> slots{data<Q>(keys), data<Q>(values), key_scale_ ? data<float>(key_scale) : nullptr,
+                           value_scale_ ? data<float>(value_scale) : nullptr};
+      backward(z, saved, slots, counts, pieces, mutable_data<A>(partial),
+               for_memory ? mutable_data<T>(to_keys) : nullptr, for_memory ? mutable_data<T>(to_values) : nullptr);
+    });
     add_pieces(query.numel(), pieces, data<A>(partial), mutable_data<T>(to_query));
   });
   return {to_query, to_keys, to_values};

@@ -264,14 +264,7 @@ std::tuple<Tensor, Tensor> similarity_topk(const Tensor& query_, const Tensor& m
       search(z, slots, queries, count_ ? data<int64_t>(count) : nullptr,
              Output<A>{mutable_data<A>(value), mutable_data<int64_t>(index), k});
     };
-    switch (memory.scalar_type()) {
-      case ScalarType::Char:
-        return run(tag<int8_t>{});
-      case ScalarType::Byte:
-        return run(tag<nibbles>{});
-      default:
-        return run(u);
-    }
+    dispatch_stored<U>(memory.scalar_type(), run);
   });
   return {value, index};
 }

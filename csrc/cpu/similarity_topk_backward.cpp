@@ -127,14 +127,7 @@ std::tuple<Tensor, Tensor> similarity_topk_backward(const Tensor& grad_, const T
       if constexpr (std::is_same_v<T, U>)
         if (for_memory) into_memory(z, data<U>(query), found, share.data(), mutable_data<U>(grad_memory));
     };
-    switch (memory.scalar_type()) {
-      case ScalarType::Char:
-        return run(tag<int8_t>{});
-      case ScalarType::Byte:
-        return run(tag<nibbles>{});
-      default:
-        return run(u);
-    }
+    dispatch_stored<U>(memory.scalar_type(), run);
   });
   return {grad_query, grad_memory};
 }

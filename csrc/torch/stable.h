@@ -49,6 +49,19 @@ auto dispatch_floating(ScalarType type, F&& f) {
   }
 }
 
+// f(tag<Q>) with the element type of rows stored beside T: int8_t, nibbles or T itself
+template <class T, class F>
+auto dispatch_stored(ScalarType type, F&& f) {
+  switch (type) {
+    case ScalarType::Char:
+      return f(tag<int8_t>{});
+    case ScalarType::Byte:
+      return f(tag<nibbles>{});
+    default:
+      return f(tag<T>{});
+  }
+}
+
 template <class T>
 const T* data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());

@@ -2,6 +2,7 @@
 
 from vmemory.ops.adjacent_merge import MergedBank, adjacent_merge
 from vmemory.ops.adjacent_similarity import adjacent_similarity
+from vmemory.ops.attention_column_sums import attention_column_sums
 from vmemory.ops.bank import BankPlan, BankTokens, bank_gather, bank_plan, bank_push_
 from vmemory.ops.gated_fusion import gated_fusion
 from vmemory.ops.grid_pool import PooledGrid, grid_pool
@@ -25,6 +26,7 @@ __all__ = [
     "TopK",
     "adjacent_merge",
     "adjacent_similarity",
+    "attention_column_sums",
     "bank_gather",
     "bank_plan",
     "bank_push_",

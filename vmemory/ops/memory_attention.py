@@ -17,7 +17,14 @@ from vmemory.reference import memory_attention as _reference
 _BACKENDS = Backends("memory_attention")
 
 
-def _fake(query: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    count: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     streams, tokens, heads, _ = query.shape
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     return query.new_empty(query.shape), query.new_empty((2, streams, heads, tokens), dtype=wide)
@@ -29,6 +36,8 @@ def _fake_backward(
     keys: Tensor,
     values: Tensor,
     count: Tensor,
+    key_scale: Tensor | None,
+    value_scale: Tensor | None,
     out: Tensor,
     stats: Tensor,
     for_memory: bool,
@@ -38,21 +47,36 @@ def _fake_backward(
 
 
 # the output, and [2, S, G, N] the largest score and the sum of exp(score - largest), which one number would round away
-_forward = Op("memory_attention", "(Tensor query, Tensor keys, Tensor values, Tensor count) -> (Tensor, Tensor)", _fake)
+_forward = Op(
+    "memory_attention",
+    "(Tensor query, Tensor keys, Tensor values, Tensor count, Tensor? key_scale, Tensor? value_scale)"
+    " -> (Tensor, Tensor)",
+    _fake,
+)
 # gradients of keys and values that are not asked for come back as empty tensors
 _backward = Op(
     "memory_attention_backward",
-    "(Tensor grad, Tensor query, Tensor keys, Tensor values, Tensor count, Tensor out, Tensor stats, bool for_memory)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor query, Tensor keys, Tensor values, Tensor count, Tensor? key_scale, Tensor? value_scale,"
+    " Tensor out, Tensor stats, bool for_memory) -> (Tensor, Tensor, Tensor)",
     _fake_backward,
 )
 
 
 class _MemoryAttention(Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, keys: Tensor, values: Tensor, count: Tensor, impl: str) -> Tensor:
-        out, stats = _forward(impl, query, keys, values, count)
-        ctx.save_for_backward(query, keys, values, count, out, stats)
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        count: Tensor,
+        key_scale: Tensor | None,
+        value_scale: Tensor | None,
+        impl: str,
+    ) -> Tensor:
+        inputs = query, keys, values, count, key_scale, value_scale
+        out, stats = _forward(impl, *inputs)
+        ctx.save_for_backward(*inputs, out, stats)
         ctx.impl = impl
         return out
 
@@ -65,30 +89,39 @@ class _MemoryAttention(Function):
             to_query if for_query else None,
             to_keys if for_keys else None,
             to_values if for_values else None,
-            None,
-            None,
+            *(None,) * 4,
         )
 
 
 @with_backends(_BACKENDS)
 def memory_attention(
-    query: Tensor, key_slots: Tensor, value_slots: Tensor, count: Tensor, *, impl: Impl = "auto"
+    query: Tensor,
+    key_slots: Tensor,
+    value_slots: Tensor,
+    count: Tensor,
+    *,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    impl: Impl = "auto",
 ) -> Tensor:
     """Attend from tokens to the valid slots of a memory; what is not valid yet is neither read nor computed.
 
     Args:
         query: `[S, N, G, E]`, E at least 1, float64, float32, float16 or bfloat16, any strides; other sizes may be 0.
-        key_slots: `[S, M, n, G, E]`: M slots of n tokens, same dtype and device as `query`.
-        value_slots: `[S, M, n, G, E]`, same dtype and device.
+        key_slots: `[S, M, n, G, E]`: M slots of n tokens, same dtype and device as `query`; or, with scales, as
+            `quantize_slots` stores them: int8, or 4 bits in uint8 `[S, M, n, G, ceil(E / 2)]`.
+        value_slots: Shape, dtype and device of `key_slots`.
         count: `[S]` int64 on the device: items ever written; the first `min(count, M)` slots are valid, below 0 none.
+        key_scale: `[S, M, n, G]` float32, with quantised slots and only then: a row is its values times its scale.
+        value_scale: The same for `value_slots`.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
         `[S, N, G, E]`, the dtype of `query`: softmax(q · k / √E) · v over the valid slots of the stream, without a
-        causal mask, accumulated in float32 or better (on a GPU the weights of float16 and bfloat16 inputs are rounded
-        to that dtype). A stream without a valid slot gets zeros. What slots hold that are not valid has no influence.
-        Differentiable once in query, keys and values; the weights are never stored, the backward pass recomputes them,
-        and slots that are not valid get zero gradients.
+        causal mask, accumulated in float32 or better (on a GPU weights and quantised values are rounded to the dtype of
+        `query`). A stream without a valid slot gets zeros. What slots hold that are not valid has no influence.
+        Differentiable once in query and in floating keys and values; the weights are never stored, the backward pass
+        recomputes them, and slots that are not valid get zero gradients.
 
     Raises:
         TypeError: An argument is no tensor.
@@ -106,18 +139,38 @@ def memory_attention(
     S, _, G, E = query.shape
     if E < 1:
         raise ValueError(f"query: expected at least 1 channel a head [S, N, G, E], got shape {shape_of(query)}")
-    if (key_slots.shape[0], *key_slots.shape[3:]) != (S, G, E):
-        raise ValueError(f"key_slots: expected [{S}, M, n, {G}, {E}] to fit query, got shape {shape_of(key_slots)}")
+    quantized = key_slots.dtype in (torch.int8, torch.uint8)
+    stored = (E + 1) // 2 if key_slots.dtype == torch.uint8 else E
+    if (key_slots.shape[0], *key_slots.shape[3:]) != (S, G, stored):
+        raise ValueError(
+            f"key_slots: expected [{S}, M, n, {G}, {stored}] to fit query, got shape {shape_of(key_slots)}"
+        )
     if value_slots.shape != key_slots.shape:
         raise ValueError(f"value_slots: expected key_slots' {shape_of(key_slots)}, got shape {shape_of(value_slots)}")
-    check_same("key_slots", key_slots, "query", query)
-    check_same("value_slots", value_slots, "query", query)
+    if quantized:
+        check_device("key_slots", key_slots, "query", query)
+    else:
+        check_same("key_slots", key_slots, "query", query)
+    check_same("value_slots", value_slots, "key_slots", key_slots)
+    for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
+        if quantized != (scale is not None):
+            raise ValueError(f"{name}: expected one with int8 or uint8 slots and only then, they are {key_slots.dtype}")
+        if scale is None:
+            continue
+        check_tensor(name, scale, "[S, M, n, G]")
+        if scale.shape != key_slots.shape[:-1] or scale.dtype != torch.float32:
+            wanted = shape_of(key_slots[..., 0])
+            raise ValueError(
+                f"{name}: expected float32 of shape {wanted}, got {scale.dtype} of shape {shape_of(scale)}"
+            )
+        check_device(name, scale, "query", query)
     if count.shape != (S,) or count.dtype != torch.int64:
         raise ValueError(f"count: expected torch.int64 of shape [{S}], got {count.dtype} of shape {shape_of(count)}")
     check_device("count", count, "query", query)
     picked = _BACKENDS.pick(query, impl)
+    inputs = query, key_slots, value_slots, count, key_scale, value_scale
     if picked == "reference":
-        return _reference.memory_attention(query, key_slots, value_slots, count)
+        return _reference.memory_attention(*inputs)
     if torch.is_grad_enabled() and (query.requires_grad or key_slots.requires_grad or value_slots.requires_grad):
-        return _MemoryAttention.apply(query, key_slots, value_slots, count, picked)
-    return _forward(picked, query, key_slots, value_slots, count)[0]
+        return _MemoryAttention.apply(*inputs, picked)
+    return _forward(picked, *inputs)[0]

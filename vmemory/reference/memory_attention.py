@@ -5,15 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmemory.reference.quantize_slots import dequantize_slots
 
-def memory_attention(query: Tensor, key_slots: Tensor, value_slots: Tensor, count: Tensor) -> Tensor:
+
+def memory_attention(
+    query: Tensor,
+    key_slots: Tensor,
+    value_slots: Tensor,
+    count: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+) -> Tensor:
     """`query [S, N, G, E]` over slots `[S, M, n, G, E]`, of which the first `min(count, M)` count; `[S, N, G, E]`.
 
-    Computed in float32 (float64 for float64) and rounded once. A stream without a valid slot gets zeros. Slots that are
-    not valid may hold anything, NaN included, and get zero gradients.
+    Slots with scales `[S, M, n, G]` are those of `quantize_slots`. Computed in float32 (float64 for float64) and
+    rounded once. A stream without a valid slot gets zeros. Slots that are not valid may hold anything, NaN included,
+    and get zero gradients.
     """
     slots, rows = key_slots.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
+    if key_scale is not None and value_scale is not None:
+        key_slots = dequantize_slots(key_slots, key_scale, query.shape[-1], wide)
+        value_slots = dequantize_slots(value_slots, value_scale, query.shape[-1], wide)
     valid = torch.arange(slots, device=query.device) < count[:, None]
     kept = valid[..., None, None, None]
     keys, values = (torch.where(kept, x.to(wide), 0).flatten(1, 2) for x in (key_slots, value_slots))

@@ -1,0 +1,70 @@
+"""What attention kernels share: rows of one head, their scales, block sizes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vmemory.kernels._launch import power_of_two
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    return tl.exp2(x * _LOG2E)
+
+
+@triton.jit
+def head_of(x, stream, head, rows, G, E):
+    """Where one head of one stream begins in `[S, rows, G, E]`, of which uint8 holds two channels a byte."""
+    return x + (stream * rows * G + head) * ((E + 1) // 2 if x.dtype.element_ty == tl.uint8 else E)
+
+
+@triton.jit
+def load_rows(x, start, end, G, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Rows [start, start + BLOCK) of a head, zeros from row `end` on."""
+    i, e = tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
+    mask = (start + i < end)[:, None]
+    if E != BLOCK_E:
+        mask = mask & (e < E)[None, :]
+    # one 64-bit address a block, 32 bits within
+    first = tl.zeros((), tl.int64) + start
+    if x.dtype.element_ty == tl.uint8:
+        row: tl.constexpr = (E + 1) // 2
+        pair = tl.load(x + first * G * row + (i[:, None] * (G * row) + (e // 2)[None, :]), mask, other=0).to(tl.int32)
+        return ((((pair >> (e % 2 * 4)[None, :]) & 15) ^ 8) - 8).to(tl.int8)
+    else:
+        return tl.load(x + first * G * E + (i[:, None] * (G * E) + e[None, :]), mask, other=0)
+
+
+@triton.jit
+def load_scales(scale, stream, head, start, end, rows, G, BLOCK: tl.constexpr):
+    """Scales of rows [start, start + BLOCK) of a head in `[S, rows, G]`, zeros from row `end` on."""
+    i = (tl.zeros((), tl.int64) + start) + tl.arange(0, BLOCK)
+    return tl.load(scale + (stream * rows + i) * G + head, i < end, other=0.0)
+
+
+@triton.jit
+def store_rows(x, value, start, end, G, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+    i, e = tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
+    mask = (start + i < end)[:, None] & (e < E)[None, :]
+    at = x + (tl.zeros((), tl.int64) + start) * G * E + (i[:, None] * (G * E) + e[None, :])
+    tl.store(at, value.to(x.dtype.element_ty), mask)
+
+
+def blocks(E: int, wide: bool, across: str = "", quantized: bool = False) -> dict[str, int]:
+    """Block sizes by the channels of a head; float32 rows take more space, as products without tensor cores.
+
+    `across` names the side the backward pass walks along, which gets half: it keeps more at once. Beside quantised
+    slots it keeps them in both forms, and both sides are small.
+    """
+    block_e = max(16, power_of_two(E))
+    side = max(16, min(32 if wide else 64, (2048 if wide else 8192) // block_e))
+    sizes = {"BLOCK_N": side, "BLOCK_M": side, "BLOCK_E": block_e}
+    if across and quantized:
+        side = 16 if wide else 32
+        return sizes | {"BLOCK_N": min(side, max(16, 2048 // block_e)), "BLOCK_M": side, "num_warps": 8, "num_stages": 1}
+    if across:
+        sizes[across] = max(16, side // 2)
+    return sizes | {"num_warps": 8 if side * block_e >= 4096 else 4, "num_stages": 2}

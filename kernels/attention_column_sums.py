@@ -1,0 +1,207 @@
+"""Column sums of an attention map that is never stored.
+
+One kernel makes each query's largest score and sum, a second makes the weights anew and adds each column in one
+program, in the order of the queries. The backward pass makes them once more: for what each query's gradient subtracts
+and the gradient of the queries, and for the gradient of the keys.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vmemory.kernels._attention import blocks, exp, head_of, load_rows, store_rows
+from vmemory.kernels._launch import device_of
+
+_NOTHING = tl.constexpr(-float("inf"))
+
+
+@triton.jit
+def _last(start, N, M, CAUSAL: tl.constexpr):
+    """One past the last key that query `start` sees, of M."""
+    return tl.minimum(tl.maximum(start + M - N + 1, 0), M) if CAUSAL else M
+
+
+@triton.jit
+def _weights(q, k, most, total, i, j, N, M, SCALE, CAUSAL: tl.constexpr):
+    """Weights `[BLOCK_N, BLOCK_M]` of keys j for queries i; 0 where a key is not seen, or either does not exist."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+    p = exp(s - most[:, None]) / total[:, None]
+    return tl.where(_seen(i, j, N, M, CAUSAL), p, 0.0)
+
+
+@triton.jit
+def _seen(i, j, N, M, CAUSAL: tl.constexpr):
+    seen = (i < N)[:, None] & (j < M)[None, :]
+    if CAUSAL:
+        seen = seen & (j[None, :] <= i[:, None] + (M - N))
+    return seen
+
+
+@triton.jit
+def _attention_column_sums_stats_kernel(
+    query, key, stats, N, M, S, G, SCALE,
+    E: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """`stats [2, S, G, N]`: the largest score and the sum of exp(score - largest)."""
+    first = tl.program_id(0) * BLOCK_N
+    i = first + tl.arange(0, BLOCK_N)
+    program = tl.program_id(1).to(tl.int64)
+    stream, head = program // G, program % G
+    q = load_rows(head_of(query, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E)
+    k_head = head_of(key, stream, head, M, G, E)
+    most = tl.full((BLOCK_N,), _NOTHING, tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, _last(first + BLOCK_N - 1, N, M, CAUSAL), BLOCK_M):
+        j = start + tl.arange(0, BLOCK_M)
+        k = load_rows(k_head, start, M, G, E, BLOCK_M, BLOCK_E)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+        s = tl.where(_seen(i, j, N, M, CAUSAL), s, _NOTHING)
+        largest = tl.maximum(most, tl.max(s, 1))
+        # a query that has met nothing but -inf must not take -inf from it
+        base = tl.where(largest == _NOTHING, 0.0, largest)
+        total = total * exp(most - base) + tl.sum(exp(s - base[:, None]), 1)
+        most = largest
+    at = program * N + i
+    tl.store(stats + at, tl.where(most == _NOTHING, 0.0, most), i < N)
+    tl.store(stats + (tl.zeros((), tl.int64) + S * G * N) + at, total, i < N)
+
+
+@triton.jit
+def _attention_column_sums_fwd_kernel(
+    query, key, stats, out, N, M, S, G, SCALE,
+    E: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BLOCK_M
+    j = first + tl.arange(0, BLOCK_M)
+    program = tl.program_id(1).to(tl.int64)
+    stream, head = program // G, program % G
+    size = tl.zeros((), tl.int64) + S * G * N
+    k = load_rows(head_of(key, stream, head, M, G, E), first, M, G, E, BLOCK_M, BLOCK_E)
+    q_head = head_of(query, stream, head, N, G, E)
+    sums = tl.zeros((BLOCK_M,), tl.float32)
+    # earlier queries do not see the first key
+    begin = tl.maximum(first - (M - N), 0) // BLOCK_N * BLOCK_N if CAUSAL else 0
+    for start in range(begin, N, BLOCK_N):
+        i = start + tl.arange(0, BLOCK_N)
+        q = load_rows(q_head, start, N, G, E, BLOCK_N, BLOCK_E)
+        most = tl.load(stats + program * N + i, i < N, other=0.0)
+        total = tl.load(stats + size + program * N + i, i < N, other=1.0)
+        sums += tl.sum(_weights(q, k, most, total, i, j, N, M, SCALE, CAUSAL), 0)
+    tl.store(out + program * M + j, sums, j < M)
+
+
+@triton.jit
+def _attention_column_sums_query_bwd_kernel(
+    grad, query, key, stats, delta, to_query, N, M, S, G, SCALE,
+    E: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """With w the gradient of a column, `delta [S, G, N]` is the mean of w under a query's weights p, and a score's
+    gradient p (w - delta)."""
+    first = tl.program_id(0) * BLOCK_N
+    i = first + tl.arange(0, BLOCK_N)
+    program = tl.program_id(1).to(tl.int64)
+    stream, head = program // G, program % G
+    size = tl.zeros((), tl.int64) + S * G * N
+    q = load_rows(head_of(query, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E)
+    k_head = head_of(key, stream, head, M, G, E)
+    most = tl.load(stats + program * N + i, i < N, other=0.0)
+    total = tl.load(stats + size + program * N + i, i < N, other=1.0)
+    mean = tl.zeros((BLOCK_N,), tl.float32)
+    end = _last(first + BLOCK_N - 1, N, M, CAUSAL)
+    for start in range(0, end, BLOCK_M):
+        j = start + tl.arange(0, BLOCK_M)
+        k = load_rows(k_head, start, M, G, E, BLOCK_M, BLOCK_E)
+        w = tl.load(grad + program * M + j, j < M, other=0.0)
+        mean += tl.sum(_weights(q, k, most, total, i, j, N, M, SCALE, CAUSAL) * w[None, :], 1)
+    acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
+    for start in range(0, end, BLOCK_M):
+        j = start + tl.arange(0, BLOCK_M)
+        k = load_rows(k_head, start, M, G, E, BLOCK_M, BLOCK_E)
+        w = tl.load(grad + program * M + j, j < M, other=0.0)
+        slope = _weights(q, k, most, total, i, j, N, M, SCALE, CAUSAL) * (w[None, :] - mean[:, None]) * SCALE
+        slope = tl.where(_seen(i, j, N, M, CAUSAL), slope, 0.0)
+        acc += tl.dot(slope.to(k.dtype), k, input_precision="ieee")
+    store_rows(head_of(to_query, stream, head, N, G, E), acc, first, N, G, E, BLOCK_N, BLOCK_E)
+    tl.store(delta + program * N + i, mean, i < N)
+
+
+@triton.jit
+def _attention_column_sums_key_bwd_kernel(
+    grad, query, key, stats, delta, to_key, N, M, S, G, SCALE,
+    E: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BLOCK_M
+    j = first + tl.arange(0, BLOCK_M)
+    program = tl.program_id(1).to(tl.int64)
+    stream, head = program // G, program % G
+    size = tl.zeros((), tl.int64) + S * G * N
+    k = load_rows(head_of(key, stream, head, M, G, E), first, M, G, E, BLOCK_M, BLOCK_E)
+    w = tl.load(grad + program * M + j, j < M, other=0.0)
+    q_head = head_of(query, stream, head, N, G, E)
+    acc = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    begin = tl.maximum(first - (M - N), 0) // BLOCK_N * BLOCK_N if CAUSAL else 0
+    for start in range(begin, N, BLOCK_N):
+        i = start + tl.arange(0, BLOCK_N)
+        q = load_rows(q_head, start, N, G, E, BLOCK_N, BLOCK_E)
+        most = tl.load(stats + program * N + i, i < N, other=0.0)
+        total = tl.load(stats + size + program * N + i, i < N, other=1.0)
+        mean = tl.load(delta + program * N + i, i < N, other=0.0)
+        slope = _weights(q, k, most, total, i, j, N, M, SCALE, CAUSAL) * (w[None, :] - mean[:, None]) * SCALE
+        slope = tl.where(_seen(i, j, N, M, CAUSAL), slope, 0.0)
+        acc += tl.dot(tl.trans(slope).to(q.dtype), q, input_precision="ieee")
+    store_rows(head_of(to_key, stream, head, M, G, E), acc, first, M, G, E, BLOCK_M, BLOCK_E)
+
+
+def blocks_of(E: int, wide: bool, across: str = "") -> dict[str, int]:
+    """Block sizes by the channels of a head; beside float32 rows the weights and their sums need small ones."""
+    if wide:
+        return blocks(E, wide) | {"BLOCK_N": 16, "BLOCK_M": 16, "num_warps": 8, "num_stages": 1}
+    return blocks(E, wide, across)
+
+
+def attention_column_sums(query: Tensor, key: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    query, key = query.contiguous(), key.contiguous()
+    S, N, G, E = query.shape
+    M = key.shape[1]
+    out = query.new_zeros((S, G, M), dtype=torch.float32)
+    stats = query.new_empty((2, S, G, N), dtype=torch.float32)
+    if stats.numel() == 0:
+        return out, stats
+    config = blocks_of(E, query.dtype == torch.float32)
+    sizes = N, M, S, G, E**-0.5
+    with device_of(query):
+        _attention_column_sums_stats_kernel[(triton.cdiv(N, config["BLOCK_N"]), S * G)](
+            query, key, stats, *sizes, E=E, CAUSAL=causal, **config
+        )
+        if M > 0:
+            _attention_column_sums_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]), S * G)](
+                query, key, stats, out, *sizes, E=E, CAUSAL=causal, **config
+            )
+    return out, stats
+
+
+def attention_column_sums_backward(
+    grad: Tensor, query: Tensor, key: Tensor, stats: Tensor, causal: bool
+) -> tuple[Tensor, Tensor]:
+    grad, query, key = grad.contiguous(), query.contiguous(), key.contiguous()
+    S, N, G, E = query.shape
+    M = key.shape[1]
+    to_query, to_key = torch.empty_like(query), torch.zeros_like(key)
+    if query.numel() == 0:
+        return to_query, to_key
+    delta = stats.new_empty((S, G, N))
+    wide = query.dtype == torch.float32
+    over_query, over_key = blocks_of(E, wide, "BLOCK_M"), blocks_of(E, wide, "BLOCK_N")
+    arguments = N, M, S, G, E**-0.5
+    with device_of(query):
+        _attention_column_sums_query_bwd_kernel[(triton.cdiv(N, over_query["BLOCK_N"]), S * G)](
+            grad, query, key, stats, delta, to_query, *arguments, E=E, CAUSAL=causal, **over_query
+        )
+        if M > 0:
+            _attention_column_sums_key_bwd_kernel[(triton.cdiv(M, over_key["BLOCK_M"]), S * G)](
+                grad, query, key, stats, delta, to_key, *arguments, E=E, CAUSAL=causal, **over_key
+            )
+    return to_query, to_key
