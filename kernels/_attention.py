@@ -53,6 +53,10 @@ def store_rows(x, value, start, end, G, E: tl.constexpr, BLOCK: tl.constexpr, BL
     tl.store(at, value.to(x.dtype.element_ty), mask)
 
 
+# the largest that spill no register, by the channels of a head
+_BESIDE_QUANTIZED = {64: (32, 32, 1), 128: (32, 16, 1), 256: (16, 32, 2)}
+
+
 def blocks(E: int, wide: bool, across: str = "", quantized: bool = False) -> dict[str, int]:
     """Block sizes by the channels of a head; float32 rows take more space, as products without tensor cores.
 
@@ -63,8 +67,8 @@ def blocks(E: int, wide: bool, across: str = "", quantized: bool = False) -> dic
     side = max(16, min(32 if wide else 64, (2048 if wide else 8192) // block_e))
     sizes = {"BLOCK_N": side, "BLOCK_M": side, "BLOCK_E": block_e}
     if across and quantized:
-        side = 16 if wide else 32
-        return sizes | {"BLOCK_N": min(side, max(16, 2048 // block_e)), "BLOCK_M": side, "num_warps": 8, "num_stages": 1}
+        rows, slots, stages = (16, 16, 1) if wide else _BESIDE_QUANTIZED[min(max(block_e, 64), 256)]
+        return sizes | {"BLOCK_N": rows, "BLOCK_M": slots, "num_warps": 8, "num_stages": stages}
     if across:
         sizes[across] = max(16, side // 2)
     return sizes | {"num_warps": 8 if side * block_e >= 4096 else 4, "num_stages": 2}

@@ -178,6 +178,8 @@ def _memory_attention_query_bwd_kernel(
         if QUANTIZED:
             factor = load_scales(key_scale, stream, head, start, valid, M * ROWS, G, BLOCK_M)
             s *= factor[None, :]
+            if q.dtype != tl.float32:
+                k = (k.to(tl.float32) * factor[:, None]).to(q.dtype)
         p = tl.where((j < valid)[None, :], exp(s - most[:, None]) / total[:, None], 0.0)
         v = load_rows(v_head, start, valid, G, E, BLOCK_M, BLOCK_E)
         if QUANTIZED:
@@ -185,10 +187,10 @@ def _memory_attention_query_bwd_kernel(
             v = (v.to(tl.float32) * factor[:, None]).to(q.dtype)
         slope = tl.dot(g, tl.trans(v), input_precision="ieee")
         slope = p * (slope - along[:, None]) * SCALE
-        if QUANTIZED:
+        if QUANTIZED and q.dtype == tl.float32:
             # only now: both forms at once do not fit the registers
             factor = load_scales(key_scale, stream, head, start, valid, M * ROWS, G, BLOCK_M)
-            k = (load_rows(k_head, start, valid, G, E, BLOCK_M, BLOCK_E).to(tl.float32) * factor[:, None]).to(q.dtype)
+            k = load_rows(k_head, start, valid, G, E, BLOCK_M, BLOCK_E).to(tl.float32) * factor[:, None]
         acc += tl.dot(slope.to(k.dtype), k, input_precision="ieee")
     store_rows(head_of(to_query, stream, head, N, G, E), acc, first, N, G, E, BLOCK_N, BLOCK_E)
 
