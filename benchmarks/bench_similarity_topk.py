@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.timing import Rotation
-from vmemory.ops.similarity_topk import similarity_topk
+from vmemory.ops import dequantize_slots, quantize_slots, similarity_topk
 from vmemory.testing import random_tensor
 
 SLOTS, CHANNELS, K = 100_000, 384, 10
@@ -46,20 +46,20 @@ def test_search(measure, device, queries):
     )
 
 
-@pytest.mark.benchmark(group=f"similarity_topk: {SLOTS:,} × {CHANNELS} int8, k = {K}, dot product")
+@pytest.mark.benchmark(group=f"similarity_topk: {SLOTS:,} × {CHANNELS} in 8 and 4 bits, k = {K}, dot product")
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("queries", [1, 8])
-def test_search_in_int8(measure, device, queries):
+def test_search_in_few_bits(measure, device, queries, bits):
     query, wide = random_tensor(1, queries, CHANNELS, device=device), random_tensor(1, SLOTS, CHANNELS, device=device)
-    scale = wide.abs().amax(-1) / 127
-    memory = (wide / scale[..., None]).round().to(torch.int8)
-    rounded = Rotation(memory.float() * scale[..., None])
+    memory, scale = quantize_slots(wide, bits)
+    rounded = Rotation(dequantize_slots(memory, scale))
     found = similarity_topk(query, memory, K, metric="dot", scale=scale).indices
     assert torch.equal(found, product_and_topk(query, rounded()))
     measure(
-        f"{queries} queries" if queries > 1 else "1 query",
+        f"{queries} {'queries' if queries > 1 else 'query'}, {bits} bits",
         lambda rows: similarity_topk(query, rows, K, metric="dot", scale=scale),
         Rotation(memory),
         memory.numel() + scale.numel() * 4,
-        2 * queries * memory.numel(),
+        2 * queries * wide.numel(),
         float32=lambda _: similarity_topk(query, rounded(), K, metric="dot"),
     )

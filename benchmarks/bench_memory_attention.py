@@ -1,0 +1,135 @@
+"""Attention over slots that are partly valid beside masked attention over all; a dual memory beside one that projects
+everything it holds for every frame."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from benchmarks.peers.reprojecting_memory import ReprojectingMemory
+from benchmarks.timing import Rotation
+from vmemory.ops import memory_attention, quantize_slots
+from vmemory.reference import memory_attention as reference
+from vmemory.testing import assert_within_budget, random_tensor
+
+SLOTS, TOKENS, HEADS, CHANNELS = 40, 196, 7, 128
+WORKING = 8
+
+
+def slots_of(tokens: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    query = random_tensor(1, tokens, HEADS, CHANNELS, dtype=dtype, device=device)
+    keys, values = (
+        random_tensor(1, SLOTS, tokens, HEADS, CHANNELS, dtype=dtype, device=device, seed=s) for s in (1, 2)
+    )
+    return query, keys, values
+
+
+def heads_first(x: Tensor) -> Tensor:
+    return (x.flatten(1, 2) if x.dim() == 5 else x).transpose(1, 2).contiguous()
+
+
+@pytest.mark.benchmark(group=f"memory_attention: {TOKENS} queries, {SLOTS} × {TOKENS} slots, {HEADS} × {CHANNELS}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("valid", [SLOTS // 4, SLOTS])
+def test_partly_valid(measure, device, valid, dtype):
+    query, keys, values = slots_of(TOKENS, dtype, device)
+    count = torch.tensor([valid], device=device)
+    wide = reference.memory_attention(query.double(), keys.double(), values.double(), count)
+    out = memory_attention(query, keys, values, count)
+    assert_within_budget(out, reference.memory_attention(query, keys, values, count), wide)
+    q, k, v = map(heads_first, (query, keys, values))
+    part_k, part_v = (x[:, :, : valid * TOKENS].contiguous() for x in (k, v))
+    mask = (torch.arange(SLOTS * TOKENS, device=device) < valid * TOKENS)[None, None, None]
+    seen = memory_attention(query, keys, values, count).transpose(1, 2)
+    torch.testing.assert_close(scaled_dot_product_attention(q, k, v, attn_mask=mask), seen, rtol=2e-2, atol=2e-2)
+    size = query.element_size()
+    measure(
+        f"{valid} of {SLOTS} slots valid, {str(dtype).removeprefix('torch.')}",
+        lambda x: memory_attention(query, x, values, count),
+        Rotation(keys),
+        size * 2 * (query.numel() + valid * keys[0, 0].numel()),
+        4 * query.numel() * valid * TOKENS,
+        masked_sdpa=lambda _: scaled_dot_product_attention(q, k, v, attn_mask=mask),
+        sdpa_of_the_valid=lambda _: scaled_dot_product_attention(q, part_k, part_v),
+    )
+
+
+@pytest.mark.benchmark(group=f"memory_attention: {SLOTS} × {TOKENS} slots of {HEADS} × {CHANNELS}, quantised")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tokens", [1, TOKENS])
+def test_quantised(measure, device, bits, tokens):
+    query, keys, values = slots_of(TOKENS, torch.float32, device)
+    query, count = query[:, :tokens].contiguous(), torch.tensor([SLOTS], device=device)
+    (k, key_scale), (v, value_scale) = quantize_slots(keys, bits), quantize_slots(values, bits)
+    scales = {"key_scale": key_scale, "value_scale": value_scale}
+    args = query, k, v, count, key_scale, value_scale
+    assert_within_budget(
+        memory_attention(query, k, v, count, **scales),
+        reference.memory_attention(*args),
+        reference.memory_attention(query.double(), *args[1:]),
+    )
+    floats = Rotation(keys)
+    measure(
+        f"{tokens} queries, {bits} bits",
+        lambda x: memory_attention(query, x, v, count, **scales),
+        Rotation(k),
+        2 * (k.numel() + 4 * key_scale.numel() + 4 * query.numel()),
+        4 * query.numel() * SLOTS * TOKENS,
+        float32=lambda _: memory_attention(query, floats(), values, count),
+    )
+
+
+@torch.no_grad()
+@pytest.mark.benchmark(group=f"dual memory: {WORKING} + {SLOTS - WORKING} slots of {TOKENS} × {HEADS * CHANNELS}")
+@pytest.mark.parametrize("whole", [False, True], ids=["read", "write one frame and read"])
+def test_dual_memory(measure, device, whole):
+    torch.manual_seed(0)
+    dim = HEADS * CHANNELS
+    peer = ReprojectingMemory(dim, HEADS).to(device)
+    frame = random_tensor(1, TOKENS, dim, device=device)
+    features = {
+        "working": random_tensor(1, WORKING, TOKENS, dim, device=device, seed=1),
+        "episodic": random_tensor(1, SLOTS - WORKING, TOKENS, dim, device=device, seed=2),
+    }
+    stored = {name: [x.contiguous() for x in peer.keys_and_values(name, x)] for name, x in features.items()}
+    count = torch.tensor([SLOTS], device=device)
+
+    def ours(x: Tensor) -> tuple[Tensor, ...]:
+        answers = []
+        for name, (keys, values) in stored.items():
+            attention = getattr(peer, name)
+            weight, bias = attention.in_proj_weight, attention.in_proj_bias
+            if whole:
+                # the frame's own keys and values take the place of the slot that leaves
+                query, key, value = linear(x, weight, bias).chunk(3, -1)
+                keys[:, -1] = key.unflatten(-1, (HEADS, CHANNELS))
+                values[:, -1] = value.unflatten(-1, (HEADS, CHANNELS))
+            else:
+                query = linear(x, weight[:dim], bias[:dim])
+            answer = memory_attention(query.unflatten(-1, (HEADS, CHANNELS)), keys, values, count)
+            answers.append(attention.out_proj(answer.flatten(2)))
+        return tuple(answers)
+
+    def theirs(x: Tensor) -> tuple[Tensor, ...]:
+        if whole:
+            for slots in features.values():
+                slots[:, -1] = x
+        return peer(x, features["working"], features["episodic"])
+
+    wide = ReprojectingMemory(dim, HEADS).to(device).double()
+    wide.load_state_dict({name: x.double() for name, x in peer.state_dict().items()})
+    expected, found = theirs(frame), ours(frame)
+    truth = wide(frame.double(), *(x.double() for x in features.values()))
+    assert_within_budget(found, expected, truth)
+    attended = SLOTS * TOKENS
+    projected = 2 * TOKENS * (4 if whole else 2)
+    measure(
+        "write one frame and read" if whole else "read",
+        ours,
+        Rotation(frame),
+        4 * (2 * attended * dim + 2 * 4 * dim * dim + 3 * TOKENS * dim),
+        4 * TOKENS * attended * dim + 2 * projected * dim * dim,
+        reprojecting=theirs,
+    )
