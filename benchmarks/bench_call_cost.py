@@ -106,7 +106,7 @@ def compare(name: str, tracked: bool, measure: Callable[..., None], benchmark: A
     call = calls(device)[name]
     x = call.x.clone().requires_grad_(tracked)
     launch = repeat(call.bare, False)
-    measure(name, repeat(call.public, tracked), lambda: x, 0.0, 0.0, CALLS, launcher=launch)
+    measure(name, repeat(call.public, tracked), lambda: x, x.numel() * x.element_size(), 0.0, CALLS, launcher=launch)
     info = benchmark.extra_info
     info["python_us"] = info["best_ms"] * 1e3 * (1 - info["launcher_over_ours_best"])
 

@@ -172,13 +172,15 @@ def _gated_fusion_activate_kernel(argument, hidden, size, ACTIVATION: tl.constex
 def tiling(n: int, K: int, wide: bool, aligned: bool, narrow: bool = False) -> dict:
     """Block sizes for n rows and sums of K terms; `wide` for float32, which no tensor core multiplies exactly.
 
-    Without aligned rows nothing is copied ahead into shared memory, and the elements on their way take the registers, as does a long epilogue: `narrow`.
+    Without aligned rows nothing is copied ahead into shared memory, and the elements on their way take the registers,
+    as does a long epilogue: `narrow`.
     """
     small = wide or narrow or not aligned
     rows = min(64 if small else 128, max(16, power_of_two(n)))
+    columns = 64 if small else 128
     block_k = 64 if aligned and not wide else 32
     return {
-        "EVEN": K % block_k == 0, "BLOCK_M": rows, "BLOCK_N": 64 if small else 128, "BLOCK_K": block_k,
+        "EVEN": K % block_k == 0, "BLOCK_M": rows, "BLOCK_N": columns, "BLOCK_K": block_k,
         "num_warps": 8 if rows == 128 or narrow or not aligned else 4, "num_stages": 3,
     }  # fmt: skip
 
@@ -186,7 +188,7 @@ def tiling(n: int, K: int, wide: bool, aligned: bool, narrow: bool = False) -> d
 def _launch(kernel, n: int, N: int, K: int, *args, narrow: bool = False, **options) -> None:
     if n == 0 or N == 0:
         return
-    aligned = all(x.data_ptr() % 16 == 0 if isinstance(x, Tensor) else x == n or x % 16 == 0 for x in args)
+    aligned = K % 16 == 0 and N % 16 == 0 and all(x.data_ptr() % 16 == 0 for x in args if isinstance(x, Tensor))
     options |= tiling(n, K, args[0].dtype == torch.float32, aligned, narrow)
     kernel[(triton.cdiv(n, options["BLOCK_M"]) * triton.cdiv(N, options["BLOCK_N"]),)](*args, **options)
 

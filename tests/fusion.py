@@ -1,0 +1,35 @@
+"""Inputs and gradients for the tests of `gated_fusion`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmemory.ops import gated_fusion
+from vmemory.testing import random_tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ACTIVATIONS = ("relu", "gelu", "silu")
+NAMES = ("working", "episodic", "w1", "b1", "w2", "b2")
+# n, D, Hd
+SHAPES = [(5, 8, 8), (37, 63, 1000), (100, 1000, 63), (729, 96, 64), (1, 1, 1), (17, 300, 5), (0, 8, 8), (3, 0, 5),
+          (3, 4, 0)]  # fmt: skip
+
+
+def inputs(n: int, D: int, Hd: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
+    shapes = [(n, D), (n, D), (Hd, 2 * D), (Hd,), (D, Hd), (D,)]
+    x = [random_tensor(*shape, seed=i) for i, shape in enumerate(shapes)]
+    x[2] /= max(1, 2 * D) ** 0.5
+    x[4] *= 2 / max(1, Hd) ** 0.5
+    return [t.to(device, dtype) for t in x]
+
+
+def gradients(impl: str, x: list[Tensor], activation: str, wanted: tuple[str, ...] = NAMES) -> list[Tensor]:
+    x = [t.clone().requires_grad_(name in wanted) for t, name in zip(x, NAMES, strict=True)]
+    out = gated_fusion(*x, activation, impl=impl)
+    grad = random_tensor(*out.shape, seed=9).to(out.device, out.dtype)
+    return list(torch.autograd.grad(out, [t for t in x if t.requires_grad], grad))
+
+
+def wide(x: list[Tensor]) -> list[Tensor]:
+    return [t.double() for t in x]
