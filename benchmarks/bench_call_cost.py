@@ -14,7 +14,7 @@ from vmemory.ops.bank import layout_maps
 from vmemory.reference.bank_layout import BankLayout
 from vmemory.testing import random_tensor
 
-CALLS = 1000
+CALLS = 100
 native = torch.ops.vmemory
 
 
