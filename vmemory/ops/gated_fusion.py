@@ -86,8 +86,8 @@ def gated_fusion(
     """Blend two readings: γ = σ(w2·act(w1·[working; episodic] + b1) + b2), γ·working + (1−γ)·episodic.
 
     The concatenation and γ are never written. On CPU the hidden activation stays in cache; on a CUDA device it is
-    written, by the Triton kernel once. With a gradient, `n · Hd` elements are kept for the backward pass, n the number of tokens, and γ is
-    computed again.
+    written, by the Triton kernel once. With a gradient, `n · Hd` elements are kept for the backward pass, n the number
+    of tokens, and γ is computed again.
 
     Args:
         working: `[..., D]`, float64, float32, float16 or bfloat16, any strides; no tokens and no channels are fine.
