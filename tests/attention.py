@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmemory.ops.memory_attention import memory_attention
 from vmemory.testing import random_tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -33,6 +34,14 @@ def inputs(S: int, N: int, G: int, E: int, M: int, n: int, dtype: torch.dtype = 
     for s in range(S):
         keys[s, count[s] :] = values[s, count[s] :] = float("nan")
     return query, keys, values, count
+
+
+def outputs(impl: str, query: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> list[Tensor]:
+    """The result and the gradients of the three."""
+    leaves = [x.clone().requires_grad_() for x in (query, keys, values)]
+    out = memory_attention(*leaves, count, impl=impl)
+    grad = random_tensor(*out.shape, seed=4).to(out.device, out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
 
 def widened(query: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> Inputs:

@@ -149,9 +149,10 @@ def memory_attention(
         raise ValueError(f"value_slots: expected key_slots' {shape_of(key_slots)}, got shape {shape_of(value_slots)}")
     if quantized:
         check_device("key_slots", key_slots, "query", query)
+        check_same("value_slots", value_slots, "key_slots", key_slots)
     else:
         check_same("key_slots", key_slots, "query", query)
-    check_same("value_slots", value_slots, "key_slots", key_slots)
+        check_same("value_slots", value_slots, "query", query)
     for name, scale in (("key_scale", key_scale), ("value_scale", value_scale)):
         if quantized != (scale is not None):
             raise ValueError(f"{name}: expected one with int8 or uint8 slots and only then, they are {key_slots.dtype}")
