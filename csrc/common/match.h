@@ -1,0 +1,144 @@
+// The best partner of every row of one set among the rows of another, by a matrix product of which no more than a tile
+// exists at a time: rows of the first set lie in the lanes, where each keeps its best score and whose it was.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "common/lines.h"
+#include "common/product_tile.h"
+#include "common/rows.h"
+
+namespace vmemory {
+
+// Where the rows of a group of clips stand in matching order: `cls` of each of `groups` clips of `tokens`, then the
+// rest. Even rows from `front` on look for partners among the odd ones.
+struct Sequence {
+  int64_t tokens, cls, groups, front;
+
+  int64_t rows() const { return groups * tokens; }
+  int64_t evens() const { return (rows() + 1) / 2 - (front + 1) / 2; }
+  int64_t odds() const { return rows() / 2 - front / 2; }
+  int64_t even(int64_t i) const { return row(front + front % 2 + 2 * i); }
+  int64_t odd(int64_t i) const { return row(front + 1 - front % 2 + 2 * i); }
+
+  // the row in memory of a place in matching order
+  int64_t row(int64_t place) const {
+    if (groups == 1) return place;
+    if (place < groups * cls) return place / cls * tokens + place % cls;
+    const int64_t rest = place - groups * cls, width = tokens - cls;
+    return rest / width * tokens + cls + rest % width;
+  }
+};
+
+// the factor that gives a row the length 1
+template <class T>
+acc_t<T> inverse_norm(const T* row, int64_t D) {
+  using A = acc_t<T>;
+  const A norm = std::sqrt(dot(row, row, D));
+  return A(1) / (norm < A(1e-8) ? A(1e-8) : norm);
+}
+
+constexpr int64_t kPartners = 4 * kProductRows;  // partners looked at together
+constexpr int64_t kMatchBytes = 7 << 16;         // packed rows that stay in the second-level cache beside them
+
+template <class T>
+class Matcher {
+  using A = acc_t<T>;
+  using Places = decltype(vec<A>{} > vec<A>{});
+  using Place = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  static constexpr int64_t L = kLanes<A>;
+
+ public:
+  // vectors of rows that may be matched at once
+  static int64_t most_vectors(int64_t D) {
+    return std::max<int64_t>(1, kMatchBytes / ((D + 1) * L * sizeof(A)) / kProductVectors) * kProductVectors;
+  }
+
+  Matcher(int64_t vectors, int64_t D)
+      : D_(D),
+        wide_(round_up(D, L) + L),  // a line more: rows of a power of two would fall into one cache set
+        rows_(vectors * L * D),
+        partners_(kPartners * wide_),
+        scores_(kProductRows * kProductVectors * L),
+        best_(vectors * L),
+        place_(vectors * L) {}
+
+  // score[i] and partner[i] for even rows [first, first + count); `inverse`: inverse norms by row in memory
+  void match(const T* x, const A* inverse, const Sequence& sequence, int64_t first, int64_t count, A* score,
+             int64_t* partner) {
+    const int64_t vectors = (count + L - 1) / L, odds = sequence.odds();
+    for_vector_tiles(vectors, [&](int64_t v, int64_t width) {
+      const int64_t begin = v * L, n = std::min(width * L, count - begin);
+      A* to = rows_.get() + begin * D_;
+      if (n < width * L) std::fill_n(to, width * L * D_, A(0));
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t row = sequence.even(first + begin + i);
+        pack(x + row * D_, inverse[row], width * L, to + i);
+      }
+    });
+    std::fill_n(best_.get(), vectors * L, -std::numeric_limits<A>::infinity());
+    for (int64_t j = 0; j < odds; j += kPartners) {
+      const int64_t n = std::min(kPartners, odds - j), filled = round_up(n, kProductRows);
+      for (int64_t i = 0; i < filled; ++i) {
+        // the last tile is filled up with a row it has: its scores are not looked at
+        const int64_t row = sequence.odd(j + std::min(i, n - 1));
+        const A factor = inverse[row];
+        A* to = partners_.get() + i * wide_;
+        for_channels<A>(D_,
+                        [&](int64_t d, int64_t lanes) { store(to + d, load_some(x + row * D_ + d, lanes) * factor); });
+      }
+      for_vector_tiles(vectors, [&](int64_t v, int64_t width) {
+        for (int64_t i = 0; i < n; i += kProductRows) {
+          multiply(rows_.get() + v * L * D_, width, partners_.get() + i * wide_);
+          for (int64_t w = 0; w < width; ++w) take_better(v, w, width, j + i, std::min<int64_t>(kProductRows, n - i));
+        }
+      });
+    }
+    std::copy_n(best_.get(), count, score);
+    std::copy_n(place_.get(), count, partner);
+  }
+
+ private:
+  void pack(const T* row, A factor, int64_t step, A* to) const {
+    for_channels<A>(D_, [&](int64_t d, int64_t lanes) {
+      A value[L];
+      store(value, load_some(row + d, lanes) * factor);
+      for (int64_t k = 0; k < lanes; ++k) to[(d + k) * step] = value[k];
+    });
+  }
+
+  // short chains of sums round less
+  void multiply(const A* rows, int64_t width, const A* partners) {
+    constexpr int64_t kChain = 256;
+    const int64_t step = width * L, chain = std::min(D_, kChain);
+    product_tile<false, false>(width, partners, wide_, rows, step, chain, scores_.get(), step);
+    for (int64_t d = chain; d < D_; d += kChain)
+      product_tile<true, false>(width, partners + d, wide_, rows + d * step, step, std::min(kChain, D_ - d),
+                                scores_.get(), step);
+  }
+
+  // NaN is the largest score; a later one has to be larger than the best so far
+  void take_better(int64_t v, int64_t w, int64_t width, int64_t first, int64_t n) {
+    A* best = best_.get() + (v + w) * L;
+    Place* place = place_.get() + (v + w) * L;
+    vec<A> most = load(best);
+    Places at;
+    std::memcpy(&at, place, sizeof at);
+    for (int64_t i = 0; i < n; ++i) {
+      const vec<A> score = load(scores_.get() + (i * width + w) * L);
+      const Places better = (score > most) | ((score != score) & (most == most));
+      most = better ? score : most;
+      at = better ? Places{} + static_cast<Place>(first + i) : at;
+    }
+    store(best, most);
+    std::memcpy(place, &at, sizeof at);
+  }
+
+  int64_t D_, wide_;
+  Lines<A> rows_, partners_, scores_, best_;
+  Lines<Place> place_;
+};
+
+}  // namespace vmemory

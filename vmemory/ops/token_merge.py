@@ -1,0 +1,207 @@
+"""Merging of tokens by a plan: size-weighted means, the way back, and the attention bias that goes with them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from vmemory.ops._checks import check_device, check_floating, check_tensor, shape_of
+from vmemory.ops._select import Backends, Impl, with_backends
+from vmemory.ops._stem import StemOp
+from vmemory.ops.bipartite_match import MergePlan, check_plan
+from vmemory.reference import token_merge as _reference
+
+_MERGE = Backends("token_merge")
+_UNMERGE = Backends("token_unmerge")
+_STEM = "token_merge"
+
+
+class MergedTokens(NamedTuple):
+    """x `[B / groups, M', D]` and size `[B / groups, M', 1]`: how many original tokens each one stands for."""
+
+    x: Tensor
+    size: Tensor
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake_merge(x: Tensor, size: Tensor | None, order: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    streams, tokens = start.shape[0], start.shape[1] - 1
+    return x.new_empty((streams, tokens, x.shape[2])), x.new_empty((streams, tokens), dtype=_wide(x))
+
+
+def _fake_merge_backward(grad: Tensor, size: Tensor | None, total: Tensor, place: Tensor, start: Tensor) -> Tensor:
+    return grad.new_empty((*place.shape, grad.shape[2]))
+
+
+def _fake_unmerge(x: Tensor, place: Tensor) -> Tensor:
+    return x.new_empty((*place.shape, x.shape[2]))
+
+
+def _fake_unmerge_backward(grad: Tensor, order: Tensor, start: Tensor) -> Tensor:
+    return grad.new_empty((start.shape[0], start.shape[1] - 1, grad.shape[2]))
+
+
+_merge = StemOp(
+    _STEM, "token_merge", "(Tensor x, Tensor? size, Tensor order, Tensor start) -> (Tensor, Tensor)", _fake_merge
+)
+_merge_backward = StemOp(
+    _STEM,
+    "token_merge_backward",
+    "(Tensor grad, Tensor? size, Tensor total, Tensor place, Tensor start) -> Tensor",
+    _fake_merge_backward,
+)
+_unmerge = StemOp(_STEM, "token_unmerge", "(Tensor x, Tensor place) -> Tensor", _fake_unmerge)
+_unmerge_backward = StemOp(
+    _STEM, "token_unmerge_backward", "(Tensor grad, Tensor order, Tensor start) -> Tensor", _fake_unmerge_backward
+)
+
+
+class _TokenMerge(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, size: Tensor | None, place: Tensor, order: Tensor, start: Tensor, impl: str
+    ) -> tuple[Tensor, Tensor]:
+        merged, total = _merge(impl, x, size, order, start)
+        ctx.impl = impl
+        ctx.save_for_backward(size, total, place, start)
+        ctx.mark_non_differentiable(total)
+        return merged, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _merge_backward(ctx.impl, grad, *ctx.saved_tensors), *(None,) * 5
+
+
+class _TokenUnmerge(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor, order: Tensor, start: Tensor, impl: str) -> Tensor:
+        ctx.impl = impl
+        ctx.save_for_backward(order, start)
+        return _unmerge(impl, x, place)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _unmerge_backward(ctx.impl, grad, *ctx.saved_tensors), *(None,) * 4
+
+
+@with_backends(_MERGE)
+def token_merge(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, impl: Impl = "auto") -> MergedTokens:
+    """Replace the tokens that a plan merges by their size-weighted mean.
+
+    Args:
+        x: `[B, N, D]` of the metric's B and N, float64, float32, float16 or bfloat16, any strides. The clips of a
+            group need not be joined before.
+        plan: As `bipartite_match` returns it, on the device of `x`.
+        size: `[B, N, 1]`, how many original tokens each one stands for, not negative; float32 (float64 for a float64
+            `x`). None counts each as one.
+        impl: Which implementation to run; `"auto"` picks by device and dtype.
+
+    Returns:
+        `MergedTokens(x [B / groups, M', D], size [B / groups, M', 1])`, M' = groups · N − r. A token that nothing was
+        merged into keeps its bits; tokens that together have size 0 count alike. Means are accumulated in float32 or
+        better. Gradients reach `x`, none reaches `size`.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: Shape, dtype or device as above not met.
+        RuntimeError: `impl` names an implementation that cannot run here.
+
+    Source: ToMe (ICLR 2023, arXiv 2210.09461) section 3, "tracking token size".
+    """
+    check_tensor("x", x, "[B, N, D]")
+    check_floating("x", x)
+    check_plan(plan)
+    streams, rows = plan.place.shape
+    if x.shape[0] != streams * plan.groups or x.shape[1] * plan.groups != rows:
+        want = f"[{streams * plan.groups}, {rows // plan.groups}, D]"
+        raise ValueError(f"x: expected {want} to fit plan, got shape {shape_of(x)}")
+    check_device("plan", plan.place, "x", x)
+    joined = x.reshape(streams, rows, x.shape[2])
+    held = None
+    if size is not None:
+        check_tensor("size", size, "[B, N, 1]")
+        if size.shape != (*x.shape[:2], 1):
+            raise ValueError(f"size: expected [{x.shape[0]}, {x.shape[1]}, 1], got shape {shape_of(size)}")
+        if size.dtype != _wide(x):
+            raise ValueError(f"size: expected {_wide(x)}, got {size.dtype}")
+        check_device("size", size, "x", x)
+        held = size.detach().reshape(streams, rows)
+    picked = _MERGE.pick(x, impl)
+    if picked == "reference":
+        merged, total = _reference.token_merge(joined, held, plan.place, plan.start.shape[1] - 1)
+    elif torch.is_grad_enabled() and x.requires_grad:
+        merged, total = _TokenMerge.apply(joined, held, plan.place, plan.order, plan.start, picked)
+    else:
+        merged, total = _merge(picked, joined, held, plan.order, plan.start)
+    return MergedTokens(merged, total[..., None])
+
+
+@with_backends(_UNMERGE)
+def token_unmerge(x: Tensor, plan: MergePlan, *, impl: Impl = "auto") -> Tensor:
+    """Spread merged tokens over the places they came from: each row gets the token that holds it.
+
+    Args:
+        x: `[B / groups, M', D]`, as `token_merge` returns it, float64, float32, float16 or bfloat16, any strides.
+        plan: The plan it was merged by, on the device of `x`.
+        impl: Which implementation to run; `"auto"` picks by device and dtype.
+
+    Returns:
+        `[B, N, D]`. Gradients reach `x`: each token gets the sum over its rows.
+
+    Raises:
+        TypeError: An argument is of the wrong kind.
+        ValueError: Shape, dtype or device as above not met.
+        RuntimeError: `impl` names an implementation that cannot run here.
+
+    Source: ToMe's unmerging for dense tasks (arXiv 2303.17604). With two protected rows the released code of ToMe
+    reads the tokens of a sequence in another order than it wrote them; here they go back to where they came from.
+    """
+    check_tensor("x", x, "[B, N, D]")
+    check_floating("x", x)
+    check_plan(plan)
+    streams, rows = plan.place.shape
+    tokens = plan.start.shape[1] - 1
+    if x.shape[:2] != (streams, tokens):
+        raise ValueError(f"x: expected [{streams}, {tokens}, D] to fit plan, got shape {shape_of(x)}")
+    check_device("plan", plan.place, "x", x)
+    picked = _UNMERGE.pick(x, impl)
+    if picked == "reference":
+        out = _reference.token_unmerge(x, plan.place)
+    elif torch.is_grad_enabled() and x.requires_grad:
+        out = _TokenUnmerge.apply(x, plan.place, plan.order, plan.start, picked)
+    else:
+        out = _unmerge(picked, x, plan.place)
+    return out.reshape(streams * plan.groups, rows // plan.groups, x.shape[2])
+
+
+def proportional_attention_bias(size: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """The additive attention mask that lets a merged token count as many times as it has original tokens.
+
+    Args:
+        size: `[B, N, 1]`, as `token_merge` returns it.
+        dtype: The dtype of the result, for `scaled_dot_product_attention` that of the query; `size`'s by default.
+
+    Returns:
+        log(size) as `[B, 1, 1, N]`, to be passed as `attn_mask` or added to one: softmax(q · k · scale + log(size)).
+        A key of size 0 gets −inf, it is not attended to.
+
+    Raises:
+        TypeError: `size` is no tensor.
+        ValueError: Shape or dtype as above not met.
+
+    Source: ToMe (ICLR 2023, arXiv 2210.09461) equation 1.
+    """
+    check_tensor("size", size, "[B, N, 1]")
+    check_floating("size", size)
+    if size.shape[2] != 1:
+        raise ValueError(f"size: expected [B, N, 1], got shape {shape_of(size)}")
+    return size.detach().log().to(size.dtype if dtype is None else dtype).transpose(1, 2)[:, None]
