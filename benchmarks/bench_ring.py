@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bench_bank import device, measure  # noqa: F401
 from benchmarks.peers.list_memory import EpisodicMemory, WorkingMemory, replace_
 from benchmarks.timing import Rotation
 from vmemory.ops import ring_push_, ring_read, slot_replace_
@@ -15,14 +14,14 @@ from vmemory.testing import random_tensor
 SLOTS, TOKENS, CHANNELS, STEPS = 32, 196, 896, 40
 
 
-def filled(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:  # noqa: F811
+def filled(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     slots = random_tensor(1, SLOTS, TOKENS, CHANNELS, dtype=dtype, device=device, seed=1)
     return slots, torch.full((1,), SLOTS, dtype=torch.int64, device=device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.benchmark(group="ring_push_: one frame 196×896 into 32 slots")
-def test_push(measure, device, dtype):  # noqa: F811
+def test_push(measure, device, dtype):
     """Ours writes a frame; the list is read out with `torch.cat`, as it has to be to be used."""
     frames = random_tensor(STEPS, 1, TOKENS, CHANNELS, dtype=dtype, device=device)
     slots, count = filled(device, dtype)
@@ -53,7 +52,7 @@ def test_push(measure, device, dtype):  # noqa: F811
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("variant", ["flat", "mean", "mean, kept"])
 @pytest.mark.benchmark(group="slot_replace_: one frame 196×896 into 32 full slots")
-def test_replace(measure, device, dtype, variant):  # noqa: F811
+def test_replace(measure, device, dtype, variant):
     level = variant.split(",")[0]
     slots, count = filled(device, dtype)
     means = slots.float().mean(2) if variant == "mean, kept" else None

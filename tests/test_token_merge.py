@@ -19,7 +19,8 @@ CASES = [
     (6, 33, 24, 30, {"cls": 1, "groups": 3}), (1, 999, 63, 0, {}),
 ]  # fmt: skip
 EDGES = [
-    (0, 9, 4, 3, {}), (2, 0, 4, 3, {}), (2, 9, 0, 3, {}), (1, 1, 1, 0, {}), (2, 2, 3, 1, {}), (0, 0, 0, 0, {"groups": 5}),
+    (0, 9, 4, 3, {}), (2, 0, 4, 3, {}), (2, 9, 0, 3, {}), (1, 1, 1, 0, {}), (2, 2, 3, 1, {}),
+    (0, 0, 0, 0, {"groups": 5}),
 ]  # fmt: skip
 
 
@@ -176,9 +177,7 @@ def test_repeated_calls_and_thread_counts_agree():
 )
 @settings(max_examples=60, deadline=None)
 def test_any_merge(clips, groups, tokens, channels, part, sized, dtype, layout):
-    x, plan, size = inputs(
-        clips * groups, tokens, channels, int(part * groups * tokens / 2), {"groups": groups}, dtype
-    )
+    x, plan, size = inputs(clips * groups, tokens, channels, int(part * groups * tokens / 2), {"groups": groups}, dtype)
     x = layouts(x)[layout]
     if x.numel() == 0:
         assert token_merge(x, plan, size).x.shape == (clips, plan.start.shape[1] - 1, channels)

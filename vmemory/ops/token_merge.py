@@ -15,9 +15,15 @@ from vmemory.ops._stem import StemOp
 from vmemory.ops.bipartite_match import MergePlan, check_plan
 from vmemory.reference import token_merge as _reference
 
-_MERGE = Backends("token_merge")
-_UNMERGE = Backends("token_unmerge")
 _STEM = "token_merge"
+
+
+def _passed_over(impl: str, tokens: Tensor) -> str:
+    return "Triton comes first for this op" if impl == "native" and tokens.is_cuda else ""
+
+
+_MERGE = Backends("token_merge", cuda=True, passed_over=_passed_over)
+_UNMERGE = Backends("token_unmerge", cuda=True, passed_over=_passed_over)
 
 
 class MergedTokens(NamedTuple):
