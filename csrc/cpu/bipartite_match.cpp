@@ -14,7 +14,7 @@ int64_t pieces_of(int64_t streams, int64_t vectors) {
   return std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, vectors / kProductVectors));
 }
 
-template <class T>
+template <class T, bool kPairs>
 void best_partners(const T* metric, const Sequence& sequence, int64_t streams, int64_t D, acc_t<T>* score,
                    int64_t* partner) {
   using A = acc_t<T>;
@@ -25,10 +25,10 @@ void best_partners(const T* metric, const Sequence& sequence, int64_t streams, i
     for (int64_t i = begin; i < end; ++i) inverse.get()[i] = inverse_norm(metric + i * D, D);
   });
   const int64_t pieces = pieces_of(streams, vectors);
-  const int64_t most = std::min((vectors + pieces - 1) / pieces, Matcher<T>::most_vectors(D));
+  const int64_t most = std::min((vectors + pieces - 1) / pieces, Matcher<T, kPairs>::most_vectors(D));
   parallel(streams * pieces, kSmall / (evens * sequence.odds() * (D + 1) / pieces + 1),
            [&](int64_t begin, int64_t end) {
-             Matcher<T> matcher(most, D);
+             Matcher<T, kPairs> matcher(most, D);
              for (int64_t item = begin; item < end; ++item) {
                const int64_t s = item / pieces, p = item % pieces;
                const int64_t last = std::min((p + 1) * vectors / pieces * L, evens);
@@ -52,7 +52,16 @@ std::tuple<Tensor, Tensor, Tensor> bipartite_match(const Tensor& metric_, int64_
     using T = typename decltype(t)::type;
     const Lines<acc_t<T>> score(streams * evens);
     const Lines<int64_t> partner(streams * evens);
-    if (r > 0 && streams > 0) best_partners(data<T>(metric), sequence, streams, D, score.get(), partner.get());
+    const auto find = [&](auto pairs) {
+      best_partners<T, decltype(pairs)::value>(data<T>(metric), sequence, streams, D, score.get(), partner.get());
+    };
+    if (r > 0 && streams > 0) {
+      if (std::is_same_v<T, bf16> && has_pair_products()) {
+        find(std::is_same<T, bf16>{});
+      } else {
+        find(std::false_type{});
+      }
+    }
     int64_t *to_place = mutable_data<int64_t>(place), *to_order = mutable_data<int64_t>(order);
     int64_t* to_start = mutable_data<int64_t>(start);
     parallel(streams, kSmall / (16 * rows + 1), [&](int64_t begin, int64_t end) {
