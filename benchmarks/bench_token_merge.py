@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import tome
-from benchmarks.timing import Rotation, peak_bytes
+from benchmarks.timing import Rotation
 from vmemory.ops import bipartite_match, token_merge, token_unmerge
 from vmemory.reference import token_merge as reference
 from vmemory.testing import assert_within_budget, random_tensor
@@ -48,7 +48,7 @@ def check(metric: Tensor, x: Tensor, size: Tensor, r: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("name", "B", "N", "D", "C"), CASES, ids=IDS)
 @pytest.mark.benchmark(group="token_merge: match and merge a quarter of the tokens")
-def test_match_and_merge(measure, benchmark, device, name, B, N, D, C, dtype):
+def test_match_and_merge(measure, device, name, B, N, D, C, dtype):
     metric, x, size = inputs(B, N, D, C, device, dtype)
     r = N // 4
     check(metric, x, size, r)
@@ -65,8 +65,6 @@ def test_match_and_merge(measure, benchmark, device, name, B, N, D, C, dtype):
     moved = metric.numel() * width + (2 * N - r) * B * C * width
     label = f"{name} {str(dtype).removeprefix('torch.')}"
     measure(label, ours, Rotation(metric), moved, 2.0 * B * evens * odds * D, tome=peer, product=lambda _: a @ b.mT)
-    held = {way: peak_bytes(run, metric) for way, run in (("ours", ours), ("tome", peer))}
-    benchmark.extra_info |= {f"{way}_peak_mb": size / 1e6 for way, size in held.items()}
 
 
 @pytest.mark.benchmark(group="token_merge: merge, spread again, and the gradient of both")

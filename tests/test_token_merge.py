@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from vmemory.ops import MergePlan, bipartite_match, proportional_attention_bias, token_merge, token_unmerge
+from vmemory.ops._native import STATUS
 from vmemory.ops.token_merge import MergedTokens
 from vmemory.reference import token_merge as reference
 from vmemory.testing import A100_SHARED_BYTES, assert_within_budget, compile_triton, layouts, poisoned, random_tensor
@@ -279,6 +280,8 @@ def test_triton_compiles_ahead_of_time(name, sized, dtype, arch):
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("case", [*CASES, *EDGES])
 def test_cuda_matches_reference(case, dtype, impl):
+    if impl == "native" and not STATUS.cuda:
+        pytest.skip(STATUS.cuda_reason)
     x, plan, size = inputs(*case, dtype)
     plan = MergePlan(*(t.cuda() for t in plan[:3]), plan.groups)
     judge(x.cuda(), plan, size.cuda(), impl)
