@@ -40,11 +40,19 @@ def calls(device: str = "cpu") -> dict[str, Call]:
     maps, state = layout_maps(layout, frames), layout.new_state(1, device, torch.float32)
     plan, fixed = ops.bank_plan(frames, layout, maps=maps), layout.kernel_args
     planned = None, plan.pooled, plan.assign, plan.entry, maps
+    merging, fewer = ops.bipartite_match(rows, 1), random_tensor(1, 3, 8, device=device)
+    queries, kept = random_tensor(1, 4, 2, 8, device=device), random_tensor(1, 2, 4, 2, 8, device=device)
+    quantized = ops.quantize_slots(rows)
     return {
         "adjacent_merge": Call(
             lambda x: ops.adjacent_merge(x, size), lambda x: native.adjacent_merge(x, size, "frame"), bank
         ),
         "adjacent_similarity": Call(ops.adjacent_similarity, lambda x: native.adjacent_similarity(x, "frame"), tokens),
+        "attention_column_sums": Call(
+            lambda x: ops.attention_column_sums(x, queries),
+            lambda x: native.attention_column_sums(x, queries, False),
+            queries,
+        ),
         "bank_gather": Call(
             lambda x: ops.bank_gather(x, plan, layout, maps=maps),
             lambda x: native.bank_gather(x, *planned, *fixed),
@@ -60,7 +68,15 @@ def calls(device: str = "cpu") -> dict[str, Call]:
             lambda x: native.bank_push_(*state, x, None, None, None, maps, *fixed),
             frames,
         ),
+        "bipartite_match": Call(
+            lambda x: ops.bipartite_match(x, 1), lambda x: native.bipartite_match(x, 1, 0, 0, 1), rows
+        ),
         "compact": Call(lambda x: ops.compact(x, keep), lambda x: native.compact([x], keep), rows),
+        "dequantize_slots": Call(
+            lambda x: ops.dequantize_slots(*quantized),
+            lambda x: native.dequantize_slots(*quantized, 8, torch.float32),
+            rows,
+        ),
         "gated_fusion": Call(
             lambda x: ops.gated_fusion(x, pair[1], *weights),
             lambda x: native.gated_fusion(x, pair[1], *weights, "relu", x.requires_grad),
@@ -70,6 +86,12 @@ def calls(device: str = "cpu") -> dict[str, Call]:
         "grid_pool_ragged": Call(
             lambda x: ops.grid_pool_ragged(x, [1]), lambda x: native.grid_pool_ragged(x, [1, 1], "area"), grid
         ),
+        "memory_attention": Call(
+            lambda x: ops.memory_attention(x, kept, kept, count),
+            lambda x: native.memory_attention(x, kept, kept, count, None, None),
+            queries,
+        ),
+        "quantize_slots": Call(ops.quantize_slots, lambda x: native.quantize_slots(x, 8), rows),
         "ring_push_": Call(
             lambda x: ops.ring_push_(slots, count, x), lambda x: native.ring_push_(slots, count, x, None), tokens
         ),
@@ -85,12 +107,30 @@ def calls(device: str = "cpu") -> dict[str, Call]:
             lambda x: native.slot_replace_(slots, count, None, x, None, "flat"),
             tokens[:, 0],
         ),
+        "token_merge": Call(
+            lambda x: ops.token_merge(x, merging),
+            lambda x: native.token_merge(x, None, merging.order, merging.start),
+            rows,
+        ),
+        "token_unmerge": Call(
+            lambda x: ops.token_unmerge(x, merging), lambda x: native.token_unmerge(x, merging.place), fewer
+        ),
     }
 
 
 GATE = [(3, 8), (3,), (4, 3), (4,)]
 PUBLIC = [name for name in vmemory.ops.__all__ if hasattr(getattr(vmemory.ops, name), "backends")]
-STATE = ("bank_plan", "bank_push_", "ring_push_", "ring_read", "select_tokens", "slot_replace_")
+STATE = (
+    "bipartite_match",
+    "dequantize_slots",
+    "quantize_slots",
+    "bank_plan",
+    "bank_push_",
+    "ring_push_",
+    "ring_read",
+    "select_tokens",
+    "slot_replace_",
+)
 
 
 def repeat(function: Callable[[Tensor], Any], tracked: bool) -> Callable[[Tensor], None]:

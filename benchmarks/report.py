@@ -19,6 +19,7 @@ COLUMNS = {
     "best_ratio_to_floor": "× floor, best",
     "gb_per_s": "GB/s",
     "gflop_per_s": "GFLOP/s",
+    "python_us": "Python, µs",
     "peak_mb": "peak MB",
     "launches": "launches",
     "quiet": "quiet rounds",
@@ -51,7 +52,8 @@ def table(results: dict[str, Any]) -> str:
         lines += ["", f"## {group}", ""]
         lines.append(f"Copy: {rates[0]:.1f} to {rates[-1]:.1f} GB/s. Matrix product: {products[-1]:.0f} GFLOP/s.")
         beside = dict.fromkeys(key for info in members for key in info if key.endswith("_over_ours"))
-        columns = COLUMNS | {key: key.removesuffix("_over_ours").replace("_", " ") + " ÷ ours" for key in beside}
+        known = {key: name for key, name in COLUMNS.items() if any(key in info for info in members)}
+        columns = known | {key: key.removesuffix("_over_ours").replace("_", " ") + " ÷ ours" for key in beside}
         lines += ["", "| " + " | ".join(columns.values()) + " |", "|---" + "|---:" * (len(columns) - 1) + "|"]
         lines += ["| " + " | ".join(_cell(info.get(key)) for key in columns) + " |" for info in members]
     return "\n".join(lines) + "\n"
@@ -65,6 +67,8 @@ def roofline(results: dict[str, Any], target: Path) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in results["benchmarks"] if row["extra_info"]["flops"] > 0]
+    if not rows:
+        return
     copy = max(row["extra_info"]["copy_gb_per_s"] for row in rows) * 1e9
     peak = results["machine_info"]["matmul_rate"]
     figure, axes = pyplot.subplots(figsize=(9, 6))

@@ -41,6 +41,15 @@ def test_written_bytes_of_a_case_are_those_of_its_output():
         assert tokens.numel() / x.numel() == pytest.approx(case.written)
 
 
+def test_every_operator_has_its_call_cost_timed():
+    module = load("bench_call_cost")
+    calls = module.calls()
+    assert set(calls) == set(module.PUBLIC)
+    for call in calls.values():
+        call.public(call.x)
+        call.bare(call.x)
+
+
 def test_report_writes_a_table_and_a_roofline(tmp_path):
     info = {
         "case": "area", "bytes": 1e6, "flops": 2e6, "ms": 0.1, "best_ms": 0.09, "floor_ms": 0.05, "ratio_to_floor": 2.0,
