@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vmemory.ops import MergePlan, bipartite_match, merge_source, token_merge
+from vmemory.ops import MergePlan, bipartite_match, merge_source
 from vmemory.reference import bipartite_match as reference
 from vmemory.testing import A100_SHARED_BYTES, compile_triton, layouts, poisoned, python, random_tensor
 
@@ -103,17 +103,6 @@ def test_nothing_to_merge_keeps_the_sequence():
         assert plan.order.tolist() == [list(range(6))] * 4
     grouped = bipartite_match(metric, 0, cls=2, groups=2)
     assert grouped.order.tolist() == [[0, 1, 6, 7, 2, 3, 4, 5, 8, 9, 10, 11]] * 2
-
-
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-def test_groups_are_matched_as_one_sequence(impl):
-    clips = random_tensor(6, 10, 16)
-    rows = clips.view(2, 3, 10, 16)
-    joined = torch.cat([rows[:, :, :2].flatten(1, 2), rows[:, :, 2:].flatten(1, 2)], 1)
-    apart = token_merge(clips, bipartite_match(clips, 8, cls=2, groups=3, impl=impl))
-    together = token_merge(joined, bipartite_match(joined, 8, cls=6, impl=impl))
-    assert torch.equal(apart.x, together.x)
-    assert torch.equal(apart.size, together.size)
 
 
 def test_r_is_clamped_without_cls():

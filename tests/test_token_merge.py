@@ -132,6 +132,7 @@ def test_compiled_without_a_graph_break(backend, dynamic):
         back = token_unmerge(merged.x, plan)
         return merged.x, merged.size, bias, back, plan.kept
 
+    torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend=backend, dynamic=dynamic)
     for tokens, r in ((20, 6), (31, 9)):
         x, size = random_tensor(2, tokens, 12), random_tensor(2, tokens, 1, seed=1).abs()

@@ -84,3 +84,14 @@ def test_sources_through_several_plans():
     assert torch.equal(held.sum(-1, keepdim=True), merged.size)
     # every original token adds 1 to its own channel, and both clips of a group share the channels
     torch.testing.assert_close(held.view(2, 22, 2, 24).sum(2), merged.x * merged.size)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_groups_are_matched_as_one_sequence(impl):
+    clips = random_tensor(6, 10, 16)
+    rows = clips.view(2, 3, 10, 16)
+    joined = torch.cat([rows[:, :, :2].flatten(1, 2), rows[:, :, 2:].flatten(1, 2)], 1)
+    apart = token_merge(clips, bipartite_match(clips, 8, cls=2, groups=3, impl=impl))
+    together = token_merge(joined, bipartite_match(joined, 8, cls=6, impl=impl))
+    assert torch.equal(apart.x, together.x)
+    assert torch.equal(apart.size, together.size)
