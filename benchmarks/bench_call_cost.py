@@ -74,7 +74,7 @@ def calls(device: str = "cpu") -> dict[str, Call]:
         "compact": Call(lambda x: ops.compact(x, keep), lambda x: native.compact([x], keep), rows),
         "dequantize_slots": Call(
             lambda x: ops.dequantize_slots(*quantized),
-            lambda x: native.dequantize_slots(*quantized, 8, torch.float32),
+            lambda x: native.dequantize_slots(*quantized, None, 8, torch.float32),
             rows,
         ),
         "gated_fusion": Call(

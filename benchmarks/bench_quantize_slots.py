@@ -33,7 +33,7 @@ def _dequantize(bits: int, dtype: torch.dtype = torch.float32) -> Case:
     name = f"from int{bits} to {str(dtype).removeprefix('torch.')}"
     return Case(
         name, lambda _: (ROWS, width), lambda x: dequantize_slots(*stored(x), dtype=dtype),
-        lambda x: reference.dequantize_slots(*stored(x), CHANNELS, dtype), dtype.itemsize * 8 / bits, 1.0,
+        lambda x: reference.dequantize_slots(*stored(x), None, CHANNELS, dtype), dtype.itemsize * 8 / bits, 1.0,
     )  # fmt: skip
 
 

@@ -57,9 +57,15 @@ def _quantize_slots_kernel(x, values, scales, D, STORED, BITS: tl.constexpr, BLO
 
 @triton.jit
 def _dequantize_slots_kernel(
-    values, scales, out, D, STORED, BITS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
+    values, scales, wanted, out, M, N, D, STORED,
+    GATHER: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    place = tl.program_id(0).to(tl.int64)
+    row = place
+    if GATHER:
+        row = tl.load(wanted + place)
+        there = (row >= 0) & (row < M)
+        row = tl.where(there, place // N * M + row, 0)
     d = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     kind: tl.constexpr = tl.float64 if WIDE else tl.float32
     scale = tl.load(scales + row).to(kind)
@@ -68,7 +74,10 @@ def _dequantize_slots_kernel(
     else:
         half = (tl.load(values + row * STORED + d // 2, d < D, other=0).to(tl.int32) >> ((d % 2).to(tl.int32) * 4)) & 15
         value = (half ^ 8) - 8
-    tl.store(out + row * D + d, (value.to(kind) * scale).to(out.dtype.element_ty), d < D)
+    back = (value.to(kind) * scale).to(out.dtype.element_ty)
+    if GATHER:
+        back = tl.where(there, back, 0.0)
+    tl.store(out + place * D + d, back, d < D)
 
 
 def quantize_slots(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -87,15 +96,18 @@ def quantize_slots(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return values, scale
 
 
-def dequantize_slots(values: Tensor, scale: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    rows, scales = values.contiguous(), scale.contiguous()
-    out = scales.new_empty((*scales.shape, dim), dtype=dtype)
-    if out.numel() == 0:
-        return out
+def dequantize_slots(values: Tensor, scale: Tensor, rows: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
+    stored, scales = values.contiguous(), scale.contiguous()
+    wanted = scales if rows is None else rows.contiguous()
+    out = scales.new_empty((*wanted.shape, dim), dtype=dtype)
+    if out.numel() == 0 or scales.numel() == 0:
+        return out.zero_()
     block = min(1024, max(16, power_of_two(dim)))
-    with device_of(rows):
-        _dequantize_slots_kernel[(scales.numel(), triton.cdiv(dim, block))](
-            rows, scales, out, dim, rows.shape[-1], BITS=8 if rows.dtype == torch.int8 else 4,
-            WIDE=dtype == torch.float64, BLOCK=block,
+    gather = rows is not None
+    with device_of(stored):
+        _dequantize_slots_kernel[(wanted.numel(), triton.cdiv(dim, block))](
+            stored, scales, wanted, out, scales.shape[1] if gather else 0, wanted.shape[1] if gather else 0, dim,
+            stored.shape[-1], GATHER=gather, BITS=8 if stored.dtype == torch.int8 else 4, WIDE=dtype == torch.float64,
+            BLOCK=block,
         )  # fmt: skip
     return out

@@ -10,7 +10,7 @@ import vmemory
 import vmemory.ops
 from vmemory.ops._native import STATUS
 from vmemory.ops._registry import OPS
-from vmemory.ops._select import Backends
+from vmemory.ops._select import Backends, with_backends
 
 PUBLIC = {name: getattr(vmemory.ops, name) for name in vmemory.ops.__all__}
 PUBLIC = {name: function for name, function in PUBLIC.items() if hasattr(function, "backends")}
@@ -78,6 +78,20 @@ def test_backward_operators_have_their_forward():
 def test_explain_refuses(call: Callable[[], Any], words: str):
     with pytest.raises(TypeError, match=words):
         call()
+
+
+@pytest.mark.usefixtures("native")
+def test_storage_decides_where_its_kernels_differ():
+    apart = Backends("an_op", cpu=False, triton=False)
+    op = with_backends(Backends("an_op"), {torch.uint8: apart})(lambda query, memory: query)
+    query, packed = torch.empty(1), torch.empty(1, dtype=torch.uint8)
+    assert vmemory.explain(op, query, torch.empty(1, dtype=torch.int8)).impl == "native"
+    for explanation in (vmemory.explain(op, query, packed), vmemory.explain(op, query, memory=packed)):
+        assert explanation.impl == "reference"
+        assert explanation.rejected["native"] == "the op has no native CPU kernel"
+    search = vmemory.ops.similarity_topk
+    assert search.backends.cuda
+    assert not search.by_storage[torch.uint8].cuda
 
 
 def test_reasons_name_what_is_missing():

@@ -57,7 +57,7 @@ def test_native_matches_reference(shape, dtype, bits):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_is_attention_over_dequantised_slots_to_the_bit(dtype, bits):
     query, keys, values, count, key_scale, value_scale = x = stored((2, 30, 2, 33, 4, 50), bits, dtype)
-    plain = [dequantize_slots(k, s, 33, dtype) for k, s in ((keys, key_scale), (values, value_scale))]
+    plain = [dequantize_slots(k, s, None, 33, dtype) for k, s in ((keys, key_scale), (values, value_scale))]
     leaf = query.clone().requires_grad_()
     out = memory_attention(leaf, *plain, count)
     (grad,) = torch.autograd.grad(out, leaf, random_tensor(*out.shape, seed=4).to(dtype))
@@ -184,5 +184,5 @@ def test_cuda_matches_reference(shape, dtype, bits):
 
 def test_reference_dequantises():
     query, keys, values, count, key_scale, value_scale = x = stored(SHAPES[0], 4)
-    plain = [dequantize_slots(k, s, query.shape[-1]) for k, s in ((keys, key_scale), (values, value_scale))]
+    plain = [dequantize_slots(k, s, None, query.shape[-1]) for k, s in ((keys, key_scale), (values, value_scale))]
     assert torch.equal(reference.memory_attention(*x), reference.memory_attention(query, *plain, count))

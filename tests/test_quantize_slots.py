@@ -49,7 +49,7 @@ def test_native_matches_reference(shape, dtype, bits):
         assert_same(actual, reference.quantize_slots(x, bits))
         for kind in DTYPES:
             back = dequantize_slots(*actual, dim=shape[-1], dtype=kind)
-            assert_same([back], [reference.dequantize_slots(*actual, shape[-1], kind)])
+            assert_same([back], [reference.dequantize_slots(*actual, None, shape[-1], kind)])
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -128,6 +128,39 @@ def test_any_layout(layout, bits):
     assert torch.equal(back, dequantize_slots(*stored))
 
 
+ROWS = [[4, 4, 0], [-1, 2, 5], [3, 1, 2]]  # of five; two do not exist
+
+
+def chosen_rows(back: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """What gathering after bringing everything back gives."""
+    there = (rows >= 0) & (rows < back.shape[1])
+    picked = back[torch.arange(len(rows))[:, None], rows.clamp(0, back.shape[1] - 1)]
+    return torch.where(there[..., None], picked, 0)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "D"), [(8, 70), (4, 70), (4, 33)])
+def test_chosen_rows(bits, D, dtype, impl):
+    values, scale = quantize_slots(random_tensor(3, 5, D), bits)
+    everything = dequantize_slots(values, scale, dim=D, dtype=dtype)
+    for rows in (torch.tensor(ROWS), torch.tensor(ROWS)[:, ::2], torch.empty(3, 0, dtype=torch.int64)):
+        with poisoned():
+            back = dequantize_slots(values, scale, rows=rows, dim=D, dtype=dtype, impl=impl)
+        assert torch.equal(back, chosen_rows(everything, rows))
+    none_held = dequantize_slots(values[:, :0], scale[:, :0], rows=torch.tensor(ROWS), dim=D, dtype=dtype, impl=impl)
+    assert torch.equal(none_held, torch.zeros(3, 3, D, dtype=dtype))
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_a_row_that_is_not_chosen_has_no_influence(impl):
+    values, scale = quantize_slots(random_tensor(1, 4, 9))
+    scale[0, 0] = NAN
+    back = dequantize_slots(values, scale, rows=torch.tensor([[-1, 3, 1]]), impl=impl)
+    assert torch.equal(back[:, 1:], dequantize_slots(values, scale)[:, [3, 1]])
+    assert (back[:, 0] == 0).all()
+
+
 @given(
     shape=st.tuples(st.integers(0, 5), st.integers(0, 80)),
     bits=st.sampled_from([8, 4]),
@@ -141,7 +174,7 @@ def test_any_row(shape, bits, dtype, exponent):
         actual = quantize_slots(x, bits)
     assert_same(actual, reference.quantize_slots(x, bits))
     back = dequantize_slots(*actual, dim=shape[1], dtype=dtype)
-    assert_same([back], [reference.dequantize_slots(*actual, shape[1], dtype)])
+    assert_same([back], [reference.dequantize_slots(*actual, None, shape[1], dtype)])
 
 
 @pytest.mark.usefixtures("native")
@@ -150,7 +183,9 @@ def test_opcheck(bits):
     x = random_tensor(2, 3, 21)
     torch.library.opcheck(torch.ops.vmemory.quantize_slots.default, (x, bits))
     values, scale = quantize_slots(x, bits)
-    torch.library.opcheck(torch.ops.vmemory.dequantize_slots.default, (values, scale, 21, torch.bfloat16))
+    rows = torch.tensor([[2, 0, -1, 2], [1, 1, 3, 0]])
+    for chosen in (None, rows):
+        torch.library.opcheck(torch.ops.vmemory.dequantize_slots.default, (values, scale, chosen, 21, torch.bfloat16))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -186,6 +221,13 @@ X, VALUES, SCALE = torch.ones(2, 5), torch.zeros(2, 3, dtype=torch.uint8), torch
         (lambda: dequantize_slots(VALUES, SCALE.double()), ValueError, "scale: expected float32.*float64"),
         (lambda: dequantize_slots(VALUES, SCALE, dim=4), ValueError, "dim: expected 5 or 6, got 4"),
         (lambda: dequantize_slots(VALUES.char(), SCALE, dim=4), ValueError, "dim: expected 3, got 4"),
+        (lambda: dequantize_slots(VALUES[None], SCALE[None], rows=1), TypeError, "rows: expected a tensor"),
+        (
+            lambda: dequantize_slots(VALUES, SCALE, rows=SCALE.long()[None]),
+            ValueError,
+            r"rows: expected int64 \[S, N\]",
+        ),
+        (lambda: dequantize_slots(VALUES[None], SCALE[None], rows=SCALE[None]), ValueError, "rows: .*float32"),
         (lambda: dequantize_slots(VALUES, SCALE, dtype=torch.int8), ValueError, "dtype: expected"),
     ],
 )
@@ -202,22 +244,32 @@ def test_triton_interpreted(interpreter, shape, dtype, bits):
     actual = interpreter(MODULE, "quantize_slots", x, bits)
     assert_same(actual, reference.quantize_slots(x, bits))
     for kind in (torch.float64, torch.float32, torch.float16):
-        expected = reference.dequantize_slots(*actual, x.shape[-1], kind)
-        back = interpreter(MODULE, "dequantize_slots", *actual, x.shape[-1], kind)
-        assert_within_budget(back, expected, reference.dequantize_slots(*actual, x.shape[-1], torch.float64))
+        expected = reference.dequantize_slots(*actual, None, x.shape[-1], kind)
+        back = interpreter(MODULE, "dequantize_slots", *actual, None, x.shape[-1], kind)
+        assert_within_budget(back, expected, reference.dequantize_slots(*actual, None, x.shape[-1], torch.float64))
+
+
+@pytest.mark.parametrize(("bits", "D"), [(8, 70), (4, 33)])
+def test_triton_interpreted_of_chosen_rows(interpreter, bits, D):
+    values, scale = quantize_slots(random_tensor(3, 5, D), bits)
+    rows = torch.tensor(ROWS)
+    back = interpreter(MODULE, "dequantize_slots", values, scale, rows, D, torch.float32)
+    assert torch.equal(back, chosen_rows(dequantize_slots(values, scale, dim=D), rows))
 
 
 @pytest.mark.usefixtures("triton_compiler")
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("name", ["quantize", "dequantize"])
+@pytest.mark.parametrize("name", ["quantize", "dequantize", "gather"])
 def test_triton_compiles(name, bits, arch):
     from vmemory.kernels import quantize_slots as kernels
 
     values = {"values": "*i8" if bits == 8 else "*u8", "scales": "*fp32", "D": "i32", "STORED": "i32"}
+    read = values | {"out": "*bf16", "M": "i32", "N": "i32"}
     kernel, signature, constants = {
         "quantize": (kernels._quantize_slots_kernel, values | {"x": "*bf16"}, {}),
-        "dequantize": (kernels._dequantize_slots_kernel, values | {"out": "*bf16"}, {"WIDE": False}),
+        "dequantize": (kernels._dequantize_slots_kernel, read | {"wanted": "*fp32"}, {"WIDE": False, "GATHER": False}),
+        "gather": (kernels._dequantize_slots_kernel, read | {"wanted": "*i64"}, {"WIDE": False, "GATHER": True}),
     }[name]
     compiled = compile_triton(kernel, signature, constants | {"BITS": bits, "BLOCK": 1024}, arch)
     assert compiled.spills == 0
@@ -235,4 +287,14 @@ def test_cuda_matches_reference(shape, dtype, bits):
         back = dequantize_slots(*actual, dim=x.shape[-1], dtype=dtype, impl="triton")
     # on the CPU, which divides by the scale exactly as the kernel does
     assert_same([y.cpu() for y in actual], reference.quantize_slots(x.cpu(), bits))
-    assert_same([back.cpu()], [reference.dequantize_slots(*(y.cpu() for y in actual), x.shape[-1], dtype)])
+    assert_same([back.cpu()], [reference.dequantize_slots(*(y.cpu() for y in actual), None, x.shape[-1], dtype)])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bits", "D"), [(8, 3584), (4, 333)])
+def test_cuda_of_chosen_rows(bits, D):
+    values, scale = quantize_slots(random_tensor(3, 5, D, device="cuda"), bits)
+    rows = torch.tensor(ROWS, device="cuda")
+    with poisoned():
+        back = dequantize_slots(values, scale, rows=rows, dim=D, impl="triton")
+    assert torch.equal(back.cpu(), chosen_rows(dequantize_slots(values, scale, dim=D).cpu(), rows.cpu()))

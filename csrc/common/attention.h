@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
-#include <new>
 
+#include "common/lines.h"
 #include "common/math.h"
 #include "common/product_tile.h"
 #include "common/rows.h"
@@ -14,20 +14,6 @@ namespace vmemory {
 
 constexpr int64_t kKeyBlock = 128;
 constexpr int64_t kSmallAttention = 1 << 18;  // multiplications below which a second thread costs more than it saves
-
-// whole cache lines: a vector that straddles two costs two loads
-template <class A>
-class Lines {
- public:
-  explicit Lines(int64_t n) : at_(static_cast<A*>(::operator new(n * sizeof(A) + 1, std::align_val_t(64)))) {}
-  Lines(const Lines&) = delete;
-  Lines& operator=(const Lines&) = delete;
-  ~Lines() { ::operator delete(at_, std::align_val_t(64)); }
-  A* get() const { return at_; }
-
- private:
-  A* at_;
-};
 
 // a memory of M slots of n rows each, of which the first min(count, M) are valid
 struct SlotSizes {

@@ -26,20 +26,30 @@ std::tuple<Tensor, Tensor> quantize_slots(const Tensor& x_, int64_t bits) {
   return {values, scale};
 }
 
-Tensor dequantize_slots(const Tensor& values_, const Tensor& scale_, int64_t D, ScalarType type) {
-  const Tensor values = dense(values_), scale = dense(scale_);
+// with rows [S, N]: those of [S, M], zeros for one that does not exist
+Tensor dequantize_slots(const Tensor& values_, const Tensor& scale_, const std::optional<Tensor>& rows_, int64_t D,
+                        ScalarType type) {
+  const Tensor values = dense(values_), scale = dense(scale_), rows = rows_ ? dense(*rows_) : scale;
+  const int64_t* wanted = rows_ ? data<int64_t>(rows) : nullptr;
+  const int64_t M = wanted ? scale.size(1) : 0, N = wanted ? rows.size(1) : 0;
   Ints sizes;
-  for (int64_t d = 0; d < scale.dim(); ++d) sizes.push_back(scale.size(d));
+  for (int64_t d = 0; d < rows.dim(); ++d) sizes.push_back(rows.size(d));
   sizes.push_back(D);
   Tensor out = make(scale, sizes, type);
   dispatch_floating(type, [&](auto t) {
     using T = typename decltype(t)::type;
     const auto run = [&](auto q) {
       using Q = typename decltype(q)::type;
-      parallel(scale.numel(), kGrainBytes / (D * sizeof(T) + 1), [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r)
-          dequantize_row(data<Q>(values) + r * stored_elements<Q>(D), D, data<float>(scale)[r],
-                         mutable_data<T>(out) + r * D);
+      parallel(rows.numel(), kGrainBytes / (D * sizeof(T) + 1), [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+          T* to = mutable_data<T>(out) + i * D;
+          if (wanted && (wanted[i] < 0 || wanted[i] >= M)) {
+            std::fill_n(to, D, T(0));
+            continue;
+          }
+          const int64_t r = wanted ? i / N * M + wanted[i] : i;
+          dequantize_row(data<Q>(values) + r * stored_elements<Q>(D), D, data<float>(scale)[r], to);
+        }
       });
     };
     values.scalar_type() == ScalarType::Char ? run(tag<int8_t>{}) : run(tag<nibbles>{});

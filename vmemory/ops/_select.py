@@ -95,7 +95,8 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
     Args:
         op: A public op, for example `vmemory.ops.grid_pool`.
-        args, kwargs: The arguments of the call; only the first tensor's device, dtype and shape matter.
+        args, kwargs: The arguments of the call; only the first tensor's device, dtype and shape matter, and, where an
+            op has other kernels for quantised storage, the dtype of what is stored.
 
     Raises:
         TypeError: `op` is not one of vmemory's ops, or no argument is a tensor.
@@ -103,9 +104,12 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     backends = getattr(op, "backends", None)
     if not isinstance(backends, Backends):
         raise TypeError(f"op: expected one of vmemory's ops, got {op!r}")
-    tensor = next((a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)), None)
-    if tensor is None:
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)]
+    if not tensors:
         raise TypeError("args: expected at least one tensor to decide by, got none")
+    tensor = tensors[0]
+    tables: dict[torch.dtype, Backends] = op.by_storage  # type: ignore[attr-defined]
+    backends = next((tables[a.dtype] for a in tensors if a.dtype in tables), backends)
     chosen = backends.best(tensor)
     rejected = {
         impl: backends.why_not_auto(impl, tensor) or f"{chosen} is preferred on {tensor.device.type}"
@@ -115,11 +119,17 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     return Explanation(backends.op, chosen, rejected)
 
 
-def with_backends(backends: Backends) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Attach an op's table of implementations to its public function, where `explain` finds it."""
+def with_backends(
+    backends: Backends, by_storage: dict[torch.dtype, Backends] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Attach an op's table of implementations to its public function, where `explain` finds it.
+
+    `by_storage` holds the tables that differ because a tensor of the call is stored in that dtype.
+    """
 
     def attach(function: Callable[..., Any]) -> Callable[..., Any]:
         function.backends = backends  # type: ignore[attr-defined]
+        function.by_storage = by_storage or {}  # type: ignore[attr-defined]
         return function
 
     return attach

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vmemory.ops._checks import check_device, check_floating, shape_of
+from vmemory.ops._checks import check_device, check_floating, check_tensor, shape_of
 from vmemory.ops._select import Backends, Impl, with_backends
 from vmemory.ops._stem import StemOp
 from vmemory.reference import quantize_slots as _reference
@@ -35,15 +35,15 @@ def _fake_quantize(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return x.new_empty((*rows, stored), dtype=kind), x.new_empty(rows, dtype=torch.float32)
 
 
-def _fake_dequantize(values: Tensor, scale: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    return scale.new_empty((*scale.shape, dim), dtype=dtype)
+def _fake_dequantize(values: Tensor, scale: Tensor, rows: Tensor | None, dim: int, dtype: torch.dtype) -> Tensor:
+    return scale.new_empty((*(scale if rows is None else rows).shape, dim), dtype=dtype)
 
 
 _quantize = StemOp(_STEM, "quantize_slots", "(Tensor x, int bits) -> (Tensor, Tensor)", _fake_quantize)
 _dequantize = StemOp(
     _STEM,
     "dequantize_slots",
-    "(Tensor values, Tensor scale, SymInt dim, ScalarType dtype) -> Tensor",
+    "(Tensor values, Tensor scale, Tensor? rows, SymInt dim, ScalarType dtype) -> Tensor",
     _fake_dequantize,
 )
 
@@ -91,21 +91,24 @@ def dequantize_slots(
     values: Tensor,
     scale: Tensor,
     *,
+    rows: Tensor | None = None,
     dim: int | None = None,
     dtype: torch.dtype = torch.float32,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Bring back rows that `quantize_slots` stored: value · scale.
+    """Bring back rows that `quantize_slots` stored, all of them or those chosen: value · scale, in one pass.
 
     Args:
         values: int8 `[..., D]`, or uint8 `[..., ceil(D / 2)]` with two values a byte.
         scale: float32 `[...]`, on the device of `values`.
+        rows: int64 `[S, N]`, on the device of `values`, which are then `[S, M, D]`: the rows to bring back, in any
+            order; one below 0 or from M on gives zeros. None = all.
         dim: D; needed for packed values with an odd D, else it follows from `values`.
         dtype: float64, float32, float16 or bfloat16. The product is taken in float32 (float64 for float64).
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
-        `[..., D]` of `dtype`.
+        `[..., D]` of `dtype`; with `rows` `[S, N, D]`.
 
     Raises:
         TypeError: An argument is of the wrong kind.
@@ -121,6 +124,12 @@ def dequantize_slots(
         want = list(values.shape[:-1])
         raise ValueError(f"scale: expected float32 {want}, a row less than values, got {scale.dtype} {shape_of(scale)}")
     check_device("scale", scale, "values", values)
+    if rows is not None:
+        check_tensor("rows", rows, "[S, N]")
+        if values.dim() != 3 or rows.dtype != torch.int64 or rows.shape[0] != values.shape[0]:
+            shapes = f"got {rows.dtype} {shape_of(rows)} with values {shape_of(values)}"
+            raise ValueError(f"rows: expected int64 [S, N] beside values [S, M, D], {shapes}")
+        check_device("rows", rows, "values", values)
     if dtype not in _FLOATING:
         raise ValueError(f"dtype: expected float64, float32, float16 or bfloat16, got {dtype}")
     stored = values.shape[-1]
@@ -131,5 +140,5 @@ def dequantize_slots(
         raise ValueError(f"dim: expected {most if least == most else f'{least} or {most}'}, got {dim}")
     picked = _DEQUANTIZE.pick(values, impl)
     if picked == "reference":
-        return _reference.dequantize_slots(values, scale, channels, dtype)
-    return _dequantize(picked, values, scale.detach(), channels, dtype)
+        return _reference.dequantize_slots(values, scale, rows, channels, dtype)
+    return _dequantize(picked, values, scale.detach(), rows, channels, dtype)

@@ -124,7 +124,7 @@ class _SimilarityTopK(Function):
         return to_query if for_query else None, to_memory if for_memory else None, *(None,) * 6
 
 
-@with_backends(_BACKENDS)
+@with_backends(_BACKENDS, {torch.uint8: _IN_4_BITS})
 def similarity_topk(
     query: Tensor,
     memory: Tensor,

@@ -25,8 +25,8 @@ def memory_attention(
     slots, rows = key_slots.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
     if key_scale is not None and value_scale is not None:
-        key_slots = dequantize_slots(key_slots, key_scale, query.shape[-1], wide)
-        value_slots = dequantize_slots(value_slots, value_scale, query.shape[-1], wide)
+        key_slots = dequantize_slots(key_slots, key_scale, None, query.shape[-1], wide)
+        value_slots = dequantize_slots(value_slots, value_scale, None, query.shape[-1], wide)
     valid = torch.arange(slots, device=query.device) < count[:, None]
     kept = valid[..., None, None, None]
     keys, values = (torch.where(kept, x.to(wide), 0).flatten(1, 2) for x in (key_slots, value_slots))

@@ -40,8 +40,20 @@ def unpack(packed: Tensor, dim: int) -> Tensor:
     return torch.stack([bytes_ << 4 >> 4, bytes_ >> 4], -1).flatten(-2)[..., :dim]
 
 
-def dequantize_slots(values: Tensor, scale: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """values · scale `[..., dim]`, computed in float32 or, for float64, in float64."""
+def dequantize_slots(
+    values: Tensor, scale: Tensor, rows: Tensor | None, dim: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """values · scale `[..., dim]`, computed in float32 or, for float64, in float64.
+
+    With `rows [S, N]`: those of the rows `[S, M]`, zeros for one that does not exist.
+    """
+    if rows is not None:
+        there = (rows >= 0) & (rows < scale.shape[1])
+        if scale.shape[1] == 0:
+            return scale.new_zeros((*rows.shape, dim), dtype=dtype)
+        at = torch.where(there, rows, 0)
+        values = values.gather(1, at[..., None].expand(*at.shape, values.shape[-1])) * there[..., None]
+        scale = torch.where(there, scale.gather(1, at), 0)
     wide = torch.promote_types(dtype, torch.float32)
     plain = values if values.dtype == torch.int8 else unpack(values, dim)
     return (plain.to(wide) * scale.to(wide)[..., None]).to(dtype)
