@@ -1,4 +1,4 @@
-#include "common/attention.h"
+#include "common/attention_of_few.h"
 #include "torch/stable.h"
 
 namespace vmemory {
@@ -118,6 +118,29 @@ void attention(const SlotSizes& z, const T* query, const Slots<Q>& slots, const 
   });
 }
 
+template <class T, class Q>
+void attention_of_few(const SlotSizes& z, const T* query, const Slots<Q>& slots, const int64_t* count, T* out,
+                      acc_t<T>* stats) {
+  using A = acc_t<T>;
+  int64_t longest = 0;
+  for (int64_t s = 0; s < z.S; ++s) longest = std::max(longest, z.valid(count, s));
+  const int64_t work = (z.N + 1) * (longest + 1) * (z.E + 1);
+  parallel(z.S * z.G, kSmallAttention / work, [&](int64_t begin, int64_t end) {
+    FewQueries<A> few(std::min(end - begin, z.G), z.N, z.E);
+    for (int64_t item = begin; item < end;) {
+      const int64_t s = item / z.G, first = item % z.G, heads = std::min(end - item, z.G - first);
+      const int64_t valid = z.valid(count, s);
+      few.attend(z, query, slots, s, first, heads, valid);
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t g = first + h;
+        few.write(h, valid, out + (s * z.N * z.G + g) * z.E, z.G * z.E, stats + (s * z.G + g) * z.N,
+                  stats + (z.S * z.G + s * z.G + g) * z.N);
+      }
+      item += heads;
+    }
+  });
+}
+
 std::tuple<Tensor, Tensor> memory_attention(const Tensor& query_, const Tensor& keys_, const Tensor& values_,
                                             const Tensor& count_, std::optional<Tensor> key_scale_,
                                             std::optional<Tensor> value_scale_) {
@@ -134,7 +157,8 @@ std::tuple<Tensor, Tensor> memory_attention(const Tensor& query_, const Tensor& 
       using Q = typename decltype(q)::type;
       const Slots<Q> slots{data<Q>(keys), data<Q>(values), key_scale_ ? data<float>(key_scale) : nullptr,
                            value_scale_ ? data<float>(value_scale) : nullptr};
-      attention(z, data<T>(query), slots, data<int64_t>(count), mutable_data<T>(out), mutable_data<acc_t<T>>(stats));
+      const auto run = z.N <= kFewQueries ? attention_of_few<T, Q> : attention<T, Q>;
+      run(z, data<T>(query), slots, data<int64_t>(count), mutable_data<T>(out), mutable_data<acc_t<T>>(stats));
     });
   });
   return {out, stats};

@@ -45,7 +45,8 @@ def draw_curve(groups: Sequence[Sequence[Score]], unbounded: Score, palette: Pal
 
 def _lines(axis: Axes, groups: Sequence[Sequence[Score]], count: str, palette: Palette) -> list[tuple[float, str, str]]:
     """One line a memory; where each ends, its name and its colour."""
-    colours = {"hierarchical": palette.tiers[0], "merging": palette.tiers[2], "uniform": palette.tiers[1]}
+    named = ("hierarchical", "uniform", "merging", "episodic")
+    colours = dict(zip(named, palette.tiers, strict=True))
     ends = []
     for scores in zip(*groups, strict=True):
         colour = colours.get(scores[0].policy, palette.faint)

@@ -27,13 +27,16 @@ LONGEST_SPAN = 20.0
 FADE = 0.25
 # seconds of the film whose mean token calibrated memories subtract
 CALIBRATION = 60.0
-# policy, and whether tokens are calibrated; the last two do not look at features
+# policy, and whether tokens are calibrated; the last three do not look at features
 BOUNDED = (
     ("hierarchical", False),
     ("hierarchical", True),
     ("merging", False),
     ("merging", True),
+    ("episodic", False),
+    ("episodic", True),
     ("uniform", False),
+    ("reservoir", False),
     ("recent", False),
 )
 ENTRIES = (64, 128, 256)

@@ -9,7 +9,7 @@ import torch
 from vmemory.banks import Bank, make
 from vmemory.banks.hierarchical import split
 
-POLICIES = ("hierarchical", "merging", "uniform", "recent")
+POLICIES = ("hierarchical", "merging", "episodic", "uniform", "reservoir", "recent")
 
 
 def video_bank(
