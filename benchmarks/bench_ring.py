@@ -50,6 +50,22 @@ def test_push(measure, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.benchmark(group="ring_read: 32 slots of 196×896, oldest first")
+def test_read(measure, device, dtype):
+    """Eager PyTorch has to learn the count on the host before it can turn the slots."""
+    slots, count = filled(device, dtype)
+    count += 11
+
+    def eager(x: Tensor) -> Tensor:
+        return x.roll(-(int(count[0]) % SLOTS), 1)
+
+    assert torch.equal(ring_read(slots, count).frames, eager(slots))
+    moved = 2 * slots.numel() * slots.element_size()
+    name = str(dtype).removeprefix("torch.")
+    measure(name, lambda x: ring_read(x, count).frames, Rotation(slots), moved, 0.0, eager=eager)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("variant", ["flat", "mean", "mean, kept"])
 @pytest.mark.benchmark(group="slot_replace_: one frame 196×896 into 32 full slots")
 def test_replace(measure, device, dtype, variant):

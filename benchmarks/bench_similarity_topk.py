@@ -46,6 +46,22 @@ def test_search(measure, device, queries):
     )
 
 
+@pytest.mark.benchmark(group=f"similarity_topk: 1,000,000 × {CHANNELS} float32, k = {K}, dot product")
+@pytest.mark.parametrize("queries", [1, 8])
+def test_search_of_a_million(measure, device, queries):
+    query, memory = random_tensor(1, queries, CHANNELS, device=device), torch.empty(1, 10 * SLOTS, CHANNELS)
+    memory = memory.to(device).uniform_(-1, 1, generator=torch.Generator(device).manual_seed(0))
+    assert torch.equal(similarity_topk(query, memory, K, metric="dot").indices, product_and_topk(query, memory))
+    measure(
+        f"{queries} {'queries' if queries > 1 else 'query'}, a million rows",
+        lambda rows: similarity_topk(query, rows, K, metric="dot"),
+        Rotation(memory),
+        memory.numel() * memory.element_size(),
+        2 * queries * memory.numel(),
+        matmul_and_topk=lambda rows: product_and_topk(query, rows),
+    )
+
+
 @pytest.mark.benchmark(group=f"similarity_topk: {SLOTS:,} × {CHANNELS} in 8 and 4 bits, k = {K}, dot product")
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("queries", [1, 8])
