@@ -13,10 +13,10 @@ from vmemory.banks.budget import format_bytes, parse_bytes
 from vmemory.banks.episodic import EpisodicBank
 from vmemory.banks.files import BankFile, BankFileError
 from vmemory.banks.hierarchical import HierarchicalBank
+from vmemory.banks.quantized import dtype_of
 from vmemory.banks.reservoir import ReservoirBank
 from vmemory.banks.single import MergingBank, RingBank, UniformBank
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved
-from vmemory.reference.bank_layout import BankState
 
 # a new policy is one class and one line here; the shared contract tests run on all of them
 POLICIES: dict[str, type[Bank]] = {
@@ -43,9 +43,9 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Bank, Ba
     """
     file = BankFile.read(Path(path))
     config = dict(file.config)
-    config["dtype"] = getattr(torch, str(config["dtype"]))
+    config["dtype"] = dtype_of(str(config["dtype"]))
     bank = make(file.policy, device=device, **config)
-    bank.restore(BankState(**{name: t.to(device) for name, t in file.state.items()}))
+    bank.restore(type(bank.state)(**{name: t.to(device) for name, t in file.state.items()}))
     return bank, file
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vmemory.banks.files import BankFile
+from vmemory.banks.quantized import QuantizedState, check_quantized_push, decider_of, new_state, push_quantized_
 from vmemory.banks.tiers import clamped, make_layout
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved, compact_tokens, padded_tokens, row_tables
 from vmemory.ops._checks import check_int, check_tensor, shape_of
@@ -33,7 +34,7 @@ from vmemory.reference.bank_layout import (
 
 Times = float | Sequence[float] | Tensor | None
 # buffers that keep their dtype when a model around them is cast
-_KEPT = ("mass", "descriptor", "norm", "link", "clock", "maps")
+_KEPT = ("mass", "descriptor", "norm", "link", "clock", "maps", "scale")
 
 
 class Bank(nn.Module):
@@ -52,7 +53,9 @@ class Bank(nn.Module):
         intervals: Frame t enters the first tier whose interval divides t, and is skipped when none does; None = every
             frame enters the first tier.
         streams: Number of streams S.
-        device, dtype: Of the tokens held.
+        device: Of the tokens held.
+        dtype: Of the tokens held, and of the frames; or `"int8"` or `"int4"`: tokens of frames of any floating dtype
+            are stored as `quantize_slots` does and come back as float32. Decisions look at means in full precision.
         key_dim: Similarity looks at the first `key_dim` channels; None = all.
         adapter: Module applied to frames first, for example `FeatureAdapter` where feature sizes differ.
 
@@ -83,7 +86,7 @@ class Bank(nn.Module):
         intervals: Sequence[int] | None = None,
         streams: int = 1,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         key_dim: int | None = None,
         adapter: nn.Module | None = None,
     ) -> None:
@@ -94,9 +97,12 @@ class Bank(nn.Module):
         check_int("key_dim", key_dim, low=1, high=dim)
         self.layout, self.levels = make_layout(dim, grid, capacities, grids, rule, intervals, key_dim)
         self.streams, self.adapter = streams, adapter
-        for name, buffer in self.layout.new_state(streams, device, dtype)._asdict().items():
+        made = new_state(self.layout, streams, device, dtype)
+        self._state_type: type[BankState] | type[QuantizedState] = type(made)
+        self._decider = decider_of(self.layout) if isinstance(made, QuantizedState) else None
+        for name, buffer in made._asdict().items():
             self.register_buffer(name, buffer, persistent=False)
-        self.register_buffer("maps", layout_maps(self.layout, self.slots), persistent=False)
+        self.register_buffer("maps", layout_maps(self.layout, self.descriptor), persistent=False)
         for name, table in row_tables(self.layout, self.levels).items():
             self.register_buffer(name, table.to(device), persistent=False)
 
@@ -104,9 +110,14 @@ class Bank(nn.Module):
     policy = "bank"
 
     @property
-    def state(self) -> BankState:
+    def state(self) -> BankState | QuantizedState:
         """The state tensors themselves, not copies."""
-        return BankState(*(getattr(self, name) for name in BankState._fields))
+        return self._state_type(*(getattr(self, name) for name in self._state_type._fields))
+
+    @property
+    def quantized(self) -> bool:
+        """Whether tokens are stored in 8 or 4 bits."""
+        return self._state_type is QuantizedState
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +130,7 @@ class Bank(nn.Module):
         return self.layout.slots
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bank:
-        kept = {name: getattr(self, name) for name in _KEPT}
+        kept = {name: getattr(self, name) for name in _KEPT if hasattr(self, name)}
         super()._apply(fn, recurse)
         for name, old in kept.items():
             new = getattr(self, name)
@@ -155,7 +166,14 @@ class Bank(nn.Module):
         self._write(frames, times, valid, streams)
 
     def _write(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
-        bank_push_(self.state, self.layout, frames, time=times, valid=valid, streams=streams, maps=self.maps)
+        state = self.state
+        if isinstance(state, QuantizedState):
+            rows = self.streams if streams is None else streams.shape[0]
+            check_quantized_push(self.layout, rows, frames, times, valid)
+            assert self._decider is not None
+            push_quantized_(state, self.layout, self._decider, frames.detach(), times, streams)
+        else:
+            bank_push_(state, self.layout, frames, time=times, valid=valid, streams=streams, maps=self.maps)
 
     def _plan(
         self, frames: Tensor, layout: BankLayout, times: Tensor | None, valid: Tensor | None, maps: Tensor
@@ -203,7 +221,7 @@ class Bank(nn.Module):
         which = (
             slice(None) if streams is None else torch.tensor(list(streams), dtype=torch.int64, device=self.entry.device)
         )
-        for name in BankState._fields:
+        for name in self._state_type._fields:
             getattr(self, name)[which] = -1 if name in ("entry", "order") else 0
 
     # reading
@@ -216,7 +234,7 @@ class Bank(nn.Module):
             padded: `[S, Nmax, ...]` of all streams with `count [S]`, without host synchronisation; else one stream,
                 compact, at the price of one synchronisation.
         """
-        tokens = padded_tokens(self.slots, self.mass, self.entry, self.clock, self._tables(), self._cells)
+        tokens = padded_tokens(self.state, self._tables(), self._cells, self.layout.dim)
         if padded:
             return tokens
         check_int("stream", stream, low=0, high=self.streams - 1)
@@ -232,7 +250,8 @@ class Bank(nn.Module):
     def compress(self, clip: Tensor, time: Times = None, *, valid: Tensor | None = None) -> MemoryTokens:
         """What a fresh bank would hold after `clip`, without touching this one; gradients reach the clip.
 
-        The whole clip is read once to decide, then each survivor is reduced straight to the size it ends with.
+        The whole clip is read once to decide, then each survivor is reduced straight to the size it ends with. Nothing
+        is stored, so what a bank in 8 or 4 bits gives here is not rounded.
 
         Args:
             clip, time, valid: As `frames`, `time`, `valid` of `push`. `[T, H, W, D]` gives a compact result,
@@ -243,13 +262,14 @@ class Bank(nn.Module):
             raise ValueError("time: expected strictly increasing seconds along the frames")
         layout = clamped(self.layout, frames.shape[1])
         whole = layout == self.layout
-        maps = self.maps if whole else layout_maps(layout, frames)
+        maps = self.maps if whole and not self.quantized else layout_maps(layout, frames)
         plan = self._plan(frames, layout, times, valid, maps)
         slots, mass = bank_gather(frames, plan, layout, valid=valid, maps=maps)
         tables = (
             self._tables() if whole else {k: t.to(slots.device) for k, t in row_tables(layout, self.levels).items()}
         )
-        tokens = padded_tokens(slots, mass, plan.entry, plan.clock, tables, self._cells)
+        state = BankState(slots, mass, *plan[:-2])
+        tokens = padded_tokens(state, tables, self._cells, self.layout.dim)
         return compact_tokens(tokens, 0) if clip.dim() == 4 else tokens
 
     def retrieve(self, query: Tensor, k: int, *, threshold: float | None = None, stream: int = 0) -> Retrieved:
@@ -335,17 +355,19 @@ class Bank(nn.Module):
 
     # keeping
 
-    def snapshot(self) -> BankState:
+    def snapshot(self) -> BankState | QuantizedState:
         """A copy of the state; `restore` takes it back."""
-        return BankState(*(t.clone() for t in self.state))
+        return self._state_type(*(t.clone() for t in self.state))
 
-    def restore(self, snapshot: BankState) -> None:
+    def restore(self, snapshot: BankState | QuantizedState) -> None:
         """Go back to a snapshot of a bank of the same shape.
 
         Raises:
             ValueError: The snapshot's shapes or dtypes are not this bank's; nothing has changed then.
         """
-        for name, held, new in zip(BankState._fields, self.state, snapshot, strict=True):
+        if type(snapshot) is not self._state_type:
+            raise ValueError(f"snapshot: expected {self._state_type.__name__}, got {type(snapshot).__name__}")
+        for name, held, new in zip(self._state_type._fields, self.state, snapshot, strict=True):
             if held.shape != new.shape or held.dtype != new.dtype:
                 raise ValueError(
                     f"snapshot.{name}: expected {shape_of(held)} {held.dtype}, got {shape_of(new)} {new.dtype}"

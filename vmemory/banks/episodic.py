@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmemory.banks.quantized import QuantizedState
 from vmemory.banks.slots import SlotBank
 from vmemory.ops._checks import check_choice
 from vmemory.ops.ring import slot_replace_
@@ -37,11 +38,15 @@ class EpisodicBank(SlotBank):
         super().__init__(*args, **kwargs)
         if level == "flat" and self.layout.key_dim != self.layout.dim:
             raise ValueError(f"key_dim: expected {self.layout.dim} for level 'flat', got {self.layout.key_dim}")
+        if level == "flat" and self.quantized:
+            raise ValueError(f"level: expected 'mean' for a bank in {self._config['dtype']}, got 'flat'")
         self.level = level
         self.reads_tokens = level == "flat"
         self._config["level"] = level
 
-    def choose(self, state: BankState, seen: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None) -> Tensor:
+    def choose(
+        self, state: BankState | QuantizedState, seen: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None
+    ) -> Tensor:
         streams = torch.where(fed, torch.arange(fed.shape[0], device=fed.device), -1)
         slots, frames = state.descriptor, descriptor[:, None]
         if tokens is not None and self.level == "flat":

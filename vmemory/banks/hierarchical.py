@@ -10,6 +10,7 @@ from torch import nn
 
 from vmemory.banks.bank import Bank
 from vmemory.banks.budget import largest_entries
+from vmemory.banks.quantized import name_of
 from vmemory.banks.tiers import state_bytes
 from vmemory.ops._checks import check_choice
 
@@ -55,7 +56,7 @@ class HierarchicalBank(Bank):
         intervals: Sequence[int] | None = None,
         streams: int = 1,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         key_dim: int | None = None,
         adapter: nn.Module | None = None,
     ) -> None:
@@ -84,7 +85,7 @@ class HierarchicalBank(Bank):
             "rule": rule,
             "intervals": None if intervals is None else list(intervals),
             "streams": streams,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": name_of(dtype),
             "key_dim": self.layout.key_dim,
         }
 

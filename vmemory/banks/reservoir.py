@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from vmemory.banks.quantized import QuantizedState
 from vmemory.banks.slots import SlotBank
 from vmemory.ops._checks import check_int
 from vmemory.reference.bank_layout import FRAME, BankState
@@ -47,7 +48,9 @@ class ReservoirBank(SlotBank):
         self.seed = seed
         self._config["seed"] = seed
 
-    def choose(self, state: BankState, seen: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None) -> Tensor:
+    def choose(
+        self, state: BankState | QuantizedState, seen: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None
+    ) -> Tensor:
         M = state.entry.shape[1]
         # the frame held back so far is the seen-th, and stays with probability (M - 1) / seen
         drawn = (mixed(mixed(self.seed) ^ (seen & _MASK)) * seen) >> 32

@@ -9,6 +9,7 @@ from torch import nn
 
 from vmemory.banks.bank import Bank
 from vmemory.banks.budget import largest_entries
+from vmemory.banks.quantized import name_of
 from vmemory.banks.tiers import state_bytes
 
 
@@ -38,7 +39,7 @@ class SingleTierBank(Bank):
         budget: str | int | None = None,
         streams: int = 1,
         device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         key_dim: int | None = None,
         adapter: nn.Module | None = None,
     ) -> None:
@@ -61,7 +62,7 @@ class SingleTierBank(Bank):
             "capacity": capacity,
             "pooled": None if pooled is None else list(pooled),
             "streams": streams,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": name_of(dtype),
             "key_dim": self.layout.key_dim,
         }
 

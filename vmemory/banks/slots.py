@@ -5,6 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmemory.banks.quantized import (
+    QuantizedState,
+    check_quantized_push,
+    rows_of_streams,
+    slot_rows,
+    write_tokens,
+)
 from vmemory.banks.single import SingleTierBank
 from vmemory.ops.bank import BankPlan, check_frames, check_push
 from vmemory.ops.grid_pool import grid_pool
@@ -18,7 +25,9 @@ class SlotBank(SingleTierBank):
     # geometry and state are those of the one-tier first-in-first-out memory; the choice is not
     rule = "recent"
 
-    def choose(self, state: BankState, seen: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None) -> Tensor:
+    def choose(
+        self, state: BankState | QuantizedState, seen: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None
+    ) -> Tensor:
         """The slot `[S]` int64 that each stream writes its next frame to, −1 where it gets none. No synchronisation.
 
         Args:
@@ -34,9 +43,13 @@ class SlotBank(SingleTierBank):
     reads_tokens = False
 
     def _write(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
-        check_push(self.state, self.layout, frames, times, valid, streams)
+        state = self.state
+        if isinstance(state, QuantizedState):
+            check_quantized_push(self.layout, self.streams if streams is None else len(streams), frames, times, valid)
+        else:
+            check_push(state, self.layout, frames, times, valid, streams)
         if frames.shape[0]:
-            self._replay(self.state, self.layout, frames, times, valid, streams, moves=True)
+            self._replay(state, self.layout, frames, times, valid, streams, moves=True)
 
     @torch.no_grad()
     def _plan(
@@ -62,16 +75,17 @@ class SlotBank(SingleTierBank):
         return BankPlan(*state[2:], assign, frames.new_empty((S, T, 0, layout.dim)))
 
     def _replay(
-        self, state: BankState, layout: BankLayout, frames: Tensor, times: Tensor | None, valid: Tensor | None,
-        streams: Tensor | None, *, moves: bool,
+        self, state: BankState | QuantizedState, layout: BankLayout, frames: Tensor, times: Tensor | None,
+        valid: Tensor | None, streams: Tensor | None, *, moves: bool,
     ) -> Tensor:  # fmt: skip
         """Take `frames [S', T, H, W, D]` into `state`, tokens only if it `moves`; the slots `[S, T]` they got."""
         frames, S = frames.detach(), state.counter.shape[0]
         stream = torch.arange(S, device=frames.device)
         # the row of frames that feeds each stream
-        row = stream if streams is None else _inverse(streams, S)
+        row = stream if streams is None else rows_of_streams(streams, S)
         fed = row >= 0
         means, mass = self._describe(frames, valid)
+        means = means.to(state.descriptor.dtype)
         when = mass.new_full(mass.shape, torch.nan) if times is None else times
         chosen = [row.new_empty((S, 0))]
         for t in range(frames.shape[1]):
@@ -90,7 +104,11 @@ class SlotBank(SingleTierBank):
             norm = means[:, t].norm(dim=-1, keepdim=True)
             written = [(state.descriptor, means[:, t]), (state.norm, norm), (state.clock, clock)]
             if tokens is not None and cells is not None:
-                written += [(state.slots, tokens), (state.mass, cells)]
+                if isinstance(state, QuantizedState):
+                    rows = slot_rows(layout, 0, slot.clamp_min(0))
+                    write_tokens(state, rows, fed, _rows(tokens, row, streams), _rows(cells, row, streams))
+                else:
+                    written += [(state.slots, tokens), (state.mass, cells)]
             for buffer, value in written:
                 # a ring writes where its counter points to, and skips the rows without a stream
                 flat = value.flatten(1)[:, None, None]
@@ -132,14 +150,6 @@ class SlotBank(SingleTierBank):
         summed = torch.einsum("ih,jw,shwd->sijd", rows, columns, wide)
         pooled = torch.where(held[..., None] > 0, summed / held[..., None].clamp_min(1e-30), 0)
         return pooled.to(frames.dtype).flatten(1, 2), (held * (H * W / (h * w))).float().flatten(1)
-
-
-def _inverse(streams: Tensor, S: int) -> Tensor:
-    """The row `[S]` that feeds each stream, −1 = none, from the stream of each row."""
-    # one place more for the rows that are skipped
-    there = torch.where((streams >= 0) & (streams < S), streams, S)
-    rows = torch.full((S + 1,), -1, dtype=torch.int64, device=streams.device)
-    return rows.scatter(0, there, torch.arange(streams.shape[0], device=streams.device))[:-1]
 
 
 def _rows(values: Tensor, row: Tensor, streams: Tensor | None) -> Tensor:

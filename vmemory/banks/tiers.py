@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 
+from vmemory.banks.quantized import new_bytes, storage_of
 from vmemory.ops._checks import check_int
 from vmemory.reference.bank_layout import BankLayout
 
@@ -75,12 +75,11 @@ def state_bytes(
     rule: str,
     intervals: Sequence[int] | None,
     streams: int,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     key_dim: int | None,
 ) -> int:
     """`nbytes` of the bank that these arguments make."""
     layout, _ = make_layout(dim, grid, capacities, grids, rule, intervals, dim if key_dim is None else key_dim)
-    state = sum(math.prod(shape) * kind.itemsize for shape, kind in layout.state_shapes(streams, dtype).values())
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = torch.promote_types(storage_of(dtype), torch.float32)
     # the weight table and three int64 facts of each token row
-    return state + layout.packed_maps.numel() * wide.itemsize + 3 * 8 * layout.rows
+    return new_bytes(layout, streams, dtype) + layout.packed_maps.numel() * wide.itemsize + 3 * 8 * layout.rows

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmemory.reference.bank_layout import FRAME, START, STOP, TIME, BankLayout
+from vmemory.banks.quantized import QuantizedState, read_tokens
+from vmemory.reference.bank_layout import FRAME, START, STOP, TIME, BankLayout, BankState
 
 _FREE = torch.iinfo(torch.int64).max
 
@@ -16,7 +17,7 @@ class MemoryTokens(NamedTuple):
     """Tokens of a memory in stream order, N of them; padded reads put `[S, Nmax]` in front and fill `count [S]`.
 
     Attributes:
-        tokens: `[N, D]`, the bank's dtype.
+        tokens: `[N, D]`, the bank's dtype; float32 of a bank in 8 or 4 bits.
         frame: `[N]` int64 number of the frame a token comes from (merged: the first of its frames); −1 = padding.
         time: `[N]` float64 seconds, NaN where frames came without (a merged token: the mean of its frames).
         cell: `[N]` int64 cell h·W + w of the input grid that the token owns.
@@ -94,10 +95,9 @@ def row_tables(layout: BankLayout, levels: tuple[int, ...]) -> dict[str, Tensor]
     }
 
 
-def padded_tokens(
-    slots: Tensor, mass: Tensor, entry: Tensor, clock: Tensor, tables: dict[str, Tensor], cells: int
-) -> MemoryTokens:
+def padded_tokens(state: BankState | QuantizedState, tables: dict[str, Tensor], cells: int, dim: int) -> MemoryTokens:
     """Read every stream, `[S, L, ...]`: live rows first, in stream order, then padding. No host synchronisation."""
+    mass, entry, clock = state.mass, state.entry, state.clock
     row_slot, row_cell, row_level = (tables[name] for name in ("row_slot", "row_cell", "row_level"))
     live = mass > 0
     # [S, L]
@@ -107,8 +107,12 @@ def padded_tokens(
     slot = row_slot[place]
     time, start, stop = (clock[..., c].gather(1, slot) for c in (TIME, START, STOP))
     nan = torch.full_like(time, torch.nan)
+    if isinstance(state, QuantizedState):
+        tokens = read_tokens(state, place, dim)
+    else:
+        tokens = state.slots.gather(1, place[..., None].expand(-1, -1, dim))
     return MemoryTokens(
-        tokens=slots.gather(1, place[..., None].expand(-1, -1, slots.shape[-1])),
+        tokens=tokens,
         frame=torch.where(live, entry[..., FRAME].gather(1, slot), -1),
         time=torch.where(live, time, nan),
         cell=torch.where(live, row_cell[place], -1),

@@ -20,7 +20,12 @@ from vmemory.stream.video_bank import video_bank
 
 # answers to one question lie at least this many seconds apart
 APART = 4.0
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
+DTYPES: dict[str, torch.dtype | str] = {
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": "int8",
+    "int4": "int4",
+}
 
 
 class Question(NamedTuple):

@@ -87,7 +87,7 @@ def _memory_parts(report: Report, memory: MemoryStream, pictures: dict[str, byte
     video, last = memory.facts.get("title") or memory.facts.get("video", "a video"), float(memory.history.time[-1])
     duration = max(float(memory.facts.get("duration") or 0.0), last)
     raw = counts["seen"] * memory.bank.layout.grid[0] * memory.bank.layout.grid[1] * memory.bank.layout.dim
-    raw *= memory.bank.slots.element_size()
+    raw *= 2 if memory.bank.quantized else memory.bank.slots.element_size()
     bound = ("holds" if given is None else "budget", budget)
     light, dark = (draw_timeline(memory, report.questions, bound, duration, palette) for palette in (LIGHT, DARK))
     pictures["timeline.png"] = light

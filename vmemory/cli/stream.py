@@ -32,7 +32,7 @@ def stream(
     k: Annotated[int, typer.Option("-k", help="Answers a question.", min=1, max=100)] = 5,
     out: Annotated[Path | None, typer.Option(help="Directory for report.html and timeline.png.")] = None,
     save: Annotated[Path | None, typer.Option(help="A .vmem file that `vmemory ask` reads.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the tokens held: float16 or float32.")] = "float16",
+    dtype: Annotated[str, typer.Option(help="Of the tokens held: float16, float32, int8 or int4.")] = "float16",
     seconds: Annotated[
         float, typer.Option("--calibrate", help="Seconds whose mean token is subtracted from all; 0 = none.", min=0)
     ] = 60.0,

@@ -117,9 +117,8 @@ class MemoryStream:
         slots = self.bank.slots
         if self.origin is not None:
             tokens = tokens - self.origin
-        self.bank.push(
-            tokens.to(slots.device, slots.dtype), torch.tensor(times, dtype=torch.float64, device=slots.device)
-        )
+        kind = tokens.dtype if self.bank.quantized else slots.dtype
+        self.bank.push(tokens.to(slots.device, kind), torch.tensor(times, dtype=torch.float64, device=slots.device))
         if slots.is_cuda:
             # the push only queues work: without this the time would count as the thumbnails'
             torch.cuda.synchronize(slots.device)
@@ -154,7 +153,7 @@ class MemoryStream:
         bank, state = self.bank, self.bank.state
         held = bank.counter[0, LENGTH:].tolist()
         rows = sum(n * cells for n, cells in zip(held, bank.layout.cells, strict=True))
-        per_row = sum(t[0, :1].numel() * t.element_size() for t in (state.slots, state.mass))
+        per_row = sum(t[0, :1].numel() * t.element_size() for t in (state.slots, state.mass, *state[9:]))
         slots = (state.descriptor, state.norm, state.entry, state.clock, state.order)
         per_entry = sum(t[0, :1].numel() * t.element_size() for t in slots)
         return rows * per_row + sum(held) * per_entry

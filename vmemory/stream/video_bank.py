@@ -20,7 +20,7 @@ def video_bank(
     rule: str | None = None,
     entries: int | None = None,
     budget: str | int | None = None,
-    dtype: torch.dtype = torch.float16,
+    dtype: torch.dtype | str = torch.float16,
 ) -> Bank:
     """A memory of one stream for tokens `[side, side, dim]`, by number of entries or by bytes.
 
