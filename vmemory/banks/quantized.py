@@ -53,7 +53,7 @@ def name_of(dtype: torch.dtype | str) -> str:
 
 def dtype_of(name: str) -> torch.dtype | str:
     """What `name_of` named."""
-    return name if name in STORAGE else getattr(torch, name)  # type: ignore[no-any-return]
+    return name if name in STORAGE else getattr(torch, name)
 
 
 def new_state(
@@ -133,8 +133,8 @@ def push_quantized_(
     maps = means.new_ones(decider.packed_maps.numel())
     for t in range(frames.shape[1]):
         seen, before = state.counter[:, SEEN].clone(), state.entry.clone()
-        # the means' own tokens are written and never read
-        tokens = means.new_zeros((S, layout.slots, layout.key_dim))
+        # written and never read
+        tokens = means.new_empty((S, layout.slots, layout.key_dim))
         bank_push_(
             BankState(tokens, means.new_ones((S, layout.slots), dtype=torch.float32), *state[2:9]),
             decider, means[:, t, None, None, None], time=None if times is None else times[:, t : t + 1],
@@ -167,7 +167,7 @@ def _move(state: QuantizedState, layout: BankLayout, tier: int, before: Tensor, 
         grown = (new[..., LAST] != old[..., LAST]) & ~arrived & (new[..., FRAME] >= 0)
         _merge(state, layout, tier, grown.int().argmax(1), slot, grown.any(1))
     (H, W), (h, w) = layout.grid, layout.grids[tier]
-    tokens = (frame if (h, w) == (H, W) else grid_pool(frame, (h, w))).flatten(1, 2).float()
+    tokens = (frame if (h, w) == (H, W) else grid_pool(frame, (h, w))).flatten(1, 2)
     if tier > 0:
         number = new[..., FRAME].gather(1, slot[:, None])
         above, size = layout.first_slot[tier - 1], layout.capacities[tier - 1]
@@ -175,8 +175,8 @@ def _move(state: QuantizedState, layout: BankLayout, tier: int, before: Tensor, 
         shape = (len(slot), *layout.grids[tier - 1], layout.dim)
         held = read_tokens(state, slot_rows(layout, tier - 1, source), layout.dim).view(shape)
         demoted = grid_pool(held, (h, w), _demote(layout)).flatten(1, 2)
-        tokens = torch.where((number == seen[:, None])[..., None], tokens, demoted)
-    mass = tokens.new_full(tokens.shape[:2], H * W / (h * w), dtype=torch.float32)
+        tokens = torch.where((number == seen[:, None])[..., None], tokens.float(), demoted)
+    mass = torch.full(tokens.shape[:2], H * W / (h * w), device=tokens.device)
     write_tokens(state, slot_rows(layout, tier, slot), there, tokens, mass)
 
 
@@ -203,8 +203,10 @@ def read_tokens(state: QuantizedState, rows: Tensor, dim: int) -> Tensor:
 def write_tokens(state: QuantizedState, rows: Tensor, there: Tensor, tokens: Tensor, mass: Tensor) -> None:
     """Store `tokens [S, n, D]` in rows `[S, n]` of the streams `there [S]`; the others keep what they hold."""
     values, scale = quantize_slots(tokens, 8 if state.slots.dtype == torch.int8 else 4)
-    wide = rows[..., None].expand_as(values)
-    keep = there[:, None]
-    state.slots.scatter_(1, wide, torch.where(keep[..., None], values, state.slots.gather(1, wide)))
-    state.scale.scatter_(1, rows, torch.where(keep, scale, state.scale.gather(1, rows)))
-    state.mass.scatter_(1, rows, torch.where(keep, mass, state.mass.gather(1, rows)))
+    S = rows.shape[0]
+    flat = (rows + state.mass.shape[1] * torch.arange(S, device=rows.device)[:, None]).flatten()
+    for buffer, new in ((state.slots, values), (state.scale, scale), (state.mass, mass)):
+        held = buffer.flatten(0, 1)
+        keep = there.view(S, *[1] * (new.dim() - 1))
+        old = held.index_select(0, flat).view(new.shape)
+        held.index_copy_(0, flat, torch.where(keep, new, old).flatten(0, 1))
