@@ -202,7 +202,7 @@ def test_wrong_options(run: Run, clip: Path, tmp_path: Path) -> None:
     file.write_text("x")
     picture.write_text("x")
     for options, message in (
-        (["--bank", "best"], "bank: expected one of hierarchical, merging, uniform, recent, got 'best'"),
+        (["--bank", "best"], "bank: expected one of hierarchical, merging, episodic, uniform, reservoir, recent, got 'best'"),
         (["--bank", "merging", "--rule", "paper"], "rule: only the hierarchical bank has rules"),
         (["--rule", "best"], "rule: expected one of"),
         (["--budget", "1KiB"], r"budget: expected at least .* for the smallest memory"),
@@ -399,7 +399,7 @@ def test_demo(run: Run, film: None, tmp_path: Path) -> None:
 def test_localize(run: Run, film: None, tmp_path: Path) -> None:
     code, text, _ = run("localize", "--out", tmp_path / "out")
     assert code == 0
-    assert text.count("hierarchical, calibrated") == 3
+    assert text.count("hierarchical, calibrated") == 5
     assert "Blender Foundation" in _check_page(tmp_path / "out")
 
 

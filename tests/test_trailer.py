@@ -11,6 +11,7 @@ from vmemory.eval.trailer import (
     Queries,
     by_bytes,
     by_entries,
+    by_storage,
     evaluate,
     trailer_queries,
 )
@@ -52,7 +53,7 @@ def test_a_memory_of_everything_finds_everything(calibrated: bool) -> None:
     queries = Queries(film.pooled()[3::7], film.time[3::7])
     bank = video_bank("recent", 9, 32, entries=80)
     score = evaluate(bank, film, queries, calibrated=calibrated, policy="unbounded")
-    assert score[:6] == ("unbounded", calibrated, 11, 11, 11, 0.0)
+    assert score[:7] == ("unbounded", calibrated, "float16", 11, 11, 11, 0.0)
     assert score.nbytes == bank.nbytes
     assert score.held == 80
     assert score.push > 0
@@ -109,3 +110,17 @@ def test_tables_cover_every_memory_and_size() -> None:
         assert all(0.7 * budget < s.nbytes <= budget for s in group)
         by_name = {s.policy: s.held for s in group}
         assert by_name["hierarchical"] > by_name["merging"]
+
+
+def test_few_bits_find_as_much_in_fewer_bytes() -> None:
+    film = _features(_shots(6, 10), 2.0)
+    queries = Queries(film.pooled()[::9], film.time[::9])
+    full = by_entries(film, queries, (16,))[1]
+    stored = by_storage(film, queries, (16,))
+    assert [{s.dtype for s in group} for group in stored] == [{"int8"}, {"int4"}]
+    for group in stored:
+        for few, wide in zip(group, full, strict=True):
+            assert few[:2] == wide[:2]
+            assert few.nbytes < wide.nbytes
+            # decisions and what is looked up are means in full precision
+            assert (few.hits, few.exact, few.held) == (wide.hits, wide.exact, wide.held)

@@ -17,14 +17,16 @@ from vmemory.eval.features import video_features
 
 
 def localize(
-    out: Annotated[Path | None, typer.Option(help="Directory for report.html and localisation.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for report.html, localisation.png and storage.png.")
+    ] = None,
 ) -> None:
     """Look frames of a trailer up in memories that watched the film, and count who finds them."""
     if out is not None:
         check_writable(out, folder=True)
     encoder = make_encoder()
     film, trailer = (video_features(path, encoder, 2.0) for path in (fetch_film(), fetch_trailer()))
-    scores = measure(film, trailer)
+    scores = measure(film, trailer, few_bits=True)
     console = Console()
     print_scores(console, scores)
     if out is not None:

@@ -14,7 +14,7 @@ import vmemory
 from vmemory._files import replacing
 from vmemory.banks import format_bytes, parse_bytes
 from vmemory.cli.common import Question, concepts_text, span_text, timecode
-from vmemory.cli.curve import draw_curve
+from vmemory.cli.curve import draw_curve, draw_storage
 from vmemory.cli.scores import Scores, table_of
 from vmemory.cli.timeline import DARK, LIGHT, draw_timeline
 from vmemory.cli.watch import Watched
@@ -190,8 +190,16 @@ def _score_parts(scores: Scores, pictures: dict[str, bytes]) -> dict[str, Any]:
     pictures["localisation.png"] = light
     captions = [f"{group[0].held} entries each" for group in scores.by_entries[1:]]
     captions += [f"{budget.replace('MiB', ' MiB')} each" for budget in scores.budgets]
-    groups = [[*group, unbounded] for group in (*scores.by_entries[1:], *scores.by_bytes)]
+    captions += [f"{group[0].held} entries each, tokens in {group[0].dtype}" for group in scores.by_storage]
+    groups = [[*group, unbounded] for group in (*scores.by_entries[1:], *scores.by_bytes, *scores.by_storage)]
+    storage = None
+    if scores.by_storage:
+        points = [*scores.by_entries[1:], *scores.by_storage]
+        light_points, dark_points = (draw_storage(points, unbounded, palette) for palette in (LIGHT, DARK))
+        pictures["storage.png"] = light_points
+        storage = {"light": _uri(light_points, "png"), "dark": _uri(dark_points, "png")}
     return {
+        "storage": storage,
         "curve": {"light": _uri(light, "png"), "dark": _uri(dark, "png")},
         "tables": [table_of(caption, group) for caption, group in zip(captions, groups, strict=True)],
         "asked": groups[0][0].asked,

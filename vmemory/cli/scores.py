@@ -19,22 +19,25 @@ from vmemory.eval.trailer import (
     Score,
     by_bytes,
     by_entries,
+    by_storage,
     trailer_queries,
 )
 
 
 class Scores(NamedTuple):
-    """Groups of scores at equal entries, after the unbounded memory, and at equal bytes."""
+    """Groups of scores at equal entries, after the unbounded memory, at equal bytes, and with tokens in few bits."""
 
     by_entries: list[list[Score]]
     by_bytes: list[list[Score]]
     budgets: Sequence[str]
+    by_storage: list[list[Score]]
 
 
-def measure(film: Features, trailer: Features) -> Scores:
-    """Every memory at every size."""
+def measure(film: Features, trailer: Features, *, few_bits: bool = False) -> Scores:
+    """Every memory at every size, and with `few_bits` also with tokens in 8 and 4 bits."""
     queries = trailer_queries(trailer)
-    return Scores(by_entries(film, queries, ENTRIES), by_bytes(film, queries, BUDGETS), BUDGETS)
+    stored = by_storage(film, queries, ENTRIES) if few_bits else []
+    return Scores(by_entries(film, queries, ENTRIES), by_bytes(film, queries, BUDGETS), BUDGETS, stored)
 
 
 def table_of(caption: str, group: Sequence[Score]) -> dict[str, Any]:
@@ -63,9 +66,11 @@ def table_of(caption: str, group: Sequence[Score]) -> dict[str, Any]:
 
 
 def print_scores(console: Console, scores: Scores) -> None:
-    """One table for equal entries and one for equal bytes."""
+    """One table for equal entries, one for equal bytes, and one for few bits where they were measured."""
     asked = scores.by_entries[0][0].asked
-    for title, groups in (("equal entries", scores.by_entries), ("equal bytes", scores.by_bytes)):
+    kinds = [("equal entries", scores.by_entries), ("equal bytes", scores.by_bytes)]
+    kinds += [("equal entries, tokens in few bits", scores.by_storage)] if scores.by_storage else []
+    for title, groups in kinds:
         console.print(f"{asked} trailer frames looked up in the film, {title}", style="bold", highlight=False)
         table = Table(box=None, pad_edge=False, header_style="dim")
         for name in ("memory", "entries", "bytes", "found", "exactly", "error", "push"):

@@ -40,6 +40,7 @@ BOUNDED = (
     ("recent", False),
 )
 ENTRIES = (64, 128, 256)
+FEW_BITS = ("int8", "int4")
 BUDGETS = ("4MiB", "8MiB", "16MiB", "32MiB")
 
 
@@ -56,6 +57,7 @@ class Score(NamedTuple):
     Attributes:
         policy: The memory's policy, or `"unbounded"`.
         calibrated: Tokens entered minus the mean token of the film's first minute.
+        dtype: What tokens are stored in.
         asked: Number of queries.
         hits: Answers whose own time is within `TOLERANCE` of the truth, or whose span contains it; an entry whose span
             is longer than `LONGEST_SPAN` is a miss.
@@ -68,6 +70,7 @@ class Score(NamedTuple):
 
     policy: str
     calibrated: bool
+    dtype: str
     asked: int
     hits: int
     exact: int
@@ -111,6 +114,7 @@ def evaluate(
     return Score(
         policy=policy or bank.policy,
         calibrated=calibrated,
+        dtype=bank.config()["dtype"],
         asked=len(queries.truth),
         hits=int((near & (span <= LONGEST_SPAN)).sum()),
         exact=int((error + span <= TOLERANCE).sum()),
@@ -153,13 +157,28 @@ def by_bytes(features: Features, queries: Queries, budgets: Sequence[str | int] 
     return [_all(features, queries, budget=budget) for budget in budgets]
 
 
+def by_storage(
+    features: Features, queries: Queries, entries: Sequence[int] = ENTRIES, dtypes: Sequence[str] = FEW_BITS
+) -> list[list[Score]]:
+    """For each number of entries and each way to store tokens in few bits a list of every policy."""
+    return [_all(features, queries, entries=n, dtype=dtype) for n in entries for dtype in dtypes]
+
+
 def _all(
-    features: Features, queries: Queries, *, entries: int | None = None, budget: str | int | None = None
+    features: Features,
+    queries: Queries,
+    *,
+    entries: int | None = None,
+    budget: str | int | None = None,
+    dtype: torch.dtype | str = torch.float16,
 ) -> list[Score]:
     side, dim = features.tokens.shape[2:]
     return [
         evaluate(
-            video_bank(policy, side, dim, entries=entries, budget=budget), features, queries, calibrated=calibrated
+            video_bank(policy, side, dim, entries=entries, budget=budget, dtype=dtype),
+            features,
+            queries,
+            calibrated=calibrated,
         )
         for policy, calibrated in BOUNDED
     ]
