@@ -8,9 +8,11 @@ from types import ModuleType
 
 import pytest
 
+import vmemory.ops
 from vmemory.testing import assert_within_budget
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "benchmarks"
 
 
 def load(name: str) -> ModuleType:
@@ -69,3 +71,13 @@ def test_report_writes_a_table_and_a_roofline(tmp_path):
     assert "| area | 0.10 | 0.09 | 0.05 | bytes | 2.00 | 1.80 | 10.0 | 20.0 | 1.00 | – | 9/11 | 3.00 | 2.00 |" in text
     report.roofline(results, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").stat().st_size > 1000
+
+
+def test_readme_shows_the_committed_run():
+    """Every figure of README's table of operators is in `benchmarks/results/cpu.json`, and no operator is left out."""
+    module = load("op_table")
+    readme = (ROOT / "README.md").read_text()
+    table = module.table(json.loads((ROOT / "benchmarks/results/cpu.json").read_text()))
+    assert table in readme, "run python -m benchmarks.op_table and paste its output into README.md"
+    public = {name for name in vmemory.ops.__all__ if hasattr(getattr(vmemory.ops, name), "backends")}
+    assert {op for row in module.ROWS for op in row.ops} == public

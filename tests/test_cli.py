@@ -202,7 +202,10 @@ def test_wrong_options(run: Run, clip: Path, tmp_path: Path) -> None:
     file.write_text("x")
     picture.write_text("x")
     for options, message in (
-        (["--bank", "best"], "bank: expected one of hierarchical, merging, episodic, uniform, reservoir, recent, got 'best'"),
+        (
+            ["--bank", "best"],
+            "bank: expected one of hierarchical, merging, episodic, uniform, reservoir, recent, got 'best'",
+        ),
         (["--bank", "merging", "--rule", "paper"], "rule: only the hierarchical bank has rules"),
         (["--rule", "best"], "rule: expected one of"),
         (["--budget", "1KiB"], r"budget: expected at least .* for the smallest memory"),

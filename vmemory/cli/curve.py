@@ -48,7 +48,7 @@ def draw_storage(groups: Sequence[Sequence[Score]], unbounded: Score, palette: P
     _name(axis, named, unbounded.asked)
     for dtype, marker in (("float16", "o"), *MARKERS.items()):
         axis.plot([], [], marker, color=palette.ink, markersize=6, label=dtype)
-    axis.legend(loc="lower right", frameon=False, fontsize=9, labelcolor=palette.ink, ncols=3)
+    axis.legend(loc="upper left", bbox_to_anchor=(0, 0.92), frameon=False, fontsize=9, labelcolor=palette.ink)
     _frame(axis, unbounded.asked, palette)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=palette.page)

@@ -73,7 +73,7 @@ def print_scores(console: Console, scores: Scores) -> None:
     for title, groups in kinds:
         console.print(f"{asked} trailer frames looked up in the film, {title}", style="bold", highlight=False)
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for name in ("memory", "entries", "bytes", "found", "exactly", "error", "push"):
+        for name in ("memory", "held", "bytes", "found", "exact", "error", "push"):
             table.add_column(name, justify="left" if name == "memory" else "right", no_wrap=True)
         for group in groups:
             for row in table_of("", group)["rows"]:
@@ -83,7 +83,7 @@ def print_scores(console: Console, scores: Scores) -> None:
         console.print(table)
     console.print(
         f"found: within {TOLERANCE:g} s, or inside a merged span of at most {LONGEST_SPAN:g} s; "
-        "exactly: the span's length counts as error; error: median; push: median of one frame",
+        "exact: the span's length counts as error; error: median; push: median of one frame",
         style="dim",
         highlight=False,
     )

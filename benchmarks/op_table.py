@@ -1,0 +1,120 @@
+"""`python -m benchmarks.op_table [RESULTS.json]`: README's table of operators, from a committed run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import vmemory.ops
+from vmemory.ops._registry import OPS
+
+RESULTS = Path(__file__).parent / "results"
+NOT_RUN = "compiled for sm_80/sm_90, not yet run on a GPU"
+PEERS = {
+    "compile": "compiled",
+    "faiss": "faiss flat",
+    "list": "list of frames",
+    "matmul_and_topk": "matmul + topk",
+    "masked_sdpa": "masked SDPA",
+    "one_call_a_stream": "one call a stream",
+    "peer": "list-based original",
+    "product": "the bare product",
+    "products": "the bare products",
+    "sdpa_of_the_valid": "SDPA on the valid part",
+    "tome": "ToMe with N × N scores",
+}
+
+
+class Row(NamedTuple):
+    """Operators measured together, the file that times them, and the group and case of the run that is shown."""
+
+    ops: tuple[str, ...]
+    file: str
+    group: str
+    case: str
+
+
+ROWS = (
+    Row(("grid_pool",), "grid_pool", "grid_pool", "area 16→8"),
+    Row(("grid_pool_ragged",), "grid_pool", "grid_pool", "ragged 16, 8 and 4"),
+    Row(("adjacent_similarity",), "adjacent_similarity", "adjacent_similarity", "token"),
+    Row(("similarity_topk",), "similarity_topk", "similarity_topk: 100,000 × 384 float32", "1 query"),
+    Row(("similarity_topk",), "similarity_topk", "similarity_topk: 100,000 × 384 float32", "64 queries"),
+    Row(("similarity_topk",), "similarity_topk", "similarity_topk: 1,000,000", "1 query, a million rows"),
+    Row(("similarity_topk",), "similarity_topk", "similarity_topk: 100,000 × 384 in", "1 query, 8 bits"),
+    Row(("bipartite_match", "token_merge"), "token_merge", "token_merge: match", "2,048 tokens, 64 float32"),
+    Row(("bipartite_match", "token_merge"), "token_merge", "token_merge: match", "2,048 tokens, 1,152 bfloat16"),
+    Row(("token_merge", "token_unmerge"), "token_merge", "token_merge: merge, spread", "8,192 tokens, 1,152"),
+    Row(("adjacent_merge",), "adjacent_merge", "adjacent_merge", "frame, 21 of 196×896"),
+    Row(("select_tokens",), "select_tokens", "select_tokens", "300,000 of 1,000,000"),
+    Row(("compact",), "select_tokens", "compact", "half of 512 MB"),
+    Row(("gated_fusion",), "gated_fusion", "gated_fusion", "729 tokens"),
+    Row(("gated_fusion",), "gated_fusion", "gated_fusion", "196 tokens, 3,584 channels, bfloat16"),
+    Row(("memory_attention",), "memory_attention", "memory_attention: 196 queries", "10 of 40 slots valid, float32"),
+    Row(("attention_column_sums",), "attention_column_sums", "attention_column_sums", "2048 × 2048, float32"),
+    Row(("ring_push_",), "ring", "ring_push_", "float32"),
+    Row(("ring_read",), "ring", "ring_read", "float32"),
+    Row(("slot_replace_",), "ring", "slot_replace_", "flat float32"),
+    Row(("bank_push_",), "bank", "bank: one frame", "24/24/144, 16×16×1152"),
+    Row(("bank_push_",), "bank", "bank: 64 streams", "64 streams, 8×8×256"),
+    Row(("bank_plan", "bank_gather"), "bank", "bank: a clip", "24/24/144, 600 of 16×16×1152 float32"),
+    Row(("quantize_slots",), "quantize_slots", "quantize_slots", "to int8 from bfloat16"),
+    Row(("dequantize_slots",), "quantize_slots", "quantize_slots", "from int8 to bfloat16"),
+)
+
+
+def found(results: dict[str, Any], row: Row) -> dict[str, Any]:
+    """The figures of a row; KeyError where the run has no such case."""
+    for entry in results["benchmarks"]:
+        if entry["group"].startswith(row.group) and entry["extra_info"]["case"] == row.case:
+            return dict(entry["extra_info"])
+    raise KeyError(f"{row.group}: no case {row.case!r} in this run")
+
+
+def _gpu(ops: tuple[str, ...]) -> str:
+    tables = [getattr(vmemory.ops, op).backends for op in ops]
+    kinds = ["Triton"] * all(table.triton for table in tables) + ["CUDA C++"] * all(table.cuda for table in tables)
+    return f"{' and '.join(kinds)}: {NOT_RUN}"
+
+
+def _gradient(ops: tuple[str, ...]) -> str:
+    return ", ".join("yes" if f"{op}_backward" in OPS else "–" for op in dict.fromkeys(ops))
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table as Markdown."""
+    lines = [
+        "| operator | case | floor | measured | beside it, ÷ ours | gradient | on a GPU | `pytest benchmarks/…` |",
+        "|---|---|---:|---:|---|---|---|---|",
+    ]
+    for row in ROWS:
+        info = found(results, row)
+        beside = [
+            f"{PEERS.get(key.removesuffix('_over_ours'), key.removesuffix('_over_ours'))} {value:.2g}×"
+            for key, value in info.items()
+            if key.endswith("_over_ours")
+        ]
+        cells = (
+            ", ".join(f"`{op}`" for op in row.ops),
+            f"{row.group.split(':')[1].strip() + ', ' if row.group.count('×') else ''}{row.case}",
+            f"{info['floor_ms']:.3g} ms",
+            f"{info['ms']:.3g} ms, {info['ratio_to_floor']:.2f}×",
+            ", ".join(beside),
+            _gradient(row.ops),
+            _gpu(row.ops),
+            f"`bench_{row.file}.py`",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.op_table", description=__doc__)
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS / "cpu.json", help="a committed run")
+    print(table(json.loads(parser.parse_args().results.read_text())), end="")
+
+
+if __name__ == "__main__":
+    main()
