@@ -213,7 +213,7 @@ def test_wrong_options(run: Run, clip: Path, tmp_path: Path) -> None:
         (["--budget", "1MiB", "--entries", 4], "budget, entries: expected one of them, got both"),
         (["--entries", 2], "entries: expected at least 3"),
         (["--bank", "recent", "--entries", 0], "entries: expected at least 1"),
-        (["--dtype", "int8"], "dtype: expected one of float16, float32"),
+        (["--dtype", "int3"], "dtype: expected one of float16, float32, int8, int4, got 'int3'"),
         (["--fps", 0], "fps: expected a number > 0"),
         (["--image", tmp_path / "none.png"], r"none\.png: no such file"),
         (["--image", picture], r"no\.png: not a picture"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vmemory.banks.erase import BLIND, check_span, inside, is_whole, keep_only_, live_slots
 from vmemory.banks.files import BankFile
 from vmemory.banks.quantized import QuantizedState, check_quantized_push, decider_of, new_state, push_quantized_
 from vmemory.banks.tiers import clamped, make_layout
@@ -374,6 +377,76 @@ class Bank(nn.Module):
                 )
         for held, new in zip(self.state, snapshot, strict=True):
             held.copy_(new)
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Warm-up, compilation or graph capture inside leave no trace: the state is put back at the end."""
+        before = self.snapshot()
+        try:
+            yield
+        finally:
+            self.restore(before)
+
+    def fork(self, time: float | None = None) -> Bank:
+        """A bank of its own that holds the same, or what this one held at second `time`.
+
+        Raises:
+            ValueError: A frame that `time` would need has been given up or merged since; take a snapshot in time.
+        """
+        copy = deepcopy(self)
+        if time is None:
+            return copy
+        check_span(time, time)
+        for stream in range(self.streams):
+            after = live_slots(self.state, stream) & (self.clock[stream, :, STOP] > time)
+            if bool(after.any()):
+                if not is_whole(self.state, stream, self.layout):
+                    raise ValueError(f"time: expected a second since which nothing was given up, got {time:g} s")
+                copy._keep_only(stream, ~after, renumber=True)
+        return copy
+
+    @torch.no_grad()
+    def erase(self, t0: float, t1: float, stream: int = 0) -> int:
+        """Take the span [t0, t1] out of a stream: nothing computed from a frame in it remains, its bytes are zero.
+
+        While every frame is still held by itself, the memory afterwards is the one that never saw the span, frames
+        numbered accordingly. Later on it depends on the policy. `"recent"` and `"uniform"` do not look at what frames
+        show and give up the span's entries alone. Those that choose by similarity give up every entry that ends at t0
+        or later, because the span has had a part in the choice; the episodic memory numbers what is left from 0. The
+        reservoir refuses: its draws cannot be undone.
+
+        Args:
+            t0, t1: Seconds, both included.
+            stream: Which stream.
+
+        Returns:
+            How many entries left.
+
+        Raises:
+            ValueError: The span is no span, something held has no time, or the policy refuses; nothing has changed.
+        """
+        check_int("stream", stream, low=0, high=self.streams - 1)
+        check_span(t0, t1)
+        state, layout = self.state, self.layout
+        out, whole = inside(state, stream, t0, t1), is_whole(state, stream, layout)
+        if not whole and not self.blind:
+            out = live_slots(state, stream) & (state.clock[stream, :, STOP] >= t0)
+        gone = int(out.sum())
+        if gone:
+            self._erase(stream, out, whole)
+        return gone
+
+    @property
+    def blind(self) -> bool:
+        """Whether the policy decides without looking at what frames show."""
+        return self.layout.rule in BLIND
+
+    def _erase(self, stream: int, out: Tensor, whole: bool) -> None:
+        self._keep_only(stream, ~out, renumber=whole)
+
+    def _keep_only(self, stream: int, keep: Tensor, *, renumber: bool) -> None:
+        live = self.entry[stream, :, FRAME] >= 0
+        keep_only_(self.state, stream, self.layout, live & keep, renumber=renumber)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as plain values, enough to make an empty bank like this one."""

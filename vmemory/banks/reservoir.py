@@ -48,6 +48,14 @@ class ReservoirBank(SlotBank):
         self.seed = seed
         self._config["seed"] = seed
 
+    def _erase(self, stream: int, out: Tensor, whole: bool) -> None:
+        if not whole:
+            raise ValueError(
+                "t0: expected a span while every frame is held; a reservoir's draws cannot be undone,"
+                " reset it or restore a snapshot from before"
+            )
+        super()._erase(stream, out, whole)
+
     def choose(
         self, state: BankState | QuantizedState, seen: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None
     ) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmemory.banks.erase import renumber_from_zero_
 from vmemory.banks.quantized import (
     QuantizedState,
     check_quantized_push,
@@ -38,6 +39,16 @@ class SlotBank(SingleTierBank):
             tokens: `[S, n, D]` the frame as the bank holds it, or None unless `reads_tokens`.
         """
         raise NotImplementedError
+
+    @property
+    def blind(self) -> bool:
+        return False
+
+    def _erase(self, stream: int, out: Tensor, whole: bool) -> None:
+        super()._erase(stream, out, whole)
+        if not whole:
+            # free slots are filled by the number of frames that came
+            renumber_from_zero_(self.state, stream)
 
     # choose looks at tokens, not at descriptors alone
     reads_tokens = False
