@@ -10,6 +10,8 @@ import torch
 from vmemory.banks.adapter import FeatureAdapter
 from vmemory.banks.bank import Bank
 from vmemory.banks.budget import format_bytes, parse_bytes
+from vmemory.banks.dual import DualMemory
+from vmemory.banks.dual_rules import overwrite_entropy
 from vmemory.banks.episodic import EpisodicBank
 from vmemory.banks.files import BankFile, BankFileError
 from vmemory.banks.hierarchical import HierarchicalBank
@@ -19,13 +21,14 @@ from vmemory.banks.single import MergingBank, RingBank, UniformBank
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved
 
 # a new policy is one class and one line here; the shared contract tests run on all of them
-POLICIES: dict[str, type[Bank]] = {
-    bank.policy: bank for bank in (HierarchicalBank, MergingBank, UniformBank, RingBank, EpisodicBank, ReservoirBank)
+POLICIES: dict[str, type[Bank] | type[DualMemory]] = {
+    bank.policy: bank
+    for bank in (HierarchicalBank, MergingBank, UniformBank, RingBank, EpisodicBank, ReservoirBank, DualMemory)
 }
 
 
-def make(policy: str, **arguments: Any) -> Bank:
-    """A bank by its policy's name.
+def make(policy: str, **arguments: Any) -> Any:
+    """A memory by its policy's name: a `Bank`, or for `"dual"` a `DualMemory`.
 
     Raises:
         ValueError: No such policy, or an argument does not fit.
@@ -35,13 +38,15 @@ def make(policy: str, **arguments: Any) -> Bank:
     return POLICIES[policy](**arguments)
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Bank, BankFile]:
-    """The bank that `Bank.save` wrote, and the file's other contents.
+def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Any, BankFile]:
+    """The memory that `save` wrote, of the class its policy names, and the file's other contents.
 
     Raises:
         BankFileError: The file cannot be used; one line says why.
     """
     file = BankFile.read(Path(path))
+    if file.policy == DualMemory.policy:
+        return DualMemory.from_file(file, device), file
     config = dict(file.config)
     config["dtype"] = dtype_of(str(config["dtype"]))
     bank = make(file.policy, device=device, **config)
@@ -54,6 +59,7 @@ __all__ = [
     "Bank",
     "BankFile",
     "BankFileError",
+    "DualMemory",
     "Entries",
     "EpisodicBank",
     "FeatureAdapter",
@@ -67,5 +73,6 @@ __all__ = [
     "format_bytes",
     "load",
     "make",
+    "overwrite_entropy",
     "parse_bytes",
 ]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vmemory.banks.dual_state import DualState, DualStateHolder, new_state
+from vmemory.banks.budget import largest_entries
+from vmemory.banks.dual_read import DualReads
+from vmemory.banks.dual_state import DualState, new_state
 from vmemory.banks.dual_step import DualStep
-from vmemory.banks.files import BankFile, BankFileError
+from vmemory.banks.files import BankFile
 from vmemory.banks.tiers import make_layout
 from vmemory.banks.tokens import MemoryTokens, compact_tokens, padded_tokens, row_tables
 from vmemory.ops._checks import check_device, check_int, check_same, check_tensor, shape_of
@@ -21,7 +24,13 @@ Times = float | Sequence[float] | Tensor | None
 _WEIGHTS = "weights."
 
 
-class DualMemory(DualStep, DualStateHolder):
+def split(entries: int) -> tuple[int, int]:
+    """Slots of the working and the episodic memory out of so many: one to four, as in the paper's best setting."""
+    working = max(entries // 5, min(entries, 1))
+    return working, entries - working
+
+
+class DualMemory(DualStep, DualReads):
     """A working memory of the last frames and an episodic memory of what was made of them, read by every frame.
 
     For a frame H_t: M^w = attention of H_t over the working memory, M^e = attention of H_t over the episodic memory,
@@ -32,24 +41,31 @@ class DualMemory(DualStep, DualStateHolder):
     frames as they are until `refresh` (`load_state_dict` calls it). State is device tensors of fixed shape, changed in
     place without host synchronisation; it is not part of `state_dict`, and travels by `snapshot` and `save`.
 
+    A frame that is not finite, or of which no cell exists, is numbered and enters neither memory; nor does an M_t that
+    is not finite enter the episodic one. One such slot would make every later frame NaN.
+
     Args:
         dim: Channels D of a token.
         grid: Token grid (H, W) of the frames.
         capacities: Slots (L_w, L_e) of the working and the episodic memory; a memory of 0 slots is always empty.
+            None = (8, 32) without a `budget`.
         heads: Attention heads, a divisor of `dim`.
         hidden: Width of the gate's MLP; None = `dim`.
         activation: Of the gate's MLP: `"relu"`, `"gelu"` or `"silu"`.
-        empty: What is read from an empty memory: `"frame"`, the frame attends to itself, at the price of two more
-            projections for the first frame of a push; `"zeros"`; `"skip"`, the frame unchanged.
+        empty: What is read from an empty memory: `"frame"`, the frame attends to itself, at the price of one more
+            projection to keys and values a frame; `"zeros"`; `"skip"`, the frame unchanged.
         slots: A slot holds a frame's `"tokens"` or their mean alone (`"means"`).
         level: The cosine that finds the most similar slot is over all values of a slot (`"flat"`) or over the means of
-            its tokens (`"mean"`).
+            its tokens (`"mean"`, from a few values a slot).
         rule: `"most-similar"`, or `"bridged"`: the slot that its neighbours in time make most superfluous, see
-            `vmemory.banks.dual_state.bridged_slot`. Not from the paper; it keeps slots from freezing.
+            `vmemory.banks.dual_rules.bridged_slot`. Not from the paper; it keeps slots from freezing.
         salience: M_t enters the episodic memory only where σ(MLP(mean of M_t)) reaches this threshold; None = always.
             The choice passes no gradient.
+        budget: `"64MiB"` or bytes instead of `capacities`: the most slots, one in five working, whose `nbytes`, weights
+            apart, stay within it.
         streams: Number of streams S.
         device, dtype: Of weights and state.
+        adapter: Module applied to frames first, for example `FeatureAdapter` where feature sizes differ.
 
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
@@ -65,7 +81,7 @@ class DualMemory(DualStep, DualStateHolder):
         self,
         dim: int,
         grid: tuple[int, int],
-        capacities: tuple[int, int] = (8, 32),
+        capacities: tuple[int, int] | None = None,
         *,
         heads: int = 8,
         hidden: int | None = None,
@@ -75,22 +91,33 @@ class DualMemory(DualStep, DualStateHolder):
         level: str = "flat",
         rule: str = "most-similar",
         salience: float | None = None,
+        budget: str | int | None = None,
         streams: int = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        adapter: nn.Module | None = None,
     ) -> None:
         hidden = dim if hidden is None else hidden
         super().__init__(dim, heads, hidden, activation, empty, slots, level, rule, salience, device, dtype)
         check_int("streams", streams, low=1)
+        form = (1, 1) if slots == "means" else None
+        tokens = 1 if slots == "means" else math.prod(grid)
+        if budget is not None:
+            if capacities is not None:
+                raise ValueError("budget: expected either capacities or a budget, got both")
+
+            def nbytes(entries: int) -> int:
+                # tensors on the meta device have sizes and no memory; three int64 facts stand beside each token
+                return new_state(streams, split(entries), tokens, dim, "meta", dtype).nbytes + 3 * 8 * entries * tokens
+
+            capacities = split(largest_entries(budget, 1, nbytes))
+        capacities = (8, 32) if capacities is None else capacities
         if len(capacities) != 2:
             raise ValueError(f"capacities: expected (working, episodic), got {capacities!r}")
-        form = (1, 1) if slots == "means" else None
         layout, levels = make_layout(dim, grid, capacities, (form, form), "paper", None, dim)
-        self.dim, self.grid, self.streams = dim, layout.grid, streams
+        self.dim, self.grid, self.streams, self.adapter = dim, layout.grid, streams, adapter
         self.capacities = (capacities[0], capacities[1])
-        tokens = 1 if slots == "means" else grid[0] * grid[1]
-        state = new_state(streams, self.capacities, tokens, dim, rule == "bridged", device, dtype)
-        self.hold(state)
+        self.hold(new_state(streams, self.capacities, tokens, dim, device, dtype))
         for name, table in row_tables(layout, levels).items():
             self.register_buffer(name, table.to(device), persistent=False)
         self.register_load_state_dict_post_hook(_refresh)
@@ -100,27 +127,38 @@ class DualMemory(DualStep, DualStateHolder):
             "salience": salience, "streams": streams, "dtype": str(dtype).removeprefix("torch."),
         }  # fmt: skip
 
+    @property
+    def capacity(self) -> int:
+        """Slots of both memories of one stream."""
+        return sum(self.capacities)
+
     # writing
 
     @torch.no_grad()
-    def push(self, frames: Tensor, time: Times = None, *, streams: Tensor | None = None) -> Tensor:
+    def push(
+        self, frames: Tensor, time: Times = None, *, valid: Tensor | None = None, streams: Tensor | None = None
+    ) -> Tensor:
         """Take frames in, oldest first, and return what each became. No host synchronisation, no gradient.
 
         Args:
             frames: `[S, T, H, W, D]`, or `[T, H, W, D]` for one stream, in the memory's dtype and on its device.
             time: Seconds, `[T]` or `[S, T]` float64 or a float for T = 1, strictly increasing; None = unknown (NaN).
                 Frames are numbered from 0 per stream all the same.
+            valid: `[S, T, H, W]` or `[T, H, W]` bool, cells that exist; others are never read. From the first such push
+                until `reset` attention looks at every slot of `"tokens"` through a mask, which costs what free slots
+                otherwise save; a CUDA graph captured before has no mask.
             streams: `[S']` int64, the stream each row of `frames` belongs to, none twice, −1 = skip the row; None = all
                 in order. With it the slots of the streams are copied for every frame, in order to be read.
 
         Returns:
-            M_t in the shape of `frames`; zeros for skipped rows.
+            M_t, `[S, T, H, W, D]` or `[T, H, W, D]` as `frames`; zeros for skipped rows and for cells that do not exist.
 
         Raises:
             ValueError, TypeError: A shape, dtype or device does not fit, or times known to the host do not increase;
                 nothing has changed then.
         """
-        frames, shape = self._frames(frames)
+        alone = isinstance(frames, Tensor) and frames.dim() == 4
+        frames, valid = self._arrange(frames, valid)
         rows = self.streams
         if streams is not None:
             check_tensor("streams", streams, "[S]")
@@ -131,21 +169,33 @@ class DualMemory(DualStep, DualStateHolder):
         if frames.shape[0] != rows:
             raise ValueError(f"frames: expected {rows} streams, got shape {shape_of(frames)}")
         times = self._times(time, frames, streams)
-        return self.run(self.state, frames, times, streams).view(shape)
+        if valid is not None:
+            self.masked = True
+        fused = self.run(self.state, frames, times, streams, valid, self.masked).unflatten(2, self.grid)
+        return fused[0] if alone else fused
 
-    def _frames(self, frames: Tensor) -> tuple[Tensor, torch.Size]:
-        """`frames` as `[S, T, N, D]`, and the shape they came in."""
+    def _arrange(self, frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """`frames` as `[S, T, N, D]` and `valid` as `[S, T, N]`."""
         if not isinstance(frames, Tensor):
             raise TypeError(f"frames: expected a tensor [S, T, H, W, D] or [T, H, W, D], got {type(frames).__name__}")
+        if frames.dim() not in (4, 5):
+            raise ValueError(f"frames: expected [S, T, H, W, D] or [T, H, W, D], got shape {shape_of(frames)}")
+        if self.adapter is not None:
+            frames = self.adapter(frames)
+        if frames.dim() == 4:
+            frames, valid = frames[None], None if valid is None else valid[None]
         H, W = self.grid
-        if frames.dim() not in (4, 5) or frames.shape[-3:] != (H, W, self.dim):
-            raise ValueError(
-                f"frames: expected [S, T, {H}, {W}, {self.dim}] or [T, {H}, {W}, {self.dim}], "
-                f"got shape {shape_of(frames)}"
-            )
+        if frames.shape[-3:] != (H, W, self.dim):
+            raise ValueError(f"frames: expected [S, T, {H}, {W}, {self.dim}], got shape {shape_of(frames)}")
         check_same("frames", frames, "the memory", self.working_tokens)
-        rows = frames if frames.dim() == 5 else frames[None]
-        return rows.flatten(2, 3), frames.shape
+        if valid is not None:
+            check_tensor("valid", valid, "[S, T, H, W]")
+            if valid.dtype != torch.bool or valid.shape != frames.shape[:-1]:
+                wanted = shape_of(frames[..., 0])
+                raise ValueError(f"valid: expected bool {wanted}, got {valid.dtype} of shape {shape_of(valid)}")
+            check_device("valid", valid, "frames", frames)
+            valid = valid.flatten(2)
+        return frames.flatten(2, 3), valid
 
     def _times(self, time: Times, frames: Tensor, streams: Tensor | None, fresh: bool = False) -> Tensor:
         """`time` as `[S, T]` float64 on the device; not `fresh` = times have to exceed those held."""
@@ -183,63 +233,49 @@ class DualMemory(DualStep, DualStateHolder):
 
     # reading
 
-    def transform(self, clip: Tensor, time: Times = None, *, through_slots: bool = False) -> MemoryTokens:
+    def transform(
+        self, clip: Tensor, time: Times = None, *, valid: Tensor | None = None, through_slots: bool = False
+    ) -> MemoryTokens:
         """All M_t of a clip, from an empty memory and without touching this one; differentiable.
 
-        Gradients reach the weights and, through each frame's query, the clip. In training, all slots are kept for every
-        frame: T · (L_w + L_e) times the keys and values of a frame.
+        Gradients reach the weights and, through each frame's query, the clip. With them the keys and values of all
+        slots are kept for every frame: T · (L_w + L_e) times those of a frame.
 
         Args:
             clip: `[T, H, W, D]`, or `[S, T, H, W, D]` for a padded result; any number of streams.
             time: As in `push`.
+            valid: As in `push`; cells that do not exist have no token. Without padding it costs a synchronisation.
             through_slots: Gradients also pass through the frames and fused frames that were stored; else these count as
                 constants, as in the port.
 
         Returns:
-            One token for each of the clip's, `source` = 0 … T·H·W − 1, level 0, weight 1.
+            One token for each of the clip's, `source` = 0 … T·H·W − 1 (those that exist), level 0, weight 1.
 
         Raises:
             ValueError, TypeError: As in `push`.
         """
-        frames, shape = self._frames(clip)
+        frames, exists = self._arrange(clip, valid)
         times = self._times(time, frames, None, fresh=True)
         S, T, N, D = frames.shape
         L_w, L_e = (min(c, T) for c in self.capacities)
-        n = self.working_tokens.shape[2]
-        state = new_state(S, (L_w, L_e), n, D, self.rule == "bridged", frames.device, frames.dtype)
+        state = new_state(S, (L_w, L_e), self.working_tokens.shape[2], D, frames.device, frames.dtype)
         fused = self.run(
-            state, frames, times, None, differentiable=torch.is_grad_enabled(), through_slots=through_slots
-        )
-        source = torch.arange(T * N, device=frames.device).expand(S, T * N)
-        seconds = times.repeat_interleave(N, 1)
-        tokens = MemoryTokens(
-            tokens=fused.flatten(1, 2), frame=source // N, time=seconds, cell=source % N,
-            level=torch.zeros_like(source), weight=torch.ones_like(source, dtype=torch.float32), source=source, start=seconds, stop=seconds,
-            count=torch.full((S,), T * N, device=frames.device),
+            state, frames, times, None, exists, exists is not None, differentiable=torch.is_grad_enabled(),
+            through_slots=through_slots,
         )  # fmt: skip
-        return MemoryTokens(*(x[0] for x in tokens[:-1])) if len(shape) == 4 else tokens
-
-    def read(self, stream: int = 0, *, padded: bool = False) -> MemoryTokens:
-        """The slots of both memories in stream order, `level` 0 = working (H_t), 1 = episodic (M_t).
-
-        A frame that both hold comes twice, cell by cell, working first: `source` is unique within a level.
-
-        Args:
-            stream: Which stream; ignored by a padded read.
-            padded: `[S, Nmax, ...]` of all streams with `count [S]`, without host synchronisation; else one stream,
-                compact, at the price of one synchronisation.
-        """
-        tables = {name: getattr(self, name) for name in ("row_slot", "row_cell", "row_level")}
-        slots = torch.cat([self.working_tokens.flatten(1, 2), self.episodic_tokens.flatten(1, 2)], 1)
-        cells = self.grid[0] * self.grid[1]
-        weight = cells / self.working_tokens.shape[2]
-        mass = (self.entry[:, tables["row_slot"]] >= 0).float() * weight
-        entry, clock = self.entry[..., None], self.clock[..., None].expand(*self.clock.shape, 3)
-        tokens = padded_tokens(slots, mass, entry, clock, tables, cells)
-        if padded:
+        one_frame = torch.zeros(T * N, dtype=torch.int64, device=frames.device)
+        cell = torch.arange(T * N, device=frames.device)
+        tables = {"row_slot": cell // max(N, 1), "row_cell": cell % max(N, 1), "row_level": one_frame}
+        mass = torch.ones(S, T * N, device=frames.device) if exists is None else exists.flatten(1).float()
+        entry = torch.arange(T, device=frames.device).expand(S, T)[..., None]
+        tokens = padded_tokens(fused.flatten(1, 2), mass, entry, times[..., None].expand(S, T, 3), tables, N)
+        if clip.dim() == 5:
             return tokens
-        check_int("stream", stream, low=0, high=self.streams - 1)
-        return compact_tokens(tokens, stream)
+        return MemoryTokens(*(x[0] for x in tokens[:-1])) if exists is None else compact_tokens(tokens, 0)
+
+    def compress(self, clip: Tensor, time: Times = None, *, valid: Tensor | None = None) -> MemoryTokens:
+        """What takes a clip's place in a model: `transform(clip)`, not `push` and `read` as with other memories."""
+        return self.transform(clip, time, valid=valid)
 
     # keeping
 
@@ -252,30 +288,29 @@ class DualMemory(DualStep, DualStateHolder):
     ) -> None:
         """Write state and weights to a `.vmem` file; one that exists survives until the new one is whole.
 
+        An adapter is not written: give the memory that `vmemory.banks.load` makes its own.
+
         Args:
             path: Where to write.
             extra: Further tensors to keep with the memory, for example thumbnails.
             notes: Further plain values, stored as JSON.
         """
-        weights = {_WEIGHTS + name: weight for name, weight in self.state_dict().items()}
+        weights = {_WEIGHTS + name: weight for name, weight in self.state_dict().items() if _saved(name)}
         state = self.state._asdict()
         BankFile(self.policy, self.config(), state, {**(extra or {}), **weights}, notes or {}).write(Path(path))
 
     @classmethod
-    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> tuple[DualMemory, BankFile]:
-        """The memory that `save` wrote, with its weights, and the file's other contents.
-
-        Raises:
-            BankFileError: The file cannot be used; one line says why.
-        """
-        file = BankFile.read(Path(path))
-        if file.policy != cls.policy:
-            raise BankFileError(f"{path}: holds a memory of policy {file.policy!r}, expected {cls.policy!r}")
+    def from_file(cls, file: BankFile, device: torch.device | str = "cpu") -> DualMemory:
+        """The memory that `save` wrote, with its weights, which leave `file.extra`."""
         memory = cls(**{**file.config, "dtype": getattr(torch, str(file.config["dtype"]))}, device=device)
         weights = {n.removeprefix(_WEIGHTS): file.extra.pop(n) for n in list(file.extra) if n.startswith(_WEIGHTS)}
         memory.load_state_dict(weights)
         memory.restore(DualState(**{name: x.to(device) for name, x in file.state.items()}))
-        return memory, file
+        return memory
+
+
+def _saved(name: str) -> bool:
+    return not name.startswith("adapter.")
 
 
 def _refresh(memory: Any, keys: Any) -> None:

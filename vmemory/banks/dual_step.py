@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
-from vmemory.banks.dual_state import DualState, bridged_slot
+from vmemory.banks.dual_rules import RULES, bridged_slot
+from vmemory.banks.dual_slots import Arrived, Feed, Side, put
+from vmemory.banks.dual_state import DualState
 from vmemory.ops._checks import check_choice, check_int
 from vmemory.ops.gated_fusion import gated_fusion
 from vmemory.ops.memory_attention import memory_attention
 from vmemory.ops.ring import ring_push_, slot_replace_
-
-RULES = ("most-similar", "bridged")
 
 
 class MemoryReader(nn.Module):
@@ -32,16 +33,45 @@ class MemoryReader(nn.Module):
         for linear in (self.query, self.key_value, self.out):
             nn.init.zeros_(linear.bias)
 
+    @torch.no_grad()
+    def load_attention(self, attention: nn.MultiheadAttention) -> None:
+        """Take the weights of a `torch.nn.MultiheadAttention` over; `DualMemory.refresh` then renews what is stored.
+
+        Raises:
+            ValueError: Width or heads differ, key or value sizes of their own, or no biases.
+        """
+        dim = self.query.in_features
+        if attention.embed_dim != dim or attention.num_heads != self.heads:
+            raise ValueError(
+                f"attention: expected {dim} channels and {self.heads} heads, "
+                f"got {attention.embed_dim} and {attention.num_heads}"
+            )
+        if attention.in_proj_weight is None or attention.in_proj_bias is None or attention.bias_k is not None:
+            raise ValueError("attention: expected one size for query, key and value, biases, and no bias_k")
+        self.query.weight.copy_(attention.in_proj_weight[:dim])
+        self.query.bias.copy_(attention.in_proj_bias[:dim])
+        self.key_value.weight.copy_(attention.in_proj_weight[dim:])
+        self.key_value.bias.copy_(attention.in_proj_bias[dim:])
+        self.out.load_state_dict(attention.out_proj.state_dict())
+
     def project(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens `[..., D]`."""
         key, value = self.key_value(tokens).chunk(2, -1)
         return key, value
 
-    def forward(self, query: Tensor, keys: Tensor, values: Tensor, count: Tensor) -> Tensor:
-        """Projected queries `[R, N, D]` over slots `[R, M, n, D]` of which `count [R]` are valid; `[R, N, D]`."""
+    def forward(self, query: Tensor, keys: Tensor, values: Tensor, count: Tensor, exists: Tensor | None) -> Tensor:
+        """Projected queries `[R, N, D]` over slots `[R, M, n, D]` of which `count [R]` are valid; `[R, N, D]`.
+
+        With `exists [R, M, n]` over the tokens that exist, whatever `count` says; over all where none does.
+        """
         heads = (self.heads, query.shape[-1] // self.heads)
-        parts = (x.unflatten(-1, heads) for x in (query, keys, values))
-        return self.out(memory_attention(*parts, count).flatten(-2))
+        q, k, v = (x.unflatten(-1, heads) for x in (query, keys, values))
+        if exists is None:
+            return self.out(memory_attention(q, k, v, count).flatten(-2))
+        seen = (exists | ~exists.any((1, 2), keepdim=True)).flatten(1)[:, None, None]
+        k, v = (x.flatten(1, 2).transpose(1, 2) for x in (k, v))
+        read = scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=seen)
+        return self.out(read.transpose(1, 2).flatten(-2))
 
 
 class DualStep(nn.Module):
@@ -81,156 +111,130 @@ class DualStep(nn.Module):
                 nn.Linear(half, 1, device=device, dtype=dtype),
             )
 
-    def held(self, frames: Tensor) -> Tensor:
-        """Frames `[..., N, D]` as a slot holds them, `[..., n, D]`."""
-        return frames.mean(-2, keepdim=True) if self.slots == "means" else frames
+    def held(self, frames: Tensor, mass: Tensor) -> Tensor:
+        """Frames `[..., N, D]`, zero where `mass [..., N]` is, as a slot holds them, `[..., n, D]`."""
+        return frames if self.slots == "tokens" else _mean(frames, mass).to(frames.dtype)[..., None, :]
 
     def run(
-        self, state: DualState, frames: Tensor, times: Tensor, streams: Tensor | None,
-        *, differentiable: bool = False, through_slots: bool = False,
+        self, state: DualState, frames: Tensor, times: Tensor, streams: Tensor | None, valid: Tensor | None,
+        masked: bool, *, differentiable: bool = False, through_slots: bool = False,
     ) -> Tensor:  # fmt: skip
         """All M_t `[R, T, N, D]` of frames `[R, T, N, D]`; `state` is changed in place.
 
         Args:
             times: `[R, T]` float64.
             streams: `[R]` int64 stream of each row, rows outside of S are skipped and give zeros; None = all in order.
+            valid: `[R, T, N]` bool, cells that exist; None = all.
+            masked: Tokens in the slots of `state` or in these frames may not exist.
             differentiable: Keep keys and values out of `state`, where a gradient can follow them; needs `streams` None.
             through_slots: Let gradients pass from a reading into what was stored, not into the projections alone.
         """
-        R, T = frames.shape[:2]
+        R, T, N, _ = frames.shape
         if R == 0 or T == 0:
             return frames.new_zeros(frames.shape)
-        feed = _Feed.of(streams, state.seen.shape[0], R, frames.device)
-        caches: tuple[Tensor, ...] = (
-            state.working_keys,
-            state.working_values,
-            state.episodic_keys,
-            state.episodic_values,
-        )
-        for_working, for_episodic = self.working.query(frames), self.episodic.query(frames)
-        kept = self.held(frames if through_slots else frames.detach())
+        feed = Feed.of(streams, state.seen.shape[0], R, frames.device)
+        mass = torch.ones(R, T, N, device=frames.device) if valid is None else valid.float()
+        if valid is not None:
+            frames = torch.where(valid[..., None], frames, 0)
+        # what is not finite would reach every later frame through the memory
+        usable = frames.isfinite().flatten(2).all(2) & (mass > 0).any(2)
+        # a slot of means stands for all cells that its frame had
+        weight = mass if self.slots == "tokens" else mass.sum(2, keepdim=True)
+        masked = masked and self.slots == "tokens"
+        to_working, to_episodic = self.working.query(frames), self.episodic.query(frames)
+        stored = torch.where(usable[..., None, None], frames if through_slots else frames.detach(), 0)
+        kept = self.held(stored, mass)
         keys, values = self.working.project(kept)
+        means = _mean(stored.detach(), mass)
+        # what a frame reads from an empty memory: itself, with a gradient even where slots are constants
+        alone: tuple[tuple[Tensor, Tensor] | None, ...] = (None, None)
+        if self.empty == "frame":
+            detached = differentiable and not through_slots
+            itself = self.held(torch.where(usable[..., None, None], frames, 0), mass) if detached else kept
+            alone = (self.working.project(itself) if detached else (keys, values)), self.episodic.project(itself)
+        working, episodic = Side.both(state)
         fused = []
         for t in range(T):
-            frame, at = frames[:, t], state.seen.clone()
-            # later frames of a call meet an empty memory only where a gate kept the earlier ones out
-            fresh = (t == 0, t == 0 or self.salience is not None)
-            by_working = self._recall(
-                self.working, frame, for_working[:, t], caches[:2], at, feed, fresh[0], differentiable
-            )
-            by_episodic = self._recall(
-                self.episodic, frame, for_episodic[:, t], caches[2:], state.written, feed, fresh[1], differentiable
-            )
+            frame = Arrived(frames[:, t], weight[:, t], times[:, t], feed, masked, differentiable)
+            answers = [
+                self._recall(reader, side, query[:, t], None if own is None else (own[0][:, t], own[1][:, t]), frame)
+                for reader, side, query, own in (
+                    (self.working, working, to_working, alone[0]),
+                    (self.episodic, episodic, to_episodic, alone[1]),
+                )
+            ]
             m = gated_fusion(
-                by_working, by_episodic, self.gate_in.weight, self.gate_in.bias, self.gate_out.weight,
-                self.gate_out.bias, self.activation,
+                *answers, self.gate_in.weight, self.gate_in.bias, self.gate_out.weight, self.gate_out.bias,
+                self.activation,
             )  # fmt: skip
+            if valid is not None:
+                m = torch.where(valid[:, t, :, None], m, 0)
             fused.append(m if feed.whole else torch.where(feed.there[:, None, None], m, 0))
-            stored = self.held(m if through_slots else m.detach())
-            ring_push_(state.working_tokens, state.seen, kept[:, t, None], feed.rows)
-            slot, takers, overwritten = self._replace(state, stored.detach(), m.detach(), feed)
-            key, value = self.episodic.project(stored)
-            written = (
-                (at, feed.rows, keys[:, t]),
-                (at, feed.rows, values[:, t]),
-                (slot, takers, key),
-                (slot, takers, value),
-            )
-            caches = tuple(_write(c, *w, differentiable) for c, w in zip(caches, written, strict=True))
-            hit_working = _hit(at % max(state.working_tokens.shape[1], 1), feed.fed, state.working_tokens)
-            hit_episodic = _hit(slot, feed.of_streams(takers) >= 0, state.episodic_tokens)
-            hit = torch.cat([hit_working, hit_episodic & feed.fed[:, None]], 1)
-            state.entry.copy_(torch.where(hit, at[:, None], state.entry))
-            state.clock.copy_(torch.where(hit, feed.of_streams(times[:, t])[:, None], state.clock))
-            state.overwrites.add_(hit_episodic & overwritten[:, None])
+            number = state.seen.clone()
+            state.seen.add_(feed.fed)
+
+            rows, slot = torch.where(usable[:, t], feed.rows, -1), working.pushed.clone()
+            ring_push_(working.tokens, working.pushed, kept[:, t, None], rows)
+            working = working.store(slot, rows, keys[:, t], values[:, t], means[:, t], number, frame)
+
+            fine = usable[:, t] & m.isfinite().flatten(1).all(1)
+            m = torch.where(fine[:, None, None], m if through_slots else m.detach(), 0)
+            mean = _mean(m.detach(), mass[:, t])
+            if self.salience is not None:
+                fine = fine & (self.salience(mean.to(m.dtype)).sigmoid()[:, 0] >= self.threshold)
+            rows, held = torch.where(fine, feed.rows, -1), self.held(m, mass[:, t])
+            full = episodic.pushed >= max(episodic.tokens.shape[1], 1)
+            slot = self._replace(episodic, held, mean, rows, feed)
+            state.overwrites.add_(episodic.hit(slot, feed.takes(rows) & full))
+            episodic = episodic.store(slot, rows, *self.episodic.project(held), mean, number, frame)
         return torch.stack(fused, 1)
 
     def _recall(
-        self, reader: MemoryReader, frame: Tensor, query: Tensor, cache: tuple[Tensor, ...], count: Tensor,
-        feed: _Feed, fresh: bool, differentiable: bool,
-    ) -> Tensor:  # fmt: skip
-        """What a frame `[R, N, D]` reads from keys and values; `fresh` says that a memory may be empty."""
-        keys, values = cache if feed.whole else (x[feed.stream] for x in cache)
-        count = count if feed.whole else torch.where(feed.there, count[feed.stream], 0)
+        self, reader: MemoryReader, side: Side, query: Tensor, own: tuple[Tensor, Tensor] | None, frame: Arrived
+    ) -> Tensor:
+        """What a frame reads from a memory; from its `own` key and value `[R, n, D]`, if given, where that is empty."""
+        keys, values, mass, count, feed = side.keys, side.values, side.mass, side.pushed.clone(), frame.feed
+        if not feed.whole:
+            keys, values, mass = (x[feed.stream] for x in (keys, values, mass))
+            count = torch.where(feed.there, count[feed.stream], 0)
         slots = keys.shape[1]
-        empty = count <= 0 if slots else torch.ones_like(count, dtype=torch.bool)
-        fresh = fresh or slots == 0
-        if fresh and self.empty == "frame":
-            own = reader.project(self.held(frame))
-            if slots == 0:
-                keys, values = (x[:, None] for x in own)
-            else:
-                # the first slot of an empty memory is free: what is put there now is overwritten by the first entry
-                place = torch.where(empty, torch.arange(frame.shape[0], device=frame.device), -1)
-                first = torch.zeros_like(count)
+        empty = feed.there & (count <= 0) if slots else feed.there
+        if own is not None and slots == 0:
+            keys, values, mass, count = own[0][:, None], own[1][:, None], frame.mass[:, None], feed.there.long()
+        elif own is not None:
+            # the first slot of an empty memory is free: what is put there now is overwritten by the first entry
+            hit = (torch.arange(slots, device=count.device) == 0) & empty[:, None]
+            mass, count = torch.where(hit[..., None], frame.mass[:, None], mass), torch.where(empty, 1, count)
+            if frame.differentiable:
                 keys, values = (
-                    _write(x, first, place, y, differentiable) for x, y in zip((keys, values), own, strict=True)
+                    torch.where(hit[..., None, None], new[:, None], old)
+                    for new, old in zip(own, (keys, values), strict=True)
                 )
-            count = count.clamp_min(1)
-        read = reader(query, keys, values, count)
-        if fresh and self.empty != "frame":
-            read = torch.where(empty[:, None, None], frame if self.empty == "skip" else torch.zeros_like(read), read)
+            else:
+                rows = torch.where(empty, torch.arange(len(empty), device=count.device), -1)
+                for slots_of, new in zip((keys, values), own, strict=True):
+                    put(slots_of, torch.zeros_like(count), rows, new)
+        read = reader(query, keys, values, count, mass > 0 if frame.masked else None)
+        if own is None:
+            instead = frame.tokens if self.empty == "skip" else torch.zeros_like(read)
+            read = torch.where(empty[:, None, None], instead, read)
         return read
 
-    def _replace(self, state: DualState, stored: Tensor, m: Tensor, feed: _Feed) -> tuple[Tensor, Tensor, Tensor]:
-        """Write M_t into the episodic memory.
-
-        Returns:
-            The slot `[S]` it took, the rows `[R]` that took one (−1 where a gate kept it out), and `[S]` bool,
-            streams that overwrote a slot.
-        """
-        takers, at, capacity = feed.rows, state.written.clone(), state.episodic_tokens.shape[1]
-        if self.salience is not None:
-            takers = torch.where(self.salience(m.mean(1)).sigmoid()[:, 0] >= self.threshold, takers, -1)
-        takes = feed.fed & (feed.of_streams(takers) >= 0)
+    def _replace(self, side: Side, held: Tensor, mean: Tensor, rows: Tensor, feed: Feed) -> Tensor:
+        """Write `held [R, n, D]` of the rows that are not −1 into the episodic memory; the slot `[S]` each took."""
+        at, capacity, held = side.pushed.clone(), side.tokens.shape[1], held.detach()
         if self.rule == "most-similar" or capacity == 0:
-            replaced = slot_replace_(state.episodic_tokens, state.written, stored, takers, level=self.level)
-            slot = feed.of_streams(replaced)
-            slot = torch.where(slot >= 0, slot, at)
-        else:
-            mean = m.mean(1, dtype=state.means.dtype)
-            slot = bridged_slot(state.means[:, :, 0], state.entry[:, -capacity:], feed.of_streams(mean))
-            slot = torch.where(at >= capacity, slot, at)
-            ring_push_(state.episodic_tokens, slot.clone(), stored[:, None], takers)
-            ring_push_(state.means, slot.clone(), mean[:, None, None], takers)
-            state.written.add_(takes)
-        return slot, takers, takes & (at >= capacity)
+            by_mean = side.means if self.level == "mean" else None
+            replaced = slot_replace_(side.tokens, side.pushed, held, rows, level=self.level, means=by_mean)
+            replaced = feed.of_streams(replaced)
+            return torch.where(replaced >= 0, replaced, at)
+        slot = torch.where(at >= capacity, bridged_slot(side.means, side.entry, feed.of_streams(mean)), at)
+        put(side.tokens, slot, rows, held)
+        side.pushed.add_(feed.takes(rows))
+        return slot
 
 
-class _Feed(NamedTuple):
-    """Which rows of a call feed which streams: rows `[R]`, their `stream` clamped into S, whether it is `there`;
-    and of each stream the `row` clamped into R, and whether it is `fed`. `whole`: row s feeds stream s."""
-
-    rows: Tensor
-    stream: Tensor
-    there: Tensor
-    row: Tensor
-    fed: Tensor
-    whole: bool
-
-    @staticmethod
-    def of(streams: Tensor | None, S: int, R: int, device: torch.device) -> _Feed:
-        rows = torch.arange(R, device=device) if streams is None else streams
-        there = (rows >= 0) & (rows < S)
-        row = torch.full((S + 1,), -1, dtype=torch.int64, device=device)
-        # skipped rows meet in a place of their own
-        row = row.scatter(0, torch.where(there, rows, S), torch.arange(R, device=device))[:-1]
-        return _Feed(rows, rows.clamp(0, S - 1), there, row.clamp_min(0), row >= 0, streams is None)
-
-    def of_streams(self, values: Tensor) -> Tensor:
-        """Values `[R, ...]` of rows as values `[S, ...]` of the streams they feed; anything where none does."""
-        return values if self.whole else values[self.row]
-
-
-def _write(cache: Tensor, slot: Tensor, rows: Tensor, value: Tensor, differentiable: bool) -> Tensor:
-    """Put `value [R, n, D]` into `slot [S]` (modulo M) of `cache [S, M, n, D]` for the streams that `rows [R]` name."""
-    if not differentiable:
-        ring_push_(cache, slot.clone(), value[:, None], rows)
-        return cache
-    hit = _hit(slot % max(cache.shape[1], 1), rows >= 0, cache)
-    return torch.where(hit[..., None, None], value[:, None], cache)
-
-
-def _hit(slot: Tensor, fed: Tensor, slots: Tensor) -> Tensor:
-    """`[S, M]` bool: the slot `[S]` that each fed stream writes to."""
-    return (torch.arange(slots.shape[1], device=slot.device) == slot[:, None]) & fed[:, None]
+def _mean(frames: Tensor, mass: Tensor) -> Tensor:
+    """Mean `[..., D]`, float32 or better, of frames `[..., N, D]` that are zero where `mass [..., N]` is."""
+    wide = torch.promote_types(frames.dtype, torch.float32)
+    return frames.sum(-2, dtype=wide) / mass.sum(-1, keepdim=True).clamp_min(1).to(wide)
