@@ -11,14 +11,21 @@ import torch
 from torch import Tensor
 
 from vmemory import banks
+from vmemory.banks import dual
 from vmemory.banks.hierarchical import split
 
 GRID, DIM, ENTRIES = (4, 6), 8, 6
 POLICIES = sorted(banks.POLICIES)
+# a dual memory holds what it made of frames, and has weights: of the contract it is exempt from what only memories that
+# store what they are given can promise; test_dual_memory.py has its counterparts
+STORES = [policy for policy in POLICIES if policy != "dual"]
 
 
-def make(policy: str, entries: int = ENTRIES, **arguments) -> banks.Bank:
-    size = {"capacities": split(entries, 3)} if policy == "hierarchical" else {"capacity": entries}
+def make(policy: str, entries: int = ENTRIES, **arguments) -> banks.Bank | banks.DualMemory:
+    sizes = {"hierarchical": split(entries, 3), "dual": dual.split(entries)}
+    size = {"capacities": sizes[policy]} if policy in sizes else {"capacity": entries}
+    # equal weights for all that are made
+    torch.manual_seed(0)
     return banks.make(policy, **({"dim": DIM, "grid": GRID} | size | arguments))
 
 
@@ -37,7 +44,7 @@ def same(a, b, exact: bool = False) -> None:
             torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", STORES)
 @pytest.mark.parametrize("frames", [0, 1, 5, 3 * ENTRIES + 1])
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_compress_equals_push_and_read(policy: str, frames: int, chunk: int) -> None:
@@ -52,7 +59,7 @@ def test_compress_equals_push_and_read(policy: str, frames: int, chunk: int) -> 
     assert bank.counts()["seen"] == frames
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", STORES)
 def test_everything_fits_when_capacity_does(policy: str) -> None:
     video = clip(ENTRIES)
     bank = make(policy, **({"capacities": (ENTRIES,)} if policy == "hierarchical" else {}))
@@ -60,7 +67,7 @@ def test_everything_fits_when_capacity_does(policy: str) -> None:
     assert torch.equal(bank.read().tokens, video.flatten(0, 2))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", STORES)
 @pytest.mark.parametrize("kind", ["identical", "zero", "nan"])
 def test_degenerate_frames_are_defined(policy: str, kind: str) -> None:
     video = clip(20)
@@ -78,7 +85,7 @@ def test_degenerate_frames_are_defined(policy: str, kind: str) -> None:
         assert not bank.read().tokens.isnan().any()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", STORES)
 @pytest.mark.parametrize("capacity", [0, 1])
 def test_capacities_zero_and_one(policy: str, capacity: int) -> None:
     bank = make(policy, **({"capacities": (capacity,)} if policy == "hierarchical" else {"capacity": capacity}))
@@ -109,7 +116,8 @@ def test_streams_share_a_bank_without_touching_each_other(policy: str) -> None:
         for row, stream in enumerate(rows):
             alone[stream].push(frames[row])
     for stream, bank in enumerate(alone):
-        same(shared.read(stream), bank.read(), exact=True)
+        # products of more rows may add up in another order
+        same(shared.read(stream), bank.read(), exact=policy != "dual")
     padded = shared.read(padded=True)
     assert padded.count is not None
     for stream in range(3):
@@ -132,7 +140,7 @@ def test_snapshot_restore_reset_and_copy(policy: str) -> None:
     bank.restore(before)
     same(bank.read(1), held, exact=True)
     same(twin.read(1), held, exact=True)
-    with pytest.raises(ValueError, match=r"snapshot\.slots: expected"):
+    with pytest.raises(ValueError, match=r"snapshot\.\w+: expected"):
         bank.restore(make(policy).snapshot())
     bank.reset()
     same(bank.read(1), make(policy).read(), exact=True)
@@ -146,7 +154,7 @@ def test_a_failed_push_changes_nothing(policy: str) -> None:
     good = clip(2)
     for error, arguments, words in (
         (ValueError, {"frames": good[:, :2]}, r"frames: expected \[S, T, 4, 6, 8\]"),
-        (ValueError, {"frames": good.double()}, "frames: expected state.slots's dtype torch.float32"),
+        (ValueError, {"frames": good.double()}, r"frames: expected [\w. ]+'s dtype torch.float32"),
         (ValueError, {"frames": good[0, 0]}, r"frames: expected \[S, T, H, W, D\] or"),
         (TypeError, {"frames": good.numpy()}, "frames: expected a tensor"),
         (ValueError, {"frames": good, "time": [5.0]}, r"time: expected shape \[2\]"),
@@ -178,7 +186,7 @@ def test_budget_is_a_hard_bound(policy: str) -> None:
         banks.make(policy, dim=DIM, grid=GRID, budget="lots")
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", STORES)
 def test_casting_a_model_leaves_clocks_and_descriptors_alone(policy: str) -> None:
     bank = make(policy)
     bank.push(clip(9))
@@ -265,7 +273,7 @@ def test_gradients_reach_the_clip_and_the_adapter(policy: str) -> None:
     assert all(p.grad is not None for p in adapter.parameters())
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", STORES)
 def test_valid_cells_alone_are_read(policy: str) -> None:
     video, valid = clip(20), torch.rand(20, *GRID, generator=torch.Generator().manual_seed(3)) > 0.4
     valid[4] = False
@@ -280,7 +288,7 @@ def test_valid_cells_alone_are_read(policy: str) -> None:
         assert not lost & set(held.source.tolist())
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", STORES)
 def test_key_channels_alone_decide(policy: str) -> None:
     video = clip(25)
     riding = torch.cat([video, 100 * torch.randn(25, *GRID, 3)], dim=-1)

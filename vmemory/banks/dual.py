@@ -151,7 +151,7 @@ class DualMemory(DualStep, DualReads):
                 in order. With it the slots of the streams are copied for every frame, in order to be read.
 
         Returns:
-            M_t, `[S, T, H, W, D]` or `[T, H, W, D]` as `frames`; zeros for skipped rows and for cells that do not exist.
+            M_t in the layout of `frames`; zeros for skipped rows and for cells that do not exist.
 
         Raises:
             ValueError, TypeError: A shape, dtype or device does not fit, or times known to the host do not increase;

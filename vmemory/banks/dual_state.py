@@ -46,7 +46,7 @@ class DualState(NamedTuple):
         return sum(x.numel() * x.element_size() for x in self)
 
 
-# keep their dtype when a model around them is cast
+# never narrower than float32 when a model around them is cast
 KEPT = ("working_means", "episodic_means", "mass", "clock")
 
 
@@ -126,10 +126,12 @@ class DualStateHolder(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualStateHolder:
         kept = {name: getattr(self, name) for name in KEPT}
         super()._apply(fn, recurse)
+        wide = torch.promote_types(self.working_tokens.dtype, torch.float32)
         for name, old in kept.items():
-            new = getattr(self, name)
-            if new.dtype != old.dtype:
-                setattr(self, name, old.to(new.device))
+            # times and masses as they are, means as operators want them beside the tokens
+            kind = wide if name.endswith("means") else old.dtype
+            if getattr(self, name).dtype != kind:
+                setattr(self, name, old.to(getattr(self, name).device, kind))
         return self
 
     def reset(self, streams: Sequence[int] | None = None) -> None:

@@ -1,0 +1,304 @@
+"""What a dual memory keeps and how: weights, dtypes, files, budgets, compiled steps, which slots are overwritten."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from vmemory import banks
+from vmemory.banks.dual import split
+from vmemory.banks.dual_rules import bridged_slot
+from vmemory.eval import compare_overwrites
+from vmemory.testing import random_tensor
+
+GRID, DIM, N = (2, 3), 16, 6
+
+
+def memory_of(capacities: tuple[int, int] | None = (2, 3), **arguments: Any) -> banks.DualMemory:
+    torch.manual_seed(0)
+    return banks.DualMemory(DIM, GRID, capacities, **({"heads": 2} | arguments))
+
+
+def video(T: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return random_tensor(T, *GRID, DIM, dtype=dtype, seed=seed)
+
+
+def scenes(T: int, seed: int, grid: tuple[int, int] = GRID, dim: int = DIM) -> Tensor:
+    """Shots of 5 to 24 frames, each a picture of its own under noise."""
+    generator, frames = torch.Generator().manual_seed(seed), []
+    while len(frames) < T:
+        picture = torch.randn(*grid, dim, generator=generator)
+        length = int(torch.randint(5, 25, (), generator=generator))
+        frames += [picture + 0.3 * torch.randn(*grid, dim, generator=generator) for _ in range(length)]
+    return torch.stack(frames[:T])
+
+
+def equal(a: Any, b: Any) -> None:
+    for name, x, y in zip(a._fields, a, b, strict=True):
+        assert x.dtype == y.dtype, name
+        assert torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)), name
+
+
+# overwriting
+
+
+@pytest.mark.parametrize(
+    ("overwrites", "bits"),
+    [([[4, 4, 4, 4], [9, 0, 0, 0]], [2.0, 0.0]), ([[2, 1, 1, 0]], [1.5]), ([[0, 0]], [math.nan]), ([[5]], [0.0])],
+)
+def test_entropy_of_overwrites_in_bits(overwrites: list[list[int]], bits: list[float]) -> None:
+    found = banks.overwrite_entropy(torch.tensor(overwrites))
+    torch.testing.assert_close(found, torch.tensor(bits, dtype=torch.float64), equal_nan=True)
+
+
+def test_entropy_of_nothing_is_unknown_and_bad_counts_are_named() -> None:
+    assert banks.overwrite_entropy(torch.zeros(3, 0)).isnan().tolist() == [True] * 3
+    with pytest.raises(TypeError, match=r"overwrites: expected a tensor \[..., M\], got list"):
+        banks.overwrite_entropy([1, 2])
+    with pytest.raises(ValueError, match=r"overwrites: expected a tensor \[..., M\], got shape \[\]"):
+        banks.overwrite_entropy(torch.tensor(3))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_papers_rule_freezes_slots_and_bridging_does_not(seed: int) -> None:
+    frames = scenes(200, seed)
+    found = compare_overwrites(frames, capacities=(4, 8), heads=4, seed=seed)
+    frozen, cured = found["most-similar"], found["bridged"]
+    assert frozen.times == cured.times == 192
+    # out of three bits; most overwrites fall on one slot, and half of the memory are first frames to the end
+    assert frozen.bits < 1 < 2 < cured.bits <= 3
+    assert frozen.untouched >= 4
+    assert cured.untouched <= 2
+    assert sorted(frozen.held)[3] < 8 <= sorted(cured.held)[3]
+
+
+def test_comparing_rules_leaves_no_trace_and_takes_weights() -> None:
+    frames = scenes(40, 0)
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    found = compare_overwrites(frames, capacities=(2, 4))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert list(found) == ["most-similar", "bridged"]
+    assert compare_overwrites(frames, capacities=(2, 4)) == found
+    memory = memory_of((2, 4), heads=8, rule="bridged")
+    memory.push(frames)
+    theirs = compare_overwrites(frames, capacities=(2, 4), rules=["bridged"], weights=memory.state_dict())["bridged"]
+    assert theirs.bits == float(memory.overwrite_entropy()[0])
+    assert theirs.held == memory.entries().frame[memory.entries().level == 1].tolist()
+    assert math.isnan(compare_overwrites(frames[:3], capacities=(2, 4))["bridged"].bits)
+    with pytest.raises(ValueError, match=r"frames: expected \[T, H, W, D\], got shape \[2, 3, 16\]"):
+        compare_overwrites(frames[0])
+
+
+def test_bridging_gives_up_the_slot_between_alike_neighbours() -> None:
+    a, b, c = torch.eye(3)
+    # by time: a, b, a, c; the slots lie in another order
+    means, entry = torch.stack([a, c, a, b])[None], torch.tensor([[0, 9, 7, 4]])
+    assert bridged_slot(means, entry, b[None]).tolist() == [3]
+    # the newest goes while the new frame is like the one before it; the first never does
+    assert bridged_slot(torch.stack([a, b, c])[None], torch.tensor([[0, 1, 2]]), b[None]).tolist() == [2]
+    assert bridged_slot(torch.stack([a, c])[None], torch.tensor([[3, 2]]), a[None]).tolist() == [0]
+    assert bridged_slot(a[None, None], torch.tensor([[5]]), b[None]).tolist() == [0]
+    broken = torch.stack([a, b, torch.full((3,), torch.nan), a])[None]
+    assert bridged_slot(broken, torch.tensor([[0, 1, 2, 3]]), b[None]).tolist() == [2]
+
+
+# keeping
+
+
+def test_casting_leaves_times_and_means_alone() -> None:
+    memory = memory_of(streams=2)
+    frames = video(7).expand(2, -1, -1, -1, -1)
+    memory.push(frames, time=[0.1 * t for t in range(7)])
+    before = memory.snapshot()
+    nn.ModuleDict({"model": memory}).bfloat16()
+    for name in ("working_means", "episodic_means", "mass", "entry", "clock", "seen", "entered", "written"):
+        assert torch.equal(getattr(memory, name).nan_to_num(7.0), getattr(before, name).nan_to_num(7.0)), name
+        assert getattr(memory, name).dtype == getattr(before, name).dtype
+    assert memory.working_keys.dtype == memory.gate_in.weight.dtype == torch.bfloat16
+    out = memory.push(frames[:, :1].bfloat16())
+    assert out.dtype == torch.bfloat16
+    assert bool(out.isfinite().all())
+
+
+def test_state_dict_holds_weights_alone_and_loading_renews_what_is_stored() -> None:
+    memory, other = memory_of(), memory_of()
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.add_(0.1)
+    assert not [name for name in memory.state_dict() if "tokens" in name or "keys" in name.split("_")]
+    assert set(memory.state_dict()) == {name for name, _ in memory.named_parameters()}
+    memory.push(video(7))
+    stale = memory.working_keys.clone()
+    tokens = memory.episodic_tokens.clone()
+    memory.load_state_dict(other.state_dict())
+    assert not torch.equal(memory.working_keys, stale)
+    torch.testing.assert_close(memory.working_keys, other.working.project(memory.working_tokens)[0])
+    torch.testing.assert_close(memory.episodic_values, other.episodic.project(tokens)[1])
+    assert torch.equal(memory.episodic_tokens, tokens)
+
+
+def test_restoring_brings_back_that_cells_do_not_exist() -> None:
+    memory, exists = memory_of(), random_tensor(4, *GRID) > 0
+    memory.push(video(4), valid=exists)
+    taken = memory.snapshot()
+    want = memory.push(video(3, seed=1))
+    memory.reset()
+    assert memory.masked is False
+    memory.restore(taken)
+    assert torch.equal(memory.push(video(3, seed=1)), want)
+    with pytest.raises(ValueError, match=r"snapshot\.working_tokens: expected \[1, 2, 6, 16\]"):
+        memory.restore(memory_of((3, 3)).snapshot())
+
+
+@pytest.mark.parametrize("options", [{}, {"slots": "means", "rule": "bridged", "salience": 0.5, "hidden": 5}])
+def test_files_bring_weights_options_and_state_back(tmp_path, options: dict) -> None:
+    memory = memory_of(adapter=banks.FeatureAdapter(5, DIM), **options)
+    memory.push(random_tensor(6, *GRID, 5))
+    memory.save(tmp_path / "m.vmem", extra={"picture": torch.arange(3)}, notes={"video": "film"})
+    back, file = banks.load(tmp_path / "m.vmem")
+    assert isinstance(back, banks.DualMemory)
+    assert back.config() == memory.config()
+    assert list(file.extra) == ["picture"]
+    assert file.notes == {"video": "film"}
+    equal(back.snapshot(), memory.snapshot())
+    back.adapter = memory.adapter
+    more = random_tensor(5, *GRID, 5, seed=1)
+    assert torch.equal(back.push(more), memory.push(more))
+    equal(back.snapshot(), memory.snapshot())
+
+
+def test_budgets_pick_one_working_slot_in_five() -> None:
+    assert [split(n) for n in (0, 1, 2, 5, 10, 40)] == [(0, 0), (1, 0), (1, 1), (1, 4), (2, 8), (8, 32)]
+    for options in ({}, {"slots": "means"}, {"streams": 3, "dtype": torch.bfloat16}):
+        memory = memory_of(None, budget="64KiB", **options)
+        assert memory.nbytes <= 64 * 1024
+        assert memory_of(split(memory.capacity + 1), **options).nbytes > 64 * 1024
+    with pytest.raises(ValueError, match="budget: expected either capacities or a budget, got both"):
+        memory_of((1, 2), budget="64KiB")
+
+
+def test_adapters_learn_with_the_memory() -> None:
+    memory = memory_of(adapter=banks.FeatureAdapter(5, DIM))
+    memory.transform(random_tensor(7, *GRID, 5)).tokens.square().sum().backward()
+    assert all(bool((weight.grad != 0).any()) for weight in memory.adapter.parameters())
+
+
+# compiled
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"rule": "bridged", "empty": "zeros"}, {"slots": "means", "level": "mean", "salience": 0.5, "empty": "skip"}],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_compiled_pushes_equal_eager_ones(options: dict, named: bool) -> None:
+    torch._dynamo.reset()
+    eager, memory = memory_of(streams=2, **options), memory_of(streams=2, **options)
+    push = torch.compile(memory.push, fullgraph=True, backend="aot_eager")
+    frames = torch.stack([video(16), video(16, seed=1)])
+    exists = torch.stack([random_tensor(16, *GRID) > 0, random_tensor(16, *GRID, seed=1) > -1])
+    for t in range(16):
+        arguments: dict[str, Any] = {"time": torch.tensor([[float(t)]] * 2, dtype=torch.float64)}
+        if named:
+            arguments |= {"streams": torch.tensor([1, -1] if t % 3 else [1, 0]), "valid": exists[:, t : t + 1]}
+        one = frames[:, t : t + 1]
+        assert torch.equal(push(one, **arguments), eager.push(one, **arguments))
+        equal(memory.snapshot(), eager.snapshot())
+
+
+def test_nothing_on_the_way_of_a_push_looks_at_values() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    # fake tensors have no values: reading one, as a host that waits for a device does, raises
+    with FakeTensorMode():
+        memory = memory_of(streams=2, salience=0.5, rule="bridged")
+        frames, exists = torch.randn(2, 3, *GRID, DIM), torch.ones(2, 3, *GRID, dtype=torch.bool)
+        out = memory.push(frames, valid=exists, streams=torch.zeros(2, dtype=torch.int64))
+        assert out.shape == frames.shape
+        assert memory.read(padded=True).tokens.shape == (2, 5 * N, DIM)
+
+
+@pytest.mark.gpu
+def test_pushes_replay_from_a_graph_without_waiting() -> None:
+    host = memory_of(streams=2)
+    memory = memory_of(streams=2).cuda()
+    frames = torch.stack([video(16), video(16, seed=1)])
+    buffer = frames[:, :1].cuda()
+    empty = memory.snapshot()
+    memory.push(buffer)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = memory.push(buffer)
+    memory.restore(empty)
+    for t in range(16):
+        buffer.copy_(frames[:, t : t + 1])
+        graph.replay()
+        torch.testing.assert_close(out.cpu(), host.push(frames[:, t : t + 1]), rtol=1e-4, atol=1e-4)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        memory.push(buffer)
+        memory.read(padded=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# errors
+
+
+@pytest.mark.parametrize(
+    ("error", "arguments", "words"),
+    [
+        (ValueError, {"heads": 3}, "heads: expected a divisor of dim 16, got 3"),
+        (ValueError, {"hidden": 0}, "hidden: expected at least 1"),
+        (ValueError, {"activation": "tanh"}, "activation: expected one of 'relu', 'gelu', 'silu'"),
+        (ValueError, {"empty": "none"}, "empty: expected one of 'frame', 'zeros', 'skip'"),
+        (ValueError, {"slots": "frames"}, "slots: expected one of 'tokens', 'means'"),
+        (ValueError, {"level": "token"}, "level: expected one of 'flat', 'mean'"),
+        (ValueError, {"rule": "oldest"}, "rule: expected one of 'most-similar', 'bridged'"),
+        (ValueError, {"salience": 1.5}, "salience: expected None or between 0 and 1, got 1.5"),
+        (ValueError, {"streams": 0}, "streams: expected at least 1"),
+        (ValueError, {"capacities": (1, 2, 3)}, r"capacities: expected \(working, episodic\), got \(1, 2, 3\)"),
+        (ValueError, {"capacities": (1, -2)}, "capacities: expected at least 0"),
+        (TypeError, {"capacities": (1, 2.0)}, "capacities: expected an int"),
+    ],
+)
+def test_bad_arguments_are_named(error: type[Exception], arguments: dict, words: str) -> None:
+    with pytest.raises(error, match=words):
+        memory_of(**arguments)
+
+
+def test_a_failed_push_changes_nothing() -> None:
+    memory = memory_of(streams=2)
+    good = video(2).expand(2, -1, -1, -1, -1)
+    memory.push(good, time=[1.0, 2.0])
+    before = memory.snapshot()
+    for arguments, words in (
+        ({"frames": good[0]}, "frames: expected 2 streams"),
+        ({"frames": good[..., :7]}, r"frames: expected \[S, T, 2, 3, 16\], got shape \[2, 2, 2, 3, 7\]"),
+        ({"frames": good, "valid": torch.ones(2, 2, 2, 3)}, r"valid: expected bool \[2, 2, 2, 3\], got torch.float32"),
+        ({"frames": good, "valid": torch.ones(2, 2, 3, dtype=torch.bool)}, "valid: expected"),
+        ({"frames": good, "streams": torch.tensor([0])}, "frames: expected 1 streams"),
+        ({"frames": good, "streams": torch.tensor([0, 1], dtype=torch.int32)}, "streams: expected int64"),
+        ({"frames": good, "time": [[5.0, 6.0], [2.0, 3.0]]}, "time: expected more than 2.0 s"),
+        ({"frames": good, "time": [5.0, 5.0]}, "time: expected strictly increasing"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            memory.push(**arguments)
+        equal(memory.snapshot(), before)
+        assert memory.masked is False
+    # times of a stream that is skipped do not count
+    memory.push(good, time=[[5.0, 6.0], [0.0, 1.0]], streams=torch.tensor([1, -1]))
+    for call, words in (
+        (lambda: memory.read(2), "stream: expected between 0 and 1, got 2"),
+        (lambda: memory.entries(-1), "stream: expected between 0 and 1, got -1"),
+        (lambda: memory.counts(2), "stream: expected between 0 and 1, got 2"),
+        (lambda: memory.retrieve(torch.ones(1, DIM), 1, stream=2), "stream: expected between 0 and 1, got 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
