@@ -1,21 +1,18 @@
-"""Attention over slots that are partly valid beside masked attention over all; a dual memory beside one that projects
-everything it holds for every frame."""
+"""Attention over slots that are partly valid, beside masked attention over all."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.peers.reprojecting_memory import ReprojectingMemory
 from benchmarks.timing import Rotation
 from vmemory.ops import memory_attention, quantize_slots
 from vmemory.reference import memory_attention as reference
 from vmemory.testing import assert_within_budget, random_tensor
 
 SLOTS, TOKENS, HEADS, CHANNELS = 40, 196, 7, 128
-WORKING = 8
 
 
 def slots_of(tokens: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,58 +75,4 @@ def test_quantised(measure, device, bits, tokens):
         2 * (k.numel() + 4 * key_scale.numel() + 4 * query.numel()),
         4 * query.numel() * SLOTS * TOKENS,
         float32=lambda _: memory_attention(query, floats(), values, count),
-    )
-
-
-@torch.no_grad()
-@pytest.mark.benchmark(group=f"dual memory: {WORKING} + {SLOTS - WORKING} slots of {TOKENS} × {HEADS * CHANNELS}")
-@pytest.mark.parametrize("whole", [False, True], ids=["read", "write one frame and read"])
-def test_dual_memory(measure, device, whole):
-    torch.manual_seed(0)
-    dim = HEADS * CHANNELS
-    peer = ReprojectingMemory(dim, HEADS).to(device)
-    frame = random_tensor(1, TOKENS, dim, device=device)
-    features = {
-        "working": random_tensor(1, WORKING, TOKENS, dim, device=device, seed=1),
-        "episodic": random_tensor(1, SLOTS - WORKING, TOKENS, dim, device=device, seed=2),
-    }
-    stored = {name: [x.contiguous() for x in peer.keys_and_values(name, x)] for name, x in features.items()}
-    count = torch.tensor([SLOTS], device=device)
-
-    def ours(x: Tensor) -> tuple[Tensor, ...]:
-        answers = []
-        for name, (keys, values) in stored.items():
-            attention = getattr(peer, name)
-            weight, bias = attention.in_proj_weight, attention.in_proj_bias
-            if whole:
-                # the frame's own keys and values take the place of the slot that leaves
-                query, key, value = linear(x, weight, bias).chunk(3, -1)
-                keys[:, -1] = key.unflatten(-1, (HEADS, CHANNELS))
-                values[:, -1] = value.unflatten(-1, (HEADS, CHANNELS))
-            else:
-                query = linear(x, weight[:dim], bias[:dim])
-            answer = memory_attention(query.unflatten(-1, (HEADS, CHANNELS)), keys, values, count)
-            answers.append(attention.out_proj(answer.flatten(2)))
-        return tuple(answers)
-
-    def theirs(x: Tensor) -> tuple[Tensor, ...]:
-        if whole:
-            for slots in features.values():
-                slots[:, -1] = x
-        return peer(x, features["working"], features["episodic"])
-
-    wide = ReprojectingMemory(dim, HEADS).to(device).double()
-    wide.load_state_dict({name: x.double() for name, x in peer.state_dict().items()})
-    expected, found = theirs(frame), ours(frame)
-    truth = wide(frame.double(), *(x.double() for x in features.values()))
-    assert_within_budget(found, expected, truth)
-    attended = SLOTS * TOKENS
-    projected = 2 * TOKENS * (4 if whole else 2)
-    measure(
-        "write one frame and read" if whole else "read",
-        ours,
-        Rotation(frame),
-        4 * (2 * attended * dim + 2 * 4 * dim * dim + 3 * TOKENS * dim),
-        4 * TOKENS * attended * dim + 2 * projected * dim * dim,
-        reprojecting=theirs,
     )

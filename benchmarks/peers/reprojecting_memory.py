@@ -1,7 +1,7 @@
 """A dual memory that keeps features and projects all of them to keys and values again for every frame.
 
-Source: the read of Algorithm 1 in VLM² (arXiv 2511.20644), working and episodic, with `nn.MultiheadAttention` over the
-stored features, as ports of it are written.
+Written from Algorithm 1 of VLM² (arXiv 2511.20644), with `nn.MultiheadAttention` over the stored features, as ports of
+it are written; slots are tensors and nothing is decided on the host, which is the best eager form.
 """
 
 from __future__ import annotations
@@ -9,25 +9,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers.list_memory import replace_
+
 
 class ReprojectingMemory(nn.Module):
-    """`forward(frame [S, N, D], working [S, L, n, D], episodic [S, M, n, D])`: what each answers, `[S, N, D]`."""
+    """Full slots `working [L, N, D]` and `episodic [M, N, D]` of one stream, and the weights that read them."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, working: Tensor, episodic: Tensor) -> None:
         super().__init__()
-        self.working = nn.MultiheadAttention(dim, heads, batch_first=True)
-        self.episodic = nn.MultiheadAttention(dim, heads, batch_first=True)
+        kind = {"device": working.device, "dtype": working.dtype}
+        self.working_attention = nn.MultiheadAttention(dim, heads, batch_first=True, **kind)
+        self.episodic_attention = nn.MultiheadAttention(dim, heads, batch_first=True, **kind)
+        self.gate = nn.Sequential(nn.Linear(2 * dim, dim, **kind), nn.ReLU(), nn.Linear(dim, dim, **kind), nn.Sigmoid())
+        self.register_buffer("working", working.clone())
+        self.register_buffer("episodic", episodic.clone())
+        self.oldest = 0
 
-    def forward(self, frame: Tensor, working: Tensor, episodic: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, frame: Tensor) -> tuple[Tensor, Tensor]:
+        """What each memory answers to a frame `[N, D]`."""
         answers = []
-        for attention, slots in ((self.working, working), (self.episodic, episodic)):
-            features = slots.flatten(1, 2)
-            answers.append(attention(frame, features, features, need_weights=False)[0])
+        for attention, slots in (
+            (self.working_attention, self.working),
+            (self.episodic_attention, self.episodic),
+        ):
+            features = slots.flatten(0, 1)[None]
+            answers.append(attention(frame[None], features, features, need_weights=False)[0][0])
         return answers[0], answers[1]
 
     @torch.no_grad()
-    def keys_and_values(self, name: str, features: Tensor) -> tuple[Tensor, Tensor]:
-        """What one of the two attentions makes of features `[..., D]`: `[..., heads, D / heads]` each."""
-        attention: nn.MultiheadAttention = getattr(self, name)
-        projected = nn.functional.linear(features, attention.in_proj_weight, attention.in_proj_bias)
-        return tuple(x.unflatten(-1, (attention.num_heads, -1)) for x in projected.chunk(3, -1)[1:])  # type: ignore[return-value]
+    def push(self, frame: Tensor) -> Tensor:
+        """M_t `[N, D]` of a frame; then the frame and M_t enter their memories."""
+        working, episodic = self.read(frame)
+        gate = self.gate(torch.cat([working, episodic], -1))
+        fused = gate * working + (1 - gate) * episodic
+        self.working[self.oldest] = frame
+        self.oldest = (self.oldest + 1) % len(self.working)
+        replace_(self.episodic, fused, "flat")
+        return fused
