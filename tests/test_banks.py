@@ -376,11 +376,11 @@ def test_merging_keeps_spans_and_weighted_means() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_budget_holds_over_a_hundred_thousand_frames(policy: str) -> None:
-    size = {"dim": 4, "grid": (2, 2), "budget": "16KiB"}
+    size = {"dim": 8, "grid": (2, 2), "budget": "16KiB"}
     bank = banks.make(policy, **size)
     held, places = bank.nbytes, [buffer.data_ptr() for buffer in bank.buffers()]
     assert held <= 16 * 1024
-    video = torch.randn(1000, 2, 2, 4, generator=torch.Generator().manual_seed(0))
+    video = torch.randn(1000, 2, 2, 8, generator=torch.Generator().manual_seed(0))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for start in range(0, 100_000, 1000):
         bank.push(video + start / 1e4, torch.arange(start, start + 1000, dtype=torch.float64))

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_banks import DIM, GRID, POLICIES, clip, make, same
+from tests.test_banks import DIM, GRID, clip, make, same
+from tests.test_banks import POLICIES as ALL
 from vmemory import banks
 from vmemory.ops import dequantize_slots, quantize_slots
 
+POLICIES = sorted(set(ALL) - {"dual"})
 BITS = [("int8", 8), ("int4", 4)]
 # of a value's row: half a step of rounding, and a little for sums in float32
 STEP = {8: 0.5 / 127 + 1e-5, 4: 0.5 / 7 + 1e-5}
@@ -149,4 +151,6 @@ def test_refuses() -> None:
         banks.HierarchicalBank(DIM, GRID, (2, 2), [None, (3, 5)], dtype="int4")
     with pytest.raises(ValueError, match="level: expected 'mean' for a bank in int8, got 'flat'"):
         make("episodic", dtype="int8", level="flat")
+    with pytest.raises(ValueError, match="dtype: expected a floating dtype, got 'int8'"):
+        make("dual", dtype="int8")
     assert bank.counts()["seen"] == 0

@@ -98,6 +98,8 @@ class DualMemory(DualStep, DualReads):
         adapter: nn.Module | None = None,
     ) -> None:
         hidden = dim if hidden is None else hidden
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"dtype: expected a floating dtype, got {dtype!r}")
         super().__init__(dim, heads, hidden, activation, empty, slots, level, rule, salience, device, dtype)
         check_int("streams", streams, low=1)
         form = (1, 1) if slots == "means" else None

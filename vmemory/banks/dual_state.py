@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from copy import deepcopy
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vmemory.ops._checks import shape_of
+from vmemory.banks.erase import check_span
+from vmemory.banks.keeping import Preserving
+from vmemory.ops._checks import check_int, shape_of
 
 
 class DualState(NamedTuple):
@@ -45,7 +48,37 @@ class DualState(NamedTuple):
     def nbytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in self)
 
+    def until_(self, stream: int, time: float, *, included: bool) -> int:
+        """Zero every slot of a stream written after second `time`, pack the others; how many left.
 
+        Raises:
+            ValueError: Something held has no time.
+        """
+        entry, clock = self.entry[stream].clone(), self.clock[stream].clone()
+        live = entry >= 0
+        if bool((live & clock.isnan()).any()):
+            raise ValueError("time: frames that were pushed without times cannot be found by time")
+        gone = live & ((clock > time) if included else (clock >= time))
+        if not bool(gone.any()):
+            return 0
+        old = DualState(*(x[stream].clone() for x in self))
+        self.clear_(torch.tensor([stream], device=entry.device))
+        working = self.working_tokens.shape[1]
+        for side, first, last in (("working", 0, working), ("episodic", working, len(entry))):
+            kept = torch.nonzero((live & ~gone)[first:last]).flatten()
+            kept = kept[entry[first:last][kept].argsort()] if side == "working" else kept
+            for name in ("tokens", "keys", "values", "means"):
+                getattr(self, f"{side}_{name}")[stream, : len(kept)] = getattr(old, f"{side}_{name}")[kept]
+            for name in ("mass", "entry", "clock"):
+                getattr(self, name)[stream, first : first + len(kept)] = getattr(old, name)[first + kept]
+            (self.entered if side == "working" else self.written)[stream] = len(kept)
+            if side == "episodic":
+                self.overwrites[stream, : len(kept)] = old.overwrites[kept]
+        self.seen[stream] = entry[gone].min()
+        return int(gone.sum())
+
+
+Holder = TypeVar("Holder", bound="DualStateHolder")
 # never narrower than float32 when a model around them is cast
 KEPT = ("working_means", "episodic_means", "mass", "clock")
 
@@ -84,7 +117,7 @@ def new_state(
     return state
 
 
-class DualStateHolder(nn.Module):
+class DualStateHolder(Preserving):
     """A module that holds a `DualState` in buffers, which are not part of `state_dict`."""
 
     # the state, registered as buffers
@@ -141,6 +174,45 @@ class DualStateHolder(nn.Module):
             self.masked = False
         else:
             self.state.clear_(torch.tensor(list(streams), dtype=torch.int64, device=self.entry.device))
+
+    @torch.no_grad()
+    def erase(self, t0: float, t1: float, stream: int = 0) -> int:
+        """Take the span [t0, t1] out of a stream: nothing computed from a frame in it remains, its bytes are zero.
+
+        Every M_t is made from all that came before it, so whatever was written at t0 or later leaves, and frames are
+        numbered on from there. While no slot had been overwritten, that is the memory as it was before t0.
+
+        Args:
+            t0, t1: Seconds, both included.
+            stream: Which stream.
+
+        Returns:
+            How many slots were given up.
+
+        Raises:
+            ValueError: The span is no span, or something held has no time; nothing has changed then.
+        """
+        check_int("stream", stream, low=0, high=self.entry.shape[0] - 1)
+        check_span(t0, t1)
+        return self.state.until_(stream, t0, included=False)
+
+    @torch.no_grad()
+    def fork(self: Holder, time: float | None = None) -> Holder:
+        """A memory of its own with the same weights that holds the same, or what this one held at second `time`.
+
+        Raises:
+            ValueError: A slot that `time` would need has been overwritten since; take a snapshot in time.
+        """
+        copy = deepcopy(self)
+        if time is None:
+            return copy
+        check_span(time, time)
+        held = (self.entry >= 0).sum(1)
+        for stream in range(self.entry.shape[0]):
+            whole = int(held[stream]) == int(self.entered[stream] + self.written[stream])
+            if copy.state.until_(stream, time, included=True) and not whole:
+                raise ValueError(f"time: expected a second since which nothing was given up, got {time:g} s")
+        return copy
 
     def snapshot(self) -> DualState:
         """A copy of the state; `restore` takes it back."""

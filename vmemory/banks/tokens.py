@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vmemory.banks.quantized import QuantizedState, read_tokens
-from vmemory.reference.bank_layout import FRAME, START, STOP, TIME, BankLayout, BankState
+from vmemory.reference.bank_layout import FRAME, START, STOP, TIME, BankLayout
 
 _FREE = torch.iinfo(torch.int64).max
 
@@ -95,9 +95,19 @@ def row_tables(layout: BankLayout, levels: tuple[int, ...]) -> dict[str, Tensor]
     }
 
 
-def padded_tokens(state: BankState | QuantizedState, tables: dict[str, Tensor], cells: int, dim: int) -> MemoryTokens:
-    """Read every stream, `[S, L, ...]`: live rows first, in stream order, then padding. No host synchronisation."""
-    mass, entry, clock = state.mass, state.entry, state.clock
+def padded_tokens(
+    slots: Tensor,
+    mass: Tensor,
+    entry: Tensor,
+    clock: Tensor,
+    tables: dict[str, Tensor],
+    cells: int,
+    read: Callable[[Tensor], Tensor] | None = None,
+) -> MemoryTokens:
+    """Read every stream, `[S, L, ...]`: live rows first, in stream order, then padding. No host synchronisation.
+
+    `read` gives the tokens `[S, L, D]` of rows `[S, L]` where `slots` does not hold them as they are.
+    """
     row_slot, row_cell, row_level = (tables[name] for name in ("row_slot", "row_cell", "row_level"))
     live = mass > 0
     # [S, L]
@@ -107,10 +117,7 @@ def padded_tokens(state: BankState | QuantizedState, tables: dict[str, Tensor], 
     slot = row_slot[place]
     time, start, stop = (clock[..., c].gather(1, slot) for c in (TIME, START, STOP))
     nan = torch.full_like(time, torch.nan)
-    if isinstance(state, QuantizedState):
-        tokens = read_tokens(state, place, dim)
-    else:
-        tokens = state.slots.gather(1, place[..., None].expand(-1, -1, dim))
+    tokens = read(place) if read else slots.gather(1, place[..., None].expand(-1, -1, slots.shape[-1]))
     return MemoryTokens(
         tokens=tokens,
         frame=torch.where(live, entry[..., FRAME].gather(1, slot), -1),
