@@ -6,6 +6,8 @@ from vmemory.compress.pixels import pixel_difference
 from vmemory.compress.reduced import ReducedTokens
 from vmemory.compress.resampler import FrameResampler
 from vmemory.compress.selector import FrameSelector
+from vmemory.compress.tempme import MergedClips, MergedVideo, TempMe
+from vmemory.compress.tempme_schedule import MergeStep, tempme_schedule
 from vmemory.compress.token_difference import PixelDifference, TokenDifference
 from vmemory.compress.video import CompressedFrames
 
@@ -14,10 +16,15 @@ __all__ = [
     "CompressedFrames",
     "FrameResampler",
     "FrameSelector",
+    "MergeStep",
+    "MergedClips",
+    "MergedVideo",
     "PixelDifference",
     "ReducedTokens",
+    "TempMe",
     "TokenArrangement",
     "TokenDifference",
     "pixel_difference",
+    "tempme_schedule",
     "tokens_arrange",
 ]
