@@ -1,7 +1,20 @@
-"""Evaluation: features computed once, how well a memory finds a moment again, and whether its slots freeze."""
+"""Evaluation: features computed once, how well a memory finds a moment again, frozen slots, text-video retrieval."""
 
 from vmemory.eval.features import Features, video_features
 from vmemory.eval.localization import hit_rate, localize
 from vmemory.eval.overwrites import Overwrites, compare_overwrites
+from vmemory.eval.retrieval import Ranking, RetrievalHead, RetrievalResult, pool_frames, retrieval_scores
 
-__all__ = ["Features", "Overwrites", "compare_overwrites", "hit_rate", "localize", "video_features"]
+__all__ = [
+    "Features",
+    "Overwrites",
+    "Ranking",
+    "RetrievalHead",
+    "RetrievalResult",
+    "compare_overwrites",
+    "hit_rate",
+    "localize",
+    "pool_frames",
+    "retrieval_scores",
+    "video_features",
+]
