@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vmemory.compress.tempme_schedule import MergeStep, tempme_schedule
+from vmemory.compress.tempme_tower import vision_tower
 from vmemory.ops._checks import check_device, check_floating, check_tensor, shape_of
 from vmemory.ops.bipartite_match import bipartite_match, merge_source
 from vmemory.ops.token_merge import proportional_attention_bias, token_merge
@@ -49,20 +50,6 @@ class MergedVideo(NamedTuple):
     source: Tensor
 
 
-def _vision_tower(model: nn.Module) -> Any:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a CLIP model or its vision tower, got {type(model).__name__}")
-    tower: Any = model
-    while not hasattr(tower, "pre_layrnorm") and hasattr(tower, "vision_model"):
-        tower = tower.vision_model
-    missing = [name for name in ("embeddings", "pre_layrnorm", "encoder", "post_layernorm") if not hasattr(tower, name)]
-    if missing:
-        raise TypeError(
-            f"model: expected a CLIP model or its vision tower, got {type(model).__name__} without {missing}"
-        )
-    return tower
-
-
 def _attend(attention: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
     """A layer's attention with `size` in its scores, and its keys `[B, N, heads, D / heads]`."""
     query, key, value = (
@@ -94,8 +81,8 @@ class TempMe(nn.Module):
     layer's own submodules around `scaled_dot_product_attention`, whatever attention implementation the model names.
 
     Args:
-        model: A Hugging Face `CLIPModel`, `CLIPVisionModelWithProjection` or `CLIPVisionModel` of any size; from one
-            with a `visual_projection` frames come out projected.
+        model: A Hugging Face `CLIPModel`, `CLIPVisionModelWithProjection` or `CLIPVisionModel` of any size, or OpenAI's
+            `CLIP` or `VisionTransformer`, as CLIP4Clip has it; with a projection in it frames come out projected.
         frames: T, frames of a video.
         merge_layers: Layers that join clips, counted from 0, ascending; `"8-9-10"` or ints. May be empty.
         merge_frames: How many neighbouring clips each of them joins; their product divides `frames`.
@@ -129,7 +116,7 @@ class TempMe(nn.Module):
         proportional: bool = True,
     ) -> None:
         super().__init__()
-        tower = _vision_tower(model)
+        tower, projection = vision_tower(model)
         self.schedule = tempme_schedule(
             len(tower.encoder.layers),
             tower.embeddings.num_positions,
@@ -141,7 +128,7 @@ class TempMe(nn.Module):
         )
         self.frames, self.proportional = frames, proportional
         self.tower: Any = tower
-        self.projection: Any = getattr(model, "visual_projection", None)
+        self.projection: Any = projection
         self.positions = nn.ParameterDict()
         like = tower.embeddings.class_embedding
         for layer, step in enumerate(self.schedule):
@@ -208,15 +195,16 @@ class TempMe(nn.Module):
         source: Tensor | None,
     ) -> MergedClips:
         if step.join > 1:
-            plan = bipartite_match(x, step.cross, cls=step.cls // step.join, groups=step.join)
+            metric = _compared(x, size, mask)
+            plan = bipartite_match(metric, step.cross, cls=step.cls // step.join, groups=step.join)
             if position is not None:
-                x = (x.unflatten(0, (-1, len(position))) + position[:, None]).flatten(0, 1)
+                x = (x.unflatten(0, (-1, len(position))) + position[:, None].to(x.dtype)).flatten(0, 1)
             x, size = token_merge(x, plan, size)
             source = merge_source(plan, source)
         mixed, key = _attend(layer.self_attn, layer.layer_norm1(x), self._counted(size, mask))
         x = x + mixed
         if step.intra:
-            metric = key.detach().mean(2, dtype=_wide(key))
+            metric = _compared(key.detach().mean(2, dtype=_wide(key)), size, mask)
             plan = bipartite_match(metric, step.intra, cls=step.cls)
             x, size = token_merge(x, plan, size)
             source = merge_source(plan, source)
@@ -249,6 +237,17 @@ class TempMe(nn.Module):
             raise ValueError(f"mask: expected bool [{B}, {self.frames}], got {mask.dtype} of shape {shape_of(mask)}")
         check_device("mask", mask, "pixel_values", pixel_values)
         return pixel_values.masked_fill(~mask[:, :, None, None, None], 0)
+
+
+def _compared(metric: Tensor, size: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The metric, one constant row for all padding.
+
+    Padded frames are alike but for rounding, which differs from batch to batch. Exactly alike they merge with one
+    another before anything else does, in an order that nothing but their place decides.
+    """
+    if mask is None or size is None:
+        return metric
+    return torch.where(size > 0, metric, 1)
 
 
 def _wide(x: Tensor) -> torch.dtype:
