@@ -27,7 +27,7 @@ BELOW = {
     "graph": {"ops", "encoders", "_files"},
     "encoders": {"ops", "_files"},
     "models": {"ops"},
-    "integrations": {"models"},
+    "integrations": {"models", "compress"},
     "attach": {"integrations", "models", "banks", "compress"},
     "stream": {"attach", "banks", "encoders", "_files"},
     "assistant": {"stream", "graph"},

@@ -1,6 +1,7 @@
 """Reducers in front of a memory: tokens and frames that need not be kept."""
 
 from vmemory.compress.adaptive import AdaptiveFrameResampler
+from vmemory.compress.arguments import add_tempme_arguments, tempme_from_arguments
 from vmemory.compress.arrange import TokenArrangement, tokens_arrange
 from vmemory.compress.pixels import pixel_difference
 from vmemory.compress.reduced import ReducedTokens
@@ -24,7 +25,9 @@ __all__ = [
     "TempMe",
     "TokenArrangement",
     "TokenDifference",
+    "add_tempme_arguments",
     "pixel_difference",
+    "tempme_from_arguments",
     "tempme_schedule",
     "tokens_arrange",
 ]

@@ -1,0 +1,288 @@
+"""CLIP4Clip and STOP with fewer frames before their vision tower, or fewer tokens inside it, and the true mask.
+
+Both are research code rather than a package: a model is recognised by its methods.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vmemory.compress import TempMe, tempme_from_arguments
+from vmemory.compress.tempme_tower import vision_tower
+
+_STATE = "_vmemory_clip4clip"
+# on a tensor that `get_visual_output` returned
+_MASK = "vmemory_mask"
+
+
+def family(model: nn.Module) -> Literal["clip4clip", "stop"]:
+    """Which of the two a model is, by its methods.
+
+    CLIP4Clip has `get_visual_output(video, video_mask, shaped, video_frame)`, STOP
+    `get_visual_output(video, unified_visual_prompt, video_mask, video_frame)` and `video_frames`; both have
+    `get_similarity_logits(sequence_output, visual_output, attention_mask, video_mask, ...)` and a `clip`.
+
+    Raises:
+        TypeError: The model is neither.
+    """
+    named = {name: _parameters(model, name) for name in ("get_visual_output", "get_similarity_logits")}
+    visual, logits = named.values()
+    if isinstance(getattr(model, "clip", None), nn.Module) and {"visual_output", "video_mask"} <= logits:
+        if {"video", "unified_visual_prompt", "video_mask"} <= visual and hasattr(model, "video_frames"):
+            return "stop"
+        if {"video", "video_mask", "shaped", "video_frame"} <= visual:
+            return "clip4clip"
+    found = [f"{name}({', '.join(sorted(taken))})" for name, taken in named.items() if taken]
+    raise TypeError(
+        "model: expected a CLIP4Clip or STOP model with a clip and their get_visual_output and get_similarity_logits, "
+        f"got {type(model).__name__} with {' and '.join(found) or 'none of them'}"
+    )
+
+
+def _parameters(model: nn.Module, name: str) -> set[str]:
+    method = getattr(model, name, None)
+    return set(inspect.signature(method).parameters) if callable(method) else set()
+
+
+class CompressedVideo(NamedTuple):
+    """Videos with K frames each, laid out as they came: CLIP4Clip's `[b, pair, K, 1, C, H, W]` or, flat,
+    `[b · pair · K, C, H, W]`, STOP's `[b, pair, K, C, H, W]`; float32. mask `[b · pair, K]` in the dtype of the mask
+    that came, 0 = padding."""
+
+    video: Tensor
+    mask: Tensor
+
+
+def attach(model: nn.Module, compressor: nn.Module | None = None) -> Attachment:
+    """Let a CLIP4Clip or STOP model compress its videos. This instance only.
+
+    Afterwards `get_visual_output` compresses what it is given, and `get_similarity_logits` reads the mask that belongs
+    to a visual output instead of the caller's: training and evaluation loops stay as they are. What is learned is
+    `model.vmemory`, and trains or evaluates as the model does.
+
+    Args:
+        model: Unwrapped; wrap it for distributed training after this.
+        compressor: A `FrameSelector`, `FrameResampler` or `AdaptiveFrameResampler`, which works on pixels before the
+            tower, or `TempMe(model.clip)`, which merges inside it (CLIP4Clip only). STOP's tower takes exactly
+            `model.video_frames` frames. None: what the `tempme_*` options in `model.task_config` say, and nothing
+            where they do not say `use_tempme`.
+
+    Returns:
+        An `Attachment`.
+
+    Raises:
+        TypeError: `model` is neither CLIP4Clip nor STOP, or cannot merge inside its tower; or `compressor` is none.
+        ValueError: `model.vmemory` is taken; `compressor` merges in another model's tower or makes another number of
+            frames than STOP takes; an option has no such value.
+
+    Source: CLIP4Clip (arXiv 2104.08860); STOP (CVPR 2025); the TempMe and STOP integration, which told the model that
+    every compressed frame exists.
+    """
+    kind = family(model)
+    if hasattr(model, "vmemory") or _STATE in model.__dict__:
+        raise ValueError("model: expected one without a vmemory of its own, detach what is attached first")
+    if compressor is None:
+        compressor = tempme_from_arguments(getattr(model, "task_config", None), model.clip)  # type: ignore[arg-type]
+    if compressor is not None:
+        _check_compressor(model, kind, compressor)
+    attachment = Attachment(model, compressor)
+    if compressor is not None:
+        learned = compressor.positions if isinstance(compressor, TempMe) else compressor
+        model.add_module("vmemory", learned.train(model.training))
+        attachment.hook()
+    return attachment
+
+
+def _check_compressor(model: Any, kind: str, compressor: nn.Module) -> None:
+    if isinstance(compressor, TempMe):
+        if kind == "stop":
+            raise TypeError(
+                "compressor: expected a FrameSelector, FrameResampler or AdaptiveFrameResampler for STOP, whose tower "
+                "puts prompts between the tokens of each frame, got TempMe"
+            )
+        own, other = vision_tower(model.clip)[0], compressor.tower
+        if getattr(own, "visual", own) is not getattr(other, "visual", other):
+            raise ValueError("compressor: expected a TempMe of the model's own tower, TempMe(model.clip)")
+        return
+    if not isinstance(compressor, nn.Module) or not callable(getattr(compressor, "count", None)):
+        raise TypeError(f"compressor: expected a frame compressor or TempMe, got {type(compressor).__name__}")
+
+
+class Attachment:
+    """What `attach` did to a model. A context manager that detaches on exit.
+
+    Attributes:
+        model: The model; a copy of it has an attachment of its own, see `attachment`.
+        compressor: The compressor, or None where nothing is attached.
+    """
+
+    def __init__(self, model: nn.Module, compressor: nn.Module | None) -> None:
+        self.model, self.compressor = model, compressor
+        self.kind = family(model)
+        self._enabled = True
+        self._hooks: dict[str, _Method] = {}
+        self._before: dict[str, Any] = {}
+
+    def hook(self) -> None:
+        for name in _INSTEAD:
+            if name in self.model.__dict__:
+                self._before[name] = self.model.__dict__[name]
+            self._hooks[name] = _Method(self, name)
+            self.model.__dict__[name] = self._hooks[name]
+        self.model.__dict__[_STATE] = self
+
+    def detach(self) -> None:
+        """Give the model back as it was; again is no error.
+
+        Raises:
+            RuntimeError: Somebody has replaced a method since, and would be cut off.
+        """
+        for name, method in self._hooks.items():
+            if self.model.__dict__.get(name) is not method:
+                raise RuntimeError(
+                    f"{name}: expected the method that attach put there, detach what came after it first"
+                )
+        for name in self._hooks:
+            del self.model.__dict__[name]
+        self.model.__dict__.update(self._before)
+        if self._hooks:
+            del self.model.__dict__[_STATE], self.model.vmemory
+        self._hooks, self._before = {}, {}
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the context the model is the one it was."""
+        before, self._enabled = self._enabled, False
+        try:
+            yield
+        finally:
+            self._enabled = before
+
+    @property
+    def enabled(self) -> bool:
+        return self._enabled and self.compressor is not None
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
+
+    def original(self, name: str) -> Any:
+        """The method as it was before."""
+        return self._before[name] if name in self._before else getattr(type(self.model), name).__get__(self.model)
+
+    def compress(self, video: Any, video_mask: Any) -> CompressedVideo:
+        """What the model makes of a video before its tower; changes nothing. For loops of one's own.
+
+        Args:
+            video: As the model takes it: `[b, pair, T, 1, C, H, W]` or flat `[b · pair · T, C, H, W]` for CLIP4Clip,
+                `[b, pair, T, C, H, W]` for STOP; anything `torch.as_tensor` takes.
+            video_mask: `[b, pair, T]` or `[b · pair, T]`, not 0 where a frame exists; any dtype.
+
+        Raises:
+            TypeError: TempMe merges inside the tower: there is no shorter video.
+            ValueError: Shapes do not fit each other or the compressor, or the tower takes another number of frames.
+        """
+        if isinstance(self.compressor, TempMe):
+            raise TypeError("compressor: expected one of frames, got TempMe, which merges inside the tower")
+        video = torch.as_tensor(video).float()
+        frames, exists = _frames(video, video_mask)
+        if self.compressor is None:
+            return CompressedVideo(video, video_mask.reshape(exists.shape))
+        made: int = self.compressor.count(frames.shape[1])  # type: ignore[operator]
+        if self.kind == "stop" and made != self.model.video_frames:
+            raise ValueError(
+                f"video: expected frames of which the compressor makes {self.model.video_frames}, which is what STOP's "
+                f"tower takes, got {frames.shape[1]} frames, of which it makes {made}"
+            )
+        out = self.compressor(frames, exists)
+        if video.dim() == 4:
+            kept = out.frames.flatten(0, 1)
+        else:
+            kept = out.frames.reshape(*video.shape[:2], made, *(1,) * (video.dim() - 6), *video.shape[-3:])
+        return CompressedVideo(kept, out.mask.to(video_mask.dtype))
+
+
+def attachment(model: nn.Module) -> Attachment | None:
+    """What is attached to a model, for instance to a copy; None where nothing is."""
+    return model.__dict__.get(_STATE)
+
+
+def _frames(video: Tensor, video_mask: Any) -> tuple[Tensor, Tensor]:
+    """Frames `[B, T, C, H, W]` and which exist, `[B, T]` bool."""
+    if not isinstance(video_mask, Tensor) or video_mask.dim() < 2:
+        got = list(video_mask.shape) if isinstance(video_mask, Tensor) else type(video_mask).__name__
+        raise ValueError(f"video_mask: expected a tensor [b, pair, T] or [B, T], got {got}")
+    exists = video_mask.reshape(-1, video_mask.shape[-1]) != 0
+    B, T = exists.shape
+    if video.dim() not in (4, 6, 7) or video.shape[:-3].numel() != B * T:
+        raise ValueError(
+            f"video: expected frames for a video_mask of {B} videos of {T} frames, got shape {list(video.shape)}"
+        )
+    return video.reshape(B, T, *video.shape[-3:]), exists
+
+
+def _merged(merging: TempMe, video: Tensor, video_mask: Any) -> tuple[Tensor, Tensor]:
+    """Embeddings of frames `[B, T, E]` and their mask."""
+    frames, exists = _frames(video, video_mask)
+    embedded = merging(frames, exists).frames
+    # the model divides every frame by its norm before it masks: a 0 would become NaN, which no mask removes
+    embedded = embedded.masked_fill(~exists[..., None], 1)
+    return embedded.float(), exists.to(video_mask.dtype)
+
+
+def _get_visual_output(state: Attachment, original: Any, call: inspect.BoundArguments) -> Tensor:
+    given, compressor = call.arguments, state.compressor
+    mask = given.get("video_mask")
+    if isinstance(compressor, TempMe):
+        visual, mask = _merged(compressor, torch.as_tensor(given["video"]).float(), mask)
+    else:
+        given["video"], mask = state.compress(given["video"], mask)
+        given |= {"video_mask": mask, "video_frame": mask.shape[1]}
+        visual = original(*call.args, **call.kwargs)
+    setattr(visual, _MASK, mask)
+    return visual
+
+
+def _get_similarity_logits(state: Attachment, original: Any, call: inspect.BoundArguments) -> Any:
+    visual = call.arguments["visual_output"]
+    mask = getattr(visual, _MASK, None)
+    if mask is not None:
+        call.arguments["video_mask"] = mask
+    elif visual.dim() == 3 and visual.shape[1] > 1:
+        # one vector a video needs no mask; of several nobody could tell any more which are padding
+        raise ValueError(
+            "visual_output: expected the tensor that get_visual_output returned, which carries its mask, got another "
+            f"of shape {list(visual.shape)}; within disabled() the video_mask given counts"
+        )
+    return original(*call.args, **call.kwargs)
+
+
+_INSTEAD = {"get_visual_output": _get_visual_output, "get_similarity_logits": _get_similarity_logits}
+
+
+class _Method:
+    """A method of one model; takes the arguments of the one it stands for.
+
+    A bound function would be pickled as the attribute of that name, which is the method it replaces.
+    """
+
+    def __init__(self, state: Attachment, name: str) -> None:
+        self.state, self.name = state, name
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.state.original(self.name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        original = self.state.original(self.name)
+        if not self.state.enabled:
+            return original(*args, **kwargs)
+        return _INSTEAD[self.name](self.state, original, inspect.signature(original).bind(*args, **kwargs))
