@@ -36,13 +36,20 @@ def videos(B: int = 2, T: int = 6, size: int = 16, **kind: Any) -> Tensor:
     return random_tensor(B, T, 3, size, size, **kind)
 
 
+class _Norm(nn.LayerNorm):
+    """OpenAI's: computes in float32, so that a tower in float16 can keep its norms in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 class _Block(nn.Module):
     """OpenAI's residual attention block; like CLIP4Clip's it takes a tuple, so that nothing can call it on a tensor."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads)
-        self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.ln_1, self.ln_2 = _Norm(width), _Norm(width)
         self.mlp = nn.Sequential()
         self.mlp.add_module("c_fc", nn.Linear(width, 2 * width))
         self.mlp.add_module("gelu", nn.GELU())
@@ -64,7 +71,7 @@ class OpenAIVision(nn.Module):
         self.conv1 = nn.Conv2d(3, width, patch, patch, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width))
         self.positional_embedding = nn.Parameter(torch.randn((side // patch) ** 2 + 1, width) / 2)
-        self.ln_pre, self.ln_post = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.ln_pre, self.ln_post = _Norm(width), _Norm(width)
         self.transformer = nn.Module()
         self.transformer.resblocks = nn.Sequential(*(_Block(width, heads) for _ in range(layers)))
         self.proj = nn.Parameter(torch.randn(width, 24) / width**0.5)

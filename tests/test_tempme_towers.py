@@ -118,6 +118,24 @@ def test_openai_tower_merges_as_the_same_weights_in_hugging_faces():
     torch.testing.assert_close(first.frames, second.frames)
 
 
+@torch.no_grad()
+def test_openai_tower_in_mixed_precision():
+    """As OpenAI's weights are stored: products in float16, norms and embeddings in float32."""
+    model = OpenAICLIP().eval()
+    plain = TempMe(model, **NOTHING)(videos()).frames
+    for module in model.visual.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, nn.MultiheadAttention)):
+            module.half()
+    model.visual.proj.data = model.visual.proj.half()
+    assert model.visual.ln_pre.weight.dtype == model.visual.class_embedding.dtype == torch.float32
+    out = TempMe(model, **NOTHING)(videos()).frames
+    assert out.dtype == torch.float16
+    assert F.cosine_similarity(out.float(), plain, dim=-1).min() > 0.999
+    merged = TempMe(model, **SMALL)(videos())
+    assert merged.tokens.dtype == torch.float16
+    assert merged.frames.isfinite().all()
+
+
 def test_openai_tower_of_three_dimensional_patches_is_refused():
     model = OpenAICLIP()
     model.visual.conv2 = nn.Conv3d(3, 32, (3, 4, 4))
@@ -239,3 +257,22 @@ def test_copies_and_state_dicts_stand_on_their_own(make):
     assert torch.equal(other(videos()).frames, wanted)
     merging.load_state_dict(other.state_dict())
     assert torch.equal(merging(videos()).frames, wanted)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_never_waits_for_the_device():
+    merging = TempMe(vision().double(), **SMALL)
+    pixels, mask = videos().double(), torch.tensor([[True] * 6, [True] * 3 + [False] * 3])
+    want = merging(pixels, mask)
+    merging.cuda()
+    pixels, mask = pixels.cuda(), mask.cuda()
+    merging(pixels, mask)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = merging(pixels, mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(got.source.cpu(), want.source)
+    torch.testing.assert_close(got.frames.cpu(), want.frames)
