@@ -211,6 +211,21 @@ def test_compiled_pushes_equal_eager_ones(options: dict, named: bool) -> None:
         equal(memory.snapshot(), eager.snapshot())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["most-similar", "bridged"])
+def test_inductor_keeps_the_order_of_reads_and_writes(rule: str) -> None:
+    torch._dynamo.reset()
+    eager, memory = memory_of(streams=2, rule=rule), memory_of(streams=2, rule=rule)
+    push = torch.compile(memory.push, fullgraph=True)
+    frames = torch.stack([video(16), video(16, seed=1)])
+    for t in range(16):
+        one = frames[:, t : t + 1]
+        torch.testing.assert_close(push(one), eager.push(one))
+        for name in ("entry", "overwrites", "seen", "entered", "written"):
+            assert torch.equal(getattr(memory, name), getattr(eager, name)), name
+    torch.testing.assert_close(memory.episodic_keys, eager.episodic_keys)
+
+
 def test_nothing_on_the_way_of_a_push_looks_at_values() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -87,14 +87,17 @@ class Side(NamedTuple):
     ) -> Side:
         """Write what belongs to tokens that were put into `slot [S]`: of `rows [R]` that are not −1 the key and value
         `[R, n, D]` and the mean `[R, D]`; and the frame's number `[S]`, time and mass."""
-        feed, hit = frame.feed, self.hit(slot, frame.feed.takes(rows))
         put(self.means[:, :, None], slot, rows, mean[:, None])
+        if not frame.differentiable:
+            put(self.keys, slot, rows, key)
+            put(self.values, slot, rows, value)
+        # after the writes on purpose: inductor moves what was read from `slot` before them behind the last one, which
+        # then counts in `slot` itself (seen with torch 2.13)
+        feed, hit = frame.feed, self.hit(slot, frame.feed.takes(rows))
         self.mass.copy_(torch.where(hit[..., None], feed.of_streams(frame.mass)[:, None], self.mass))
         self.entry.copy_(torch.where(hit, number[:, None], self.entry))
         self.clock.copy_(torch.where(hit, feed.of_streams(frame.time)[:, None], self.clock))
         if not frame.differentiable:
-            put(self.keys, slot, rows, key)
-            put(self.values, slot, rows, value)
             return self
         keys, values = (
             torch.where(hit[..., None, None], new[:, None], old)

@@ -183,10 +183,9 @@ class DualStep(nn.Module):
             if self.salience is not None:
                 fine = fine & (self.salience(mean.to(m.dtype)).sigmoid()[:, 0] >= self.threshold)
             rows, held = torch.where(fine, feed.rows, -1), self.held(m, mass[:, t])
-            full = episodic.pushed >= max(episodic.tokens.shape[1], 1)
-            slot = self._replace(episodic, held, mean, rows, feed)
-            state.overwrites.add_(episodic.hit(slot, feed.takes(rows) & full))
+            slot, full = self._replace(episodic, held, mean, rows, feed)
             episodic = episodic.store(slot, rows, *self.episodic.project(held), mean, number, frame)
+            state.overwrites.add_(episodic.hit(slot, feed.takes(rows) & full))
         return torch.stack(fused, 1)
 
     def _recall(
@@ -220,18 +219,20 @@ class DualStep(nn.Module):
             read = torch.where(empty[:, None, None], instead, read)
         return read
 
-    def _replace(self, side: Side, held: Tensor, mean: Tensor, rows: Tensor, feed: Feed) -> Tensor:
-        """Write `held [R, n, D]` of the rows that are not −1 into the episodic memory; the slot `[S]` each took."""
+    def _replace(self, side: Side, held: Tensor, mean: Tensor, rows: Tensor, feed: Feed) -> tuple[Tensor, Tensor]:
+        """Write `held [R, n, D]` of the rows that are not −1 into the episodic memory; the slot `[S]` each took, and
+        whether `[S]` all slots had been taken before."""
         at, capacity, held = side.pushed.clone(), side.tokens.shape[1], held.detach()
         if self.rule == "most-similar" or capacity == 0:
             by_mean = side.means if self.level == "mean" else None
             replaced = slot_replace_(side.tokens, side.pushed, held, rows, level=self.level, means=by_mean)
             replaced = feed.of_streams(replaced)
-            return torch.where(replaced >= 0, replaced, at)
-        slot = torch.where(at >= capacity, bridged_slot(side.means, side.entry, feed.of_streams(mean)), at)
-        put(side.tokens, slot, rows, held)
-        side.pushed.add_(feed.takes(rows))
-        return slot
+            slot = torch.where(replaced >= 0, replaced, at)
+        else:
+            slot = torch.where(at >= capacity, bridged_slot(side.means, side.entry, feed.of_streams(mean)), at)
+            put(side.tokens, slot, rows, held)
+            side.pushed.add_(feed.takes(rows))
+        return slot, at >= capacity
 
 
 def _mean(frames: Tensor, mass: Tensor) -> Tensor:
