@@ -134,6 +134,28 @@ def test_compiled_push_equals_eager(policy: str) -> None:
     same(compiled.read(), eager.read(), exact=True)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_erase(policy: str, dtype: str) -> None:
+    """Rounding what was rounded changes nothing, so that the past can be repeated here too."""
+    size = {"capacities": (9, 1, 3)} if policy == "hierarchical" else {"entries": 9}
+    video, time = clip(30), torch.arange(30, dtype=torch.float64)
+    bank, never = make(policy, dtype=dtype, **size), make(policy, dtype=dtype, **size)
+    bank.push(video[:8], time[:8])
+    for t in (0, 1, 5, 6, 7):
+        never.push(video[t : t + 1], time[t : t + 1])
+    assert bank.erase(2, 4) == 3
+    assert torch.equal(bank.read().tokens, never.read().tokens)
+    assert torch.equal(bank.read().time, never.read().time)
+    bank.push(video[8:], time[8:])
+    bank.erase(9, 12)
+    held = bank.read()
+    assert not bool(((held.start <= 12) & (held.stop >= 9)).any())
+    free = bank.mass == 0
+    assert not bank.slots[free].any()
+    assert not bank.scale[free].any()
+
+
 def test_refuses() -> None:
     bank = make("merging", dtype="int8")
     with pytest.raises(ValueError, match="valid: expected None, a bank in 8 or 4 bits"):
@@ -151,6 +173,8 @@ def test_refuses() -> None:
         banks.HierarchicalBank(DIM, GRID, (2, 2), [None, (3, 5)], dtype="int4")
     with pytest.raises(ValueError, match="level: expected 'mean' for a bank in int8, got 'flat'"):
         make("episodic", dtype="int8", level="flat")
+    with pytest.raises(ValueError, match="archive: expected a bank of a floating dtype, got int8"):
+        bank.archive = banks.Archive("1MiB")
     with pytest.raises(ValueError, match="dtype: expected a floating dtype, got 'int8'"):
         make("dual", dtype="int8")
     assert bank.counts()["seen"] == 0

@@ -317,3 +317,60 @@ def test_a_failed_push_changes_nothing() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             call()
+
+
+@pytest.mark.parametrize("slots", ["tokens", "means"])
+def test_dual_memory_goes_back_to_before_the_span(slots):
+    video, time = random_tensor(30, 4, 6, 8), torch.arange(30).double() * 0.5
+    arguments = {"capacities": (4, 5), "slots": slots, "streams": 2}
+    bank = banks.make("dual", dim=8, grid=(4, 6), **arguments)
+    before = banks.make("dual", dim=8, grid=(4, 6), **arguments)
+    before.load_state_dict(bank.state_dict())
+    both = torch.stack([video, video.flip(0)])
+    bank.push(both[:, :3], time[:3])
+    before.push(both[:, :3], time[:3])
+    video[3] = 1e20
+    bank.push(both[:, 3:4], time[3:4])
+    assert bank.erase(1.2, 1.6) == 2
+    for name, x, y in zip(bank.state._fields, bank.state, before.state, strict=True):
+        assert torch.equal(x[0].nan_to_num(7), y[0].nan_to_num(7)), name
+    assert torch.equal(bank.read(0).tokens, before.read(0).tokens)
+    assert len(bank.read(1).time) > len(bank.read(0).time)
+    bank.push(both[:, 4:], time[4:])
+    bank.erase(5.0, 6.0)
+    assert bool((bank.read(0).time < 5).all())
+    bank.push(both[:, :2], time[:2] + 100)
+    assert bank.read(0).time.max() == 100.5
+
+
+def test_dual_memory_forks_and_is_preserved() -> None:
+    video, time = random_tensor(12, 4, 6, 8), torch.arange(12).double() * 0.5
+    bank = banks.make("dual", dim=8, grid=(4, 6), capacities=(9, 9))
+    bank.push(video[:8], time[:8])
+    held = bank.snapshot()
+    fork = bank.fork()
+    fork.push(video[8:], time[8:])
+    with bank.preserved():
+        bank.push(video[8:], time[8:])
+    for x, y in zip(bank.snapshot(), held, strict=True):
+        assert torch.equal(x.nan_to_num(7), y.nan_to_num(7))
+    bank.push(video[8:], time[8:])
+    for x, y in zip(bank.state, fork.state, strict=True):
+        assert torch.equal(x.nan_to_num(7), y.nan_to_num(7))
+    then = banks.make("dual", dim=8, grid=(4, 6), capacities=(12, 12))
+    then.load_state_dict(bank.state_dict())
+    then.push(video[:8], time[:8])
+    early = then.fork(1.2)
+    then.reset()
+    then.push(video[:3], time[:3])
+    for x, y in zip(early.state, then.state, strict=True):
+        assert torch.equal(x.nan_to_num(7), y.nan_to_num(7))
+    with pytest.raises(ValueError, match=r"time: expected a second since which nothing was given up, got 1\.2 s"):
+        bank.fork(1.2)
+    for call, words in (
+        (lambda: bank.fork(float("nan")), "time: expected seconds, got NaN"),
+        (lambda: bank.erase(2, 1), r"t0: expected at most t1 \(1 s\), got 2"),
+        (lambda: bank.erase(0, 1, stream=1), "stream: expected"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()

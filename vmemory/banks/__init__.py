@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vmemory.banks.adapter import FeatureAdapter
+from vmemory.banks.archive import Archive
 from vmemory.banks.bank import Bank
 from vmemory.banks.budget import format_bytes, parse_bytes
 from vmemory.banks.dual import DualMemory
@@ -56,6 +57,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Any, Ban
 
 __all__ = [
     "POLICIES",
+    "Archive",
     "Bank",
     "BankFile",
     "BankFileError",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from vmemory.banks.keeping import Keeping
+from vmemory.banks.archive import Archive
 from vmemory.banks.quantized import (
     QuantizedState,
     check_quantized_push,
@@ -17,10 +17,11 @@ from vmemory.banks.quantized import (
     push_quantized_,
     read_tokens,
 )
+from vmemory.banks.state import StateModule
 from vmemory.banks.tiers import clamped, make_layout
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved, compact_tokens, padded_tokens, row_tables
 from vmemory.ops._checks import check_int, check_tensor, shape_of
-from vmemory.ops.bank import BankPlan, bank_gather, bank_plan, bank_push_, layout_maps
+from vmemory.ops.bank import BankPlan, bank_gather, bank_plan, bank_push_, check_push, layout_maps
 from vmemory.ops.similarity_topk import similarity_topk
 from vmemory.reference.bank_layout import (
     DROPPED,
@@ -35,15 +36,12 @@ from vmemory.reference.bank_layout import (
     STOP,
     TIME,
     BankLayout,
-    BankState,
 )
 
 Times = float | Sequence[float] | Tensor | None
-# buffers that keep their dtype when a model around them is cast
-_KEPT = ("mass", "descriptor", "norm", "link", "clock", "maps", "scale")
 
 
-class Bank(Keeping):
+class Bank(StateModule):
     """A bounded memory of a frame stream, or of many streams that share a launch.
 
     State is device tensors of fixed shape, allocated here and changed in place: pushes never synchronise the host,
@@ -69,18 +67,6 @@ class Bank(Keeping):
         ValueError, TypeError: An argument does not fit; the message names it.
     """
 
-    # the state, registered as buffers
-    slots: Tensor
-    mass: Tensor
-    descriptor: Tensor
-    norm: Tensor
-    link: Tensor
-    entry: Tensor
-    clock: Tensor
-    order: Tensor
-    counter: Tensor
-    maps: Tensor
-
     def __init__(
         self,
         dim: int,
@@ -104,35 +90,13 @@ class Bank(Keeping):
         self.layout, self.levels = make_layout(dim, grid, capacities, grids, rule, intervals, key_dim)
         self.streams, self.adapter = streams, adapter
         made = new_state(self.layout, streams, device, dtype)
-        self._state_type: type[BankState] | type[QuantizedState] = type(made)
+        self._state_type = type(made)
         self._decider = decider_of(self.layout) if isinstance(made, QuantizedState) else None
         for name, buffer in made._asdict().items():
             self.register_buffer(name, buffer, persistent=False)
         self.register_buffer("maps", layout_maps(self.layout, self.descriptor), persistent=False)
         for name, table in row_tables(self.layout, self.levels).items():
             self.register_buffer(name, table.to(device), persistent=False)
-
-    # what saving needs beside the layout; subclasses name themselves in vmemory.banks.POLICIES
-    policy = "bank"
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held on the device: constant from construction to the end."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers(recurse=False))
-
-    @property
-    def capacity(self) -> int:
-        """Entries one stream can hold."""
-        return self.layout.slots
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Bank:
-        kept = {name: getattr(self, name) for name in _KEPT if hasattr(self, name)}
-        super()._apply(fn, recurse)
-        for name, old in kept.items():
-            new = getattr(self, name)
-            if new.dtype != old.dtype:
-                setattr(self, name, old.to(new.device))
-        return self
 
     # writing
 
@@ -159,7 +123,27 @@ class Bank(Keeping):
                 raise ValueError(f"streams: expected int64, got {streams.dtype}")
         if times is not None and times.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_increasing(times, streams)
-        self._write(frames, times, valid, streams)
+        if self._archive is None:
+            self._write(frames, times, valid, streams)
+        else:
+            check_push(self._plain_state(), self.layout, frames, times, valid, streams)
+            for t in range(frames.shape[1]):
+                when, there = (None if x is None else x[:, t : t + 1] for x in (times, valid))
+                self._part(self._archive, frames[:, t], when, there, streams)
+                self._write(frames[:, t : t + 1], when, there, streams)
+                self._archive.pushed(frames.shape[0])
+
+    def _part(
+        self, archive: Archive, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None
+    ) -> None:
+        """Put into the outbox what the next frame `[S', H, W, D]` of each stream makes leave, or the frame itself."""
+        if archive.keep == "frames":
+            stream = torch.arange(frames.shape[0], device=frames.device) if streams is None else streams
+            when, there = (None if x is None else x[:, 0] for x in (times, valid))
+            archive.box.add_frames(frames, when, there, stream, self.counter[stream.clamp_min(0), SEEN])
+        elif self.layout.slots:
+            state = self._plain_state()
+            archive.box.add_slots(state, *archive.box.leaving(state, self._keys(), streams))
 
     def _write(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
         state = self.state
@@ -211,14 +195,6 @@ class Bank(Keeping):
                     )
         if bool((times.diff(dim=1) <= 0).any()):
             raise ValueError("time: expected strictly increasing seconds along the frames")
-
-    def reset(self, streams: Sequence[int] | None = None) -> None:
-        """Forget everything, of all streams or of those named."""
-        which = (
-            slice(None) if streams is None else torch.tensor(list(streams), dtype=torch.int64, device=self.entry.device)
-        )
-        for name in self._state_type._fields:
-            getattr(self, name)[which] = -1 if name in ("entry", "order") else 0
 
     # reading
 
@@ -341,7 +317,7 @@ class Bank(Keeping):
         )
 
     def counts(self, stream: int = 0) -> dict[str, int]:
-        """Frames `seen`, `skipped` (no interval took them), `dropped` (evicted) and entries `held`; synchronises."""
+        """Frames `seen`, `skipped` (taken by no interval, or erased), `dropped` and entries `held`; synchronises."""
         counter = self.counter[stream].tolist()
         return {
             "seen": counter[SEEN],

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from vmemory.banks.erase import check_span
-from vmemory.banks.keeping import Preserving
 from vmemory.ops._checks import check_int, shape_of
 
 
@@ -117,7 +117,7 @@ def new_state(
     return state
 
 
-class DualStateHolder(Preserving):
+class DualStateHolder(nn.Module):
     """A module that holds a `DualState` in buffers, which are not part of `state_dict`."""
 
     # the state, registered as buffers
@@ -175,6 +175,15 @@ class DualStateHolder(Preserving):
         else:
             self.state.clear_(torch.tensor(list(streams), dtype=torch.int64, device=self.entry.device))
 
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Pushes within the block leave no trace: the state comes back, in the same tensors, also after an error."""
+        before = self.snapshot()
+        try:
+            yield
+        finally:
+            self.restore(before)
+
     @torch.no_grad()
     def erase(self, t0: float, t1: float, stream: int = 0) -> int:
         """Take the span [t0, t1] out of a stream: nothing computed from a frame in it remains, its bytes are zero.
@@ -192,8 +201,9 @@ class DualStateHolder(Preserving):
         Raises:
             ValueError: The span is no span, or something held has no time; nothing has changed then.
         """
+        if not t0 <= t1:
+            raise ValueError(f"t0: expected at most t1 ({t1} s), got {t0}")
         check_int("stream", stream, low=0, high=self.entry.shape[0] - 1)
-        check_span(t0, t1)
         return self.state.until_(stream, t0, included=False)
 
     @torch.no_grad()
@@ -206,7 +216,8 @@ class DualStateHolder(Preserving):
         copy = deepcopy(self)
         if time is None:
             return copy
-        check_span(time, time)
+        if math.isnan(time):
+            raise ValueError("time: expected seconds, got NaN")
         held = (self.entry >= 0).sum(1)
         for stream in range(self.entry.shape[0]):
             whole = int(held[stream]) == int(self.entered[stream] + self.written[stream])

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmemory.banks.quantized import QuantizedState
+from vmemory.banks.quantized import AnyState
 from vmemory.banks.slots import SlotBank
 from vmemory.ops._checks import check_choice
 from vmemory.ops.ring import slot_replace_
-from vmemory.reference.bank_layout import BankState
 
 
 class EpisodicBank(SlotBank):
@@ -32,6 +31,7 @@ class EpisodicBank(SlotBank):
     """
 
     policy = "episodic"
+    compares = True
 
     def __init__(self, *args: Any, level: str = "mean", **kwargs: Any) -> None:
         check_choice("level", level, ("mean", "flat"))
@@ -45,11 +45,11 @@ class EpisodicBank(SlotBank):
         self._config["level"] = level
 
     def choose(
-        self, state: BankState | QuantizedState, seen: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None
+        self, state: AnyState, taken: Tensor, held: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None
     ) -> Tensor:
         streams = torch.where(fed, torch.arange(fed.shape[0], device=fed.device), -1)
         slots, frames = state.descriptor, descriptor[:, None]
         if tokens is not None and self.level == "flat":
             slots, frames = state.slots.view(fed.shape[0], state.entry.shape[1], -1, self.layout.dim), tokens
-        replaced = slot_replace_(slots, seen.clone(), frames, streams)
-        return torch.where(fed, torch.where(replaced >= 0, replaced, seen), -1)
+        replaced = slot_replace_(slots, held.clone(), frames, streams)
+        return torch.where(fed, torch.where(replaced >= 0, replaced, held), -1)

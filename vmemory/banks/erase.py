@@ -1,133 +1,123 @@
-"""Taking a span of time out of a memory, so that nothing computed from it remains."""
+"""A stream's state without some of its entries, and the frames that are still whole and can be taken in again."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vmemory.banks.quantized import QuantizedState
+from vmemory.banks.quantized import AnyState, QuantizedState
+from vmemory.ops.bank import bank_plan
+from vmemory.ops.quantize_slots import dequantize_slots
 from vmemory.reference.bank_layout import (
-    DROPPED,
     FIRST,
     FRAME,
     FRAMES,
     LAST,
     LENGTH,
-    RULES,
     SEEN,
     SKIPPED,
     START,
     STOP,
+    TIME,
     BankLayout,
-    BankState,
-)  # fmt: skip
-
-# rules that do not look at what frames show: what else is held says nothing about an erased frame
-BLIND = ("recent", "uniform")
+)
 
 
-def check_span(t0: float, t1: float) -> None:
-    """Two numbers of seconds, in order."""
-    for name, t in (("t0", t0), ("t1", t1)):
-        if isinstance(t, bool) or not isinstance(t, (int, float)) or math.isnan(t):
-            raise ValueError(f"{name}: expected seconds, got {t!r}")
-    if t1 < t0:
-        raise ValueError(f"t1: expected at least t0 = {t0:g} s, got {t1:g} s")
+@dataclass
+class Frame:
+    """A frame as it came in: `tokens [H, W, D]`, `valid [H, W]` bool or None (all cells exist), time in seconds."""
+
+    number: int
+    time: float
+    tokens: Tensor
+    valid: Tensor | None
 
 
-def live_slots(state: BankState | QuantizedState, stream: int) -> Tensor:
-    """Which slots `[M]` of a stream hold something.
+def whole_frames(state: AnyState, layout: BankLayout, s: int) -> dict[int, Frame]:
+    """Entries of stream s that were neither reduced nor merged, by frame number."""
+    found = {}
+    entry, clock = state.entry[s].cpu(), state.clock[s].cpu()
+    for slot in torch.nonzero((entry[:, FRAME] >= 0) & (entry[:, FRAMES] == 1)).flatten().tolist():
+        tier = layout.tier_of[slot]
+        if layout.grids[tier] == layout.grid:
+            rows = slice(layout.row_of(slot), layout.row_of(slot) + layout.cells[tier])
+            number = int(entry[slot, FRAME])
+            if isinstance(state, QuantizedState):
+                # rounding what was rounded changes nothing
+                tokens = dequantize_slots(state.slots[s, rows], state.scale[s, rows], dim=layout.dim)
+            else:
+                tokens = state.slots[s, rows]
+            found[number] = whole(number, float(clock[slot, TIME]), tokens, state.mass[s, rows], layout)
+    return found
+
+
+def whole(number: int, time: float, tokens: Tensor, mass: Tensor, layout: BankLayout) -> Frame:
+    """A frame from the token rows `[H·W, D]` and masses `[H·W]` it was held as."""
+    there = mass.reshape(layout.grid) > 0
+    return Frame(number, time, tokens.reshape(*layout.grid, -1), None if bool(there.all()) else there)
+
+
+def check_times(clock: Tensor, entry: Tensor) -> None:
+    """Every entry held `[M]` has a time.
 
     Raises:
-        ValueError: Something held has no time.
+        ValueError: One came in without.
     """
-    live = state.entry[stream, :, FRAME] >= 0
-    if bool((live & state.clock[stream, :, START].isnan()).any()):
-        raise ValueError("time: frames that were pushed without times cannot be found by time")
-    return live
+    timeless = (entry[:, FRAME] >= 0) & clock[:, [TIME, START, STOP]].isnan().any(1)
+    if bool(timeless.any()):
+        raise ValueError(
+            f"t0, t1: expected a memory whose frames all came with a time, got {int(timeless.sum())} entries without; "
+            "reset the stream instead"
+        )
 
 
-def inside(state: BankState | QuantizedState, stream: int, t0: float, t1: float) -> Tensor:
-    """Slots `[M]` whose entry's span meets [t0, t1]."""
-    clock = state.clock[stream]
-    return live_slots(state, stream) & (clock[:, START] <= t1) & (clock[:, STOP] >= t0)
+def may_have_seen(state: AnyState, s: int, t0: float, t1: float) -> bool:
+    """Whether frames no longer held can lie within [t0, t1]: their times are known only by their neighbours'."""
+    live = torch.nonzero(state.entry[s, :, FRAME] >= 0).flatten()
+    live = live[state.entry[s, live, FIRST].argsort()]
+    before, number = -float("inf"), 0
+    for slot in live.tolist():
+        if int(state.entry[s, slot, FIRST]) > number and before <= t1 and float(state.clock[s, slot, START]) >= t0:
+            return True
+        before, number = float(state.clock[s, slot, STOP]), int(state.entry[s, slot, LAST]) + 1
+    return int(state.counter[s, SEEN]) > number and before <= t1
 
 
-def is_whole(state: BankState | QuantizedState, stream: int, layout: BankLayout) -> bool:
-    """Whether every frame that came is still held by itself in its first tier: nothing was decided yet."""
-    entry, counter = state.entry[stream], state.counter[stream]
-    live = entry[:, FRAME] >= 0
-    moved = bool(counter[LENGTH + 1 :].any())
-    return not layout.intervals and not moved and int(live.sum()) == int(counter[SEEN]) and not counter[DROPPED].any()
-
-
-def keep_only_(
-    state: BankState | QuantizedState, stream: int, layout: BankLayout, keep: Tensor, *, renumber: bool
-) -> None:
-    """Rewrite one stream with nothing but the slots `keep [M]`, packed from each tier's first; the rest is zero.
-
-    Args:
-        state, stream, layout: What is changed.
-        keep: bool, of slots that hold something.
-        renumber: Frames are numbered as if those that leave had never come, else what leaves counts as dropped.
-    """
-    old = type(state)(*(t[stream].clone() for t in state))
-    for name, t in zip(state._fields, state, strict=True):
-        t[stream] = -1 if name in ("entry", "order") else 0
-    gone = (old.entry[:, FRAME] >= 0) & ~keep
-    missing = old.entry[gone, FRAME].sort().values
+def without(state: AnyState, layout: BankLayout, s: int, removed: Tensor) -> AnyState:
+    """Stream s, as a state of one stream, without the slots in `removed [M]` bool; all else is zero."""
+    out = type(state)(*(torch.zeros_like(t[:1]) for t in state))
+    out.entry.fill_(-1)
+    out.order.fill_(-1)
+    out.counter.copy_(state.counter[s : s + 1])
+    gone = removed & (state.entry[s, :, FRAME] >= 0)
+    # what is erased counts as never taken in
+    out.counter[0, SKIPPED] += state.entry[s, gone, FRAMES].sum()
     for tier, capacity in enumerate(layout.capacities):
         first, cells = layout.first_slot[tier], layout.cells[tier]
-        listed = old.order[first : first + int(old.counter[LENGTH + tier])]
-        kept = listed[keep[listed]]
-        place = torch.arange(first, first + len(kept), device=kept.device)
-        inner = torch.arange(cells, device=kept.device)
-        source = (layout.first_row[tier] + (kept - first)[:, None] * cells + inner).flatten()
-        target = (layout.first_row[tier] + (place - first)[:, None] * cells + inner).flatten()
+        listed = state.order[s, first : first + int(state.counter[s, LENGTH + tier])]
+        kept = listed[~removed[listed]]
+        n = len(kept)
+        out.counter[0, LENGTH + tier] = n
+        # kernels take the first free slot to be the one after the last entry
+        out.order[0, first : first + n] = torch.arange(first, first + n, device=kept.device)
+        for name in ("descriptor", "norm", "entry", "clock"):
+            getattr(out, name)[0, first : first + n] = getattr(state, name)[s, kept]
+        rows = slice(layout.first_row[tier], layout.first_row[tier] + capacity * cells)
+        there = (kept - first).to(state.slots.device)
         for name in ("slots", "mass", "scale"):
-            if name in state._fields:
-                getattr(state, name)[stream, target] = getattr(old, name)[source]
-        for name in ("entry", "clock", "descriptor", "norm"):
-            getattr(state, name)[stream, place] = getattr(old, name)[kept]
-        state.order[stream, first : first + len(kept)] = place
-        state.counter[stream, LENGTH + tier] = len(kept)
-        if RULES[layout.rule].choose in ("adjacent", "all"):
-            _relink_(state, stream, layout, tier, len(kept), capacity)
-    counter, entry = state.counter[stream], state.entry[stream]
-    counter[SEEN], counter[SKIPPED], counter[DROPPED] = old.counter[SEEN], old.counter[SKIPPED], old.counter[DROPPED]
-    if renumber:
-        numbers = entry[:, : LAST + 1]
-        numbers -= torch.where(numbers >= 0, torch.searchsorted(missing, numbers.contiguous()), 0)
-        counter[SEEN] -= len(missing)
-    else:
-        counter[DROPPED] += old.entry[gone, FRAMES].sum()
+            if name not in state._fields:
+                continue
+            new, old = getattr(out, name)[0, rows], getattr(state, name)[s, rows]
+            new.unflatten(0, (capacity, cells))[:n] = old.unflatten(0, (capacity, cells))[there]
+        links = _links(out.descriptor[0, first : first + n, tier if layout.descriptors > 1 else 0], layout, capacity)
+        out.link[0, layout.first_link[tier] : layout.first_link[tier] + links.numel()] = links
+    return out
 
 
-def renumber_from_zero_(state: BankState | QuantizedState, stream: int) -> None:
-    """What is held counts as all that ever came, frames numbered in their order."""
-    entry = state.entry[stream]
-    live = entry[:, FRAME] >= 0
-    entry[live, FRAME] = entry[live, FRAME].argsort().argsort()
-    for column in (FIRST, LAST):
-        entry[live, column] = entry[live, FRAME]
-    state.counter[stream, SEEN] = live.sum()
-    state.counter[stream, DROPPED] = 0
-
-
-def _relink_(
-    state: BankState | QuantizedState, stream: int, layout: BankLayout, tier: int, held: int, capacity: int
-) -> None:
-    """Cosines of list neighbours, or of all pairs, of a tier's first `held` slots."""
-    first, link = layout.first_slot[tier], state.link[stream]
-    r = tier if layout.descriptors > 1 else 0
-    x, norm = (t[stream, first : first + held, r] for t in (state.descriptor, state.norm))
-    unit = x / norm.clamp_min(1e-8)[:, None]
-    at = layout.first_link[tier]
-    if RULES[layout.rule].choose == "all":
-        pairs = unit @ unit.T
-        pairs.fill_diagonal_(0)
-        link[at : at + capacity * capacity].view(capacity, capacity)[:held, :held] = pairs
-    elif held > 1:
-        link[at + 1 : at + held] = (unit[1:] * unit[:-1]).sum(-1)
+def _links(means: Tensor, layout: BankLayout, capacity: int) -> Tensor:
+    """Cosines of list neighbours for means `[n, K]`, by the operator itself: the same arithmetic, to the bit."""
+    n, K = means.shape
+    tier = BankLayout((1, 1), K, K, (capacity,), ((1, 1),), layout.rule)
+    return bank_plan(means.reshape(1, n, 1, 1, K), tier).link[0]

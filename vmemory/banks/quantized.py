@@ -34,6 +34,9 @@ class QuantizedState(NamedTuple):
     scale: Tensor
 
 
+AnyState = BankState | QuantizedState
+
+
 def storage_of(dtype: torch.dtype | str) -> torch.dtype:
     """What tokens are stored in: the dtype itself, int8 for `"int8"`, uint8 for `"int4"`.
 

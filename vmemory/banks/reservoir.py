@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vmemory.banks.quantized import QuantizedState
+from vmemory.banks.quantized import AnyState
 from vmemory.banks.slots import SlotBank
 from vmemory.ops._checks import check_int
-from vmemory.reference.bank_layout import FRAME, BankState
+from vmemory.reference.bank_layout import FRAME
 
 _MASK = 0xFFFFFFFF
 _Word = TypeVar("_Word", int, Tensor)
@@ -27,8 +27,8 @@ class ReservoirBank(SlotBank):
     """The newest frame and a uniform random sample of all frames before it.
 
     With M slots, each of the frames before the newest is held with the same probability, (M − 1) / (frames before).
-    The draw depends on `seed` and the frame's number alone: runs repeat, however the frames are split into pushes, and
-    all streams of a bank draw alike.
+    The draw depends on `seed` and the number of frames taken in before alone: runs repeat, however the frames are split
+    into pushes, and all streams of a bank draw alike.
 
     Args:
         dim, grid, capacity, pooled, budget, streams, device, dtype, key_dim, adapter: As in `SingleTierBank`.
@@ -48,22 +48,14 @@ class ReservoirBank(SlotBank):
         self.seed = seed
         self._config["seed"] = seed
 
-    def _erase(self, stream: int, out: Tensor, whole: bool) -> None:
-        if not whole:
-            raise ValueError(
-                "t0: expected a span while every frame is held; a reservoir's draws cannot be undone,"
-                " reset it or restore a snapshot from before"
-            )
-        super()._erase(stream, out, whole)
-
     def choose(
-        self, state: BankState | QuantizedState, seen: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None
+        self, state: AnyState, taken: Tensor, held: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None
     ) -> Tensor:
         M = state.entry.shape[1]
-        # the frame held back so far is the seen-th, and stays with probability (M - 1) / seen
-        drawn = (mixed(mixed(self.seed) ^ (seen & _MASK)) * seen) >> 32
+        # the frame held back so far is the taken-th, and stays with probability (M - 1) / taken
+        drawn = (mixed(mixed(self.seed) ^ (taken & _MASK)) * taken) >> 32
         newest = state.entry[..., FRAME].argmax(1)
         # its own slot cannot be drawn
         other = drawn + (drawn >= newest)
-        slot = torch.where(seen < M, seen, torch.where(drawn < M - 1, other, newest))
+        slot = torch.where(held < M, held, torch.where(drawn < M - 1, other, newest))
         return torch.where(fed, slot, -1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmemory.banks.erase import renumber_from_zero_
+from vmemory.banks.archive import Archive
 from vmemory.banks.quantized import (
+    AnyState,
     QuantizedState,
     check_quantized_push,
     rows_of_streams,
@@ -27,31 +28,31 @@ class SlotBank(SingleTierBank):
     rule = "recent"
 
     def choose(
-        self, state: BankState | QuantizedState, seen: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None
+        self, state: AnyState, taken: Tensor, held: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None
     ) -> Tensor:
         """The slot `[S]` int64 that each stream writes its next frame to, −1 where it gets none. No synchronisation.
 
         Args:
             state: Of M at least 1 slots; only the descriptors may be changed, and those are written again.
-            seen: `[S]` int64 frames that came before, the number of the next.
+            taken: `[S]` int64 frames taken in before, those erased left out.
+            held: `[S]` int64 frames held; the slots from there on are free.
             fed: `[S]` bool, streams that get a frame.
             descriptor: `[S, K]` mean of the frame, the dtype of `state.descriptor`.
             tokens: `[S, n, D]` the frame as the bank holds it, or None unless `reads_tokens`.
         """
         raise NotImplementedError
 
-    @property
-    def blind(self) -> bool:
-        return False
-
-    def _erase(self, stream: int, out: Tensor, whole: bool) -> None:
-        super()._erase(stream, out, whole)
-        if not whole:
-            # free slots are filled by the number of frames that came
-            renumber_from_zero_(self.state, stream)
-
+    # choices compare what frames show, so that those of a span shape what else is held
+    compares = False
     # choose looks at tokens, not at descriptors alone
     reads_tokens = False
+
+    def _part(
+        self, archive: Archive, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None
+    ) -> None:
+        # what leaves is known once its slot is chosen
+        if archive.keep == "frames":
+            super()._part(archive, frames, times, valid, streams)
 
     def _write(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
         state = self.state
@@ -86,7 +87,7 @@ class SlotBank(SingleTierBank):
         return BankPlan(*state[2:], assign, frames.new_empty((S, T, 0, layout.dim)))
 
     def _replay(
-        self, state: BankState | QuantizedState, layout: BankLayout, frames: Tensor, times: Tensor | None,
+        self, state: AnyState, layout: BankLayout, frames: Tensor, times: Tensor | None,
         valid: Tensor | None, streams: Tensor | None, *, moves: bool,
     ) -> Tensor:  # fmt: skip
         """Take `frames [S', T, H, W, D]` into `state`, tokens only if it `moves`; the slots `[S, T]` they got."""
@@ -100,7 +101,8 @@ class SlotBank(SingleTierBank):
         when = mass.new_full(mass.shape, torch.nan) if times is None else times
         chosen = [row.new_empty((S, 0))]
         for t in range(frames.shape[1]):
-            seen = state.counter[:, SEEN].clone()
+            seen, held = state.counter[:, SEEN].clone(), state.counter[:, LENGTH:].sum(1)
+            taken = seen - state.counter[:, SKIPPED]
             state.counter[:, SEEN] += fed
             if layout.slots == 0:
                 state.counter[:, SKIPPED] += fed
@@ -108,9 +110,16 @@ class SlotBank(SingleTierBank):
                 continue
             tokens, cells = self._enter(frames[:, t], None if valid is None else valid[:, t]) if moves else (None, None)
             slot = self.choose(
-                state, seen, fed, _rows(means[:, t], row, streams),
+                state, taken, held, fed, _rows(means[:, t], row, streams),
                 _rows(tokens, row, streams) if tokens is not None and self.reads_tokens else None,
             )  # fmt: skip
+            if (
+                self._archive is not None
+                and self._archive.keep == "evicted"
+                and state.entry is self.entry
+                and isinstance(state, BankState)
+            ):
+                self._archive.box.add_slots(state, slot, fed & (held == layout.slots))
             clock = torch.stack([when[:, t]] * 3 + [mass[:, t]], 1)
             norm = means[:, t].norm(dim=-1, keepdim=True)
             written = [(state.descriptor, means[:, t]), (state.norm, norm), (state.clock, clock)]
@@ -128,10 +137,10 @@ class SlotBank(SingleTierBank):
             at = slot.clamp_min(0)
             state.entry[stream, at] = torch.where(fed[:, None], frame, state.entry[stream, at])
             chosen.append(slot[:, None])
+            state.counter[:, LENGTH] = (held + fed).clamp_max(layout.slots)
+            state.counter[:, DROPPED] += fed & (held == layout.slots)
         if layout.slots:
-            held = state.counter[:, SEEN].clamp_max(layout.slots)
-            state.counter[:, LENGTH] = held
-            state.counter[:, DROPPED] = state.counter[:, SEEN] - held
+            held = state.counter[:, LENGTH]
             place = torch.arange(layout.slots, device=frames.device)
             state.order.copy_(torch.where(place < held[:, None], place, -1))
         return torch.cat(chosen, 1)

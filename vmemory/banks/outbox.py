@@ -1,0 +1,132 @@
+"""Frames on their way out of a memory: a buffer of fixed shape on the device, filled without synchronising the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmemory.ops.bank import bank_push_, layout_maps
+from vmemory.reference.bank_layout import (
+    FIRST,
+    FRAME,
+    FRAMES,
+    LAST,
+    SEEN,
+    START,
+    STOP,
+    TIME,
+    BankLayout,
+    BankState,
+)
+
+# numbers of an entry of the outbox: STREAM, then those of BankState.entry, then LEVEL
+STREAM, LEVEL = 0, 5
+
+
+class Outbox:
+    """Room for n frames of a bank's layout, and one place more that takes what finds no room.
+
+    Attributes:
+        tokens: `[n + 1, rows, D]`; mass: `[n + 1, rows]` float32, the cells each token stands for.
+        numbers: `[n + 1, 6]` int64 stream, frame, first, last, frames, tier (−1 = as it came in).
+        clock: `[n + 1, 3]` float64 seconds: time, start, stop.
+        count: `[2]` int64 frames held, frames that found no room.
+    """
+
+    def __init__(self, room: int, layout: BankLayout, slots: Tensor) -> None:
+        self.room, self.layout, device = room, layout, slots.device
+        H, W = layout.grid
+        rows = max(H * W, *layout.cells) if layout.cells else H * W
+        self.tokens = slots.new_zeros((room + 1, rows, layout.dim))
+        self.mass = torch.zeros((room + 1, rows), device=device)
+        self.numbers = torch.zeros((room + 1, 6), dtype=torch.int64, device=device)
+        self.clock = torch.zeros((room + 1, 3), dtype=torch.float64, device=device)
+        self.count = torch.zeros(2, dtype=torch.int64, device=device)
+        self._tier = torch.tensor(layout.tier_of, dtype=torch.int64, device=device)
+        self._cells = torch.tensor([layout.cells[t] for t in layout.tier_of], dtype=torch.int64, device=device)
+        self._row = torch.tensor([layout.row_of(m) for m in range(layout.slots)], dtype=torch.int64, device=device)
+        # decisions need neither tokens nor more than one descriptor: a shadow of the memory makes them beforehand
+        K, one = layout.key_dim, ((1, 1),) * layout.tiers
+        self._shadow = BankLayout((1, 1), K, K, layout.capacities, one, layout.rule, layout.intervals, layout.entries)
+        self._maps = layout_maps(self._shadow, slots)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.tokens, self.mass, self.numbers, self.clock, self.count
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return sum(t.numel() * t.element_size() for t in self.tensors())
+
+    def clear(self) -> None:
+        """Zero every byte but the count of what found no room."""
+        for t in self.tensors()[:4]:
+            t.zero_()
+        self.count[0] = 0
+
+    def add(self, tokens: Tensor, mass: Tensor, numbers: Tensor, clock: Tensor, there: Tensor) -> None:
+        """Take in the rows that are `there [n]` bool of `tokens [n, rows, D]` and so on."""
+        place = self.count[0] + there.cumsum(0) - 1
+        fits = there & (place < self.room)
+        at = torch.where(fits, place, self.room)
+        self.tokens[:, : tokens.shape[1]].index_copy_(0, at, tokens)
+        self.mass[:, : mass.shape[1]].index_copy_(0, at, mass)
+        self.numbers.index_copy_(0, at, numbers)
+        self.clock.index_copy_(0, at, clock)
+        self.count += torch.stack([fits.sum(), (there & ~fits).sum()])
+
+    def add_slots(self, state: BankState, slot: Tensor, there: Tensor) -> None:
+        """Take in what the streams hold in `slot [S]`, where they are `there [S]`."""
+        if not self.layout.slots:
+            return
+        at, S = slot.clamp_min(0), slot.shape[0]
+        stream = torch.arange(S, device=slot.device)
+        rows = torch.arange(self.tokens.shape[1], device=slot.device)
+        own = rows < self._cells[at][:, None]
+        index = torch.where(own, self._row[at][:, None] + rows, 0)
+        tokens = state.slots.gather(1, index[..., None].expand(-1, -1, self.layout.dim))
+        mass = torch.where(own, state.mass.gather(1, index), 0)
+        entry = state.entry[stream, at][:, [FRAME, FIRST, LAST, FRAMES]]
+        numbers = torch.cat([stream[:, None], entry, self._tier[at][:, None]], 1)
+        self.add(tokens, mass, numbers, state.clock[stream, at][:, [TIME, START, STOP]], there)
+
+    def add_frames(
+        self, frames: Tensor, time: Tensor | None, valid: Tensor | None, stream: Tensor, seen: Tensor
+    ) -> None:
+        """Take in `frames [S', H, W, D]` as they come, numbered `seen [S']`; rows of a negative stream are skipped."""
+        S = frames.shape[0]
+        mass = torch.ones(frames.shape[:3], device=frames.device) if valid is None else valid.float()
+        tokens = frames if valid is None else torch.where(valid[..., None], frames, 0)
+        when = mass.new_full((S,), torch.nan, dtype=torch.float64) if time is None else time
+        numbers = torch.stack([stream, seen, seen, seen, torch.ones_like(seen), torch.full_like(seen, -1)], 1)
+        clock = when[:, None].expand(-1, 3)
+        self.add(tokens.flatten(1, 2), mass.flatten(1), numbers, clock, stream >= 0)
+
+    def leaving(self, state: BankState, keys: Tensor, streams: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The slot `[S]` that the next frame of each stream makes leave, and whether there is one, `[S]` bool.
+
+        Args:
+            state: Before the frame.
+            keys: `[S, M, K]` each slot's mean as its own tier sees it.
+            streams: As in `bank_push_`.
+        """
+        S, M = state.order.shape
+        slot = torch.arange(M, device=keys.device)
+        norm = state.norm[:, slot, self._tier if state.norm.shape[2] > 1 else slot * 0]
+        shadow = BankState(
+            slots=state.slots.new_zeros((S, M, self.layout.key_dim)),
+            mass=state.mass.new_zeros((S, M)),
+            descriptor=keys[:, :, None].clone(),
+            norm=norm[..., None].clone(),
+            **{name: getattr(state, name).clone() for name in ("link", "entry", "clock", "order", "counter")},
+        )
+        rows = S if streams is None else streams.shape[0]
+        frames = state.slots.new_zeros((rows, 1, 1, 1, self.layout.key_dim))
+        bank_push_(shadow, self._shadow, frames, streams=streams, maps=self._maps)
+        before, after = state.entry[..., FRAME], shadow.entry[..., FRAME]
+        new = state.counter[:, SEEN]
+        entered = (after == new[:, None]).any(1)
+        # one frame at most is missing: its number is the difference of two sums
+        missing = before.clamp_min(0).sum(1) + torch.where(entered, new, 0) - after.clamp_min(0).sum(1)
+        there = (before >= 0).sum(1) + entered.long() > (after >= 0).sum(1)
+        return (before == missing[:, None]).long().argmax(1), there
