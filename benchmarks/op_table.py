@@ -28,40 +28,125 @@ PEERS = {
 
 
 class Row(NamedTuple):
-    """Operators measured together, the file that times them, and the group and case of the run that is shown."""
+    """Operators measured together, what the row shows, the file that times it, and its group and case in the run."""
 
     ops: tuple[str, ...]
+    shown: str
     file: str
     group: str
     case: str
 
 
 ROWS = (
-    Row(("grid_pool",), "grid_pool", "grid_pool", "area 16→8"),
-    Row(("grid_pool_ragged",), "grid_pool", "grid_pool", "ragged 16, 8 and 4"),
-    Row(("adjacent_similarity",), "adjacent_similarity", "adjacent_similarity", "token"),
-    Row(("similarity_topk",), "similarity_topk", "similarity_topk: 100,000 × 384 float32", "1 query"),
-    Row(("similarity_topk",), "similarity_topk", "similarity_topk: 100,000 × 384 float32", "64 queries"),
-    Row(("similarity_topk",), "similarity_topk", "similarity_topk: 1,000,000", "1 query, a million rows"),
-    Row(("similarity_topk",), "similarity_topk", "similarity_topk: 100,000 × 384 in", "1 query, 8 bits"),
-    Row(("bipartite_match", "token_merge"), "token_merge", "token_merge: match", "2,048 tokens, 64 float32"),
-    Row(("bipartite_match", "token_merge"), "token_merge", "token_merge: match", "2,048 tokens, 1,152 bfloat16"),
-    Row(("token_merge", "token_unmerge"), "token_merge", "token_merge: merge, spread", "8,192 tokens, 1,152"),
-    Row(("adjacent_merge",), "adjacent_merge", "adjacent_merge", "frame, 21 of 196×896"),
-    Row(("select_tokens",), "select_tokens", "select_tokens", "300,000 of 1,000,000"),
-    Row(("compact",), "select_tokens", "compact", "half of 512 MB"),
-    Row(("gated_fusion",), "gated_fusion", "gated_fusion", "729 tokens"),
-    Row(("gated_fusion",), "gated_fusion", "gated_fusion", "196 tokens, 3,584 channels, bfloat16"),
-    Row(("memory_attention",), "memory_attention", "memory_attention: 196 queries", "10 of 40 slots valid, float32"),
-    Row(("attention_column_sums",), "attention_column_sums", "attention_column_sums", "2048 × 2048, float32"),
-    Row(("ring_push_",), "ring", "ring_push_", "float32"),
-    Row(("ring_read",), "ring", "ring_read", "float32"),
-    Row(("slot_replace_",), "ring", "slot_replace_", "flat float32"),
-    Row(("bank_push_",), "bank", "bank: one frame", "24/24/144, 16×16×1152"),
-    Row(("bank_push_",), "bank", "bank: 64 streams", "64 streams, 8×8×256"),
-    Row(("bank_plan", "bank_gather"), "bank", "bank: a clip", "24/24/144, 600 of 16×16×1152 float32"),
-    Row(("quantize_slots",), "quantize_slots", "quantize_slots", "to int8 from bfloat16"),
-    Row(("dequantize_slots",), "quantize_slots", "quantize_slots", "from int8 to bfloat16"),
+    Row(("grid_pool",), "256 × 16×16×1152 → 8×8", "grid_pool", "grid_pool", "area 16→8"),
+    Row(("grid_pool_ragged",), "256 grids to 16×16, 8×8 or 4×4", "grid_pool", "grid_pool", "ragged 16, 8 and 4"),
+    Row(("adjacent_similarity",), "256 × 256×1152, by token", "adjacent_similarity", "adjacent_similarity", "token"),
+    Row(
+        ("similarity_topk",),
+        "1e5 × 384, 1 query",
+        "similarity_topk",
+        "similarity_topk: 100,000 × 384 float32",
+        "1 query",
+    ),
+    Row(
+        ("similarity_topk",),
+        "1e5 × 384, 64 queries",
+        "similarity_topk",
+        "similarity_topk: 100,000 × 384 float32",
+        "64 queries",
+    ),
+    Row(
+        ("similarity_topk",),
+        "1e6 × 384, 1 query",
+        "similarity_topk",
+        "similarity_topk: 1,000,000",
+        "1 query, a million rows",
+    ),
+    Row(
+        ("similarity_topk",),
+        "1e5 × 384 in int8, 1 query",
+        "similarity_topk",
+        "similarity_topk: 100,000 × 384 in",
+        "1 query, 8 bits",
+    ),
+    Row(
+        ("bipartite_match", "token_merge"),
+        "match and merge 512 of 2,048 × 64",
+        "token_merge",
+        "token_merge: match",
+        "2,048 tokens, 64 float32",
+    ),
+    Row(
+        ("bipartite_match", "token_merge"),
+        "match and merge 512 of 2,048 × 1,152 bfloat16",
+        "token_merge",
+        "token_merge: match",
+        "2,048 tokens, 1,152 bfloat16",
+    ),
+    Row(
+        ("token_merge", "token_unmerge"),
+        "merge and spread 8,192 × 1,152, with gradient",
+        "token_merge",
+        "token_merge: merge, spread",
+        "8,192 tokens, 1,152",
+    ),
+    Row(
+        ("adjacent_merge",),
+        "one merge in 21 slots of 196×896",
+        "adjacent_merge",
+        "adjacent_merge",
+        "frame, 21 of 196×896",
+    ),
+    Row(("select_tokens",), "300,000 of 1,000,000", "select_tokens", "select_tokens", "300,000 of 1,000,000"),
+    Row(("compact",), "half of 512 MB", "select_tokens", "compact", "half of 512 MB"),
+    Row(("gated_fusion",), "729 × 1,152", "gated_fusion", "gated_fusion", "729 tokens"),
+    Row(
+        ("gated_fusion",),
+        "196 × 3,584, bfloat16",
+        "gated_fusion",
+        "gated_fusion",
+        "196 tokens, 3,584 channels, bfloat16",
+    ),
+    Row(
+        ("memory_attention",),
+        "196 queries, 10 of 40 slots of 196 × 896 valid",
+        "memory_attention",
+        "memory_attention: 196 queries",
+        "10 of 40 slots valid, float32",
+    ),
+    Row(
+        ("attention_column_sums",),
+        "12 heads of 2,048 × 2,048 × 64",
+        "attention_column_sums",
+        "attention_column_sums",
+        "2048 × 2048, float32",
+    ),
+    Row(("ring_push_",), "one frame 196×896", "ring", "ring_push_", "float32"),
+    Row(("ring_read",), "32 slots of 196×896", "ring", "ring_read", "float32"),
+    Row(("slot_replace_",), "one frame 196×896 into 32 slots", "ring", "slot_replace_", "flat float32"),
+    Row(("bank_push_",), "one frame 16×16×1152 into 24/24/144", "bank", "bank: one frame", "24/24/144, 16×16×1152"),
+    Row(("bank_push_",), "64 streams, a frame 8×8×256 each", "bank", "bank: 64 streams", "64 streams, 8×8×256"),
+    Row(
+        ("bank_plan", "bank_gather"),
+        "600 frames 16×16×1152 at once",
+        "bank",
+        "bank: a clip",
+        "24/24/144, 600 of 16×16×1152 float32",
+    ),
+    Row(
+        ("quantize_slots",),
+        "12,544 × 3,584 bfloat16 to int8",
+        "quantize_slots",
+        "quantize_slots",
+        "to int8 from bfloat16",
+    ),
+    Row(
+        ("dequantize_slots",),
+        "int8 to 12,544 × 3,584 bfloat16",
+        "quantize_slots",
+        "quantize_slots",
+        "from int8 to bfloat16",
+    ),
 )
 
 
@@ -98,7 +183,7 @@ def table(results: dict[str, Any]) -> str:
         ]
         cells = (
             ", ".join(f"`{op}`" for op in row.ops),
-            f"{row.group.split(':')[1].strip() + ', ' if row.group.count('×') else ''}{row.case}",
+            row.shown,
             f"{info['floor_ms']:.3g} ms",
             f"{info['ms']:.3g} ms, {info['ratio_to_floor']:.2f}×",
             ", ".join(beside),
