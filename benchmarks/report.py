@@ -41,16 +41,17 @@ def table(results: dict[str, Any]) -> str:
     machine, rows = results["machine_info"], results["benchmarks"]
     lines = [
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, vmemory {machine['vmemory']}, "
-        f"commit {results['commit_info'].get('id', 'unknown')[:12]}, {results['datetime'][:16]}.",
+        f"{results['datetime'][:16]}.",
         "",
         "Floor: bytes read and written ÷ the copy rate measured between the calls, or operations ÷ the rate of a",
         "matrix product measured before and after, whichever takes longer. Cold cache, contestants in turn.",
     ]
-    for group, members in groupby(rows, key=lambda row: row["group"]):
+    for (group, commit), members in groupby(rows, key=lambda row: (row["group"], row["commit"])):
         members = [row["extra_info"] for row in members]
         rates, products = (sorted(info[key] for info in members) for key in ("copy_gb_per_s", "matmul_gflop_per_s"))
         lines += ["", f"## {group}", ""]
         lines.append(f"Copy: {rates[0]:.1f} to {rates[-1]:.1f} GB/s. Matrix product: {products[-1]:.0f} GFLOP/s.")
+        lines[-1] += f" Commit {commit[:12]}."
         beside = dict.fromkeys(key for info in members for key in info if key.endswith("_over_ours"))
         known = {key: name for key, name in COLUMNS.items() if any(key in info for info in members)}
         columns = known | {key: key.removesuffix("_over_ours").replace("_", " ") + " ÷ ours" for key in beside}
@@ -102,11 +103,14 @@ def roofline(results: dict[str, Any], target: Path) -> None:
 def merged(files: Sequence[Path]) -> dict[str, Any]:
     """What several processes of one run wrote, without the single timings."""
     runs = [json.loads(file.read_text()) for file in files]
-    rows = [{"group": row["group"], "extra_info": row["extra_info"]} for run in runs for row in run["benchmarks"]]
+    rows = [
+        {"group": row["group"], "extra_info": row["extra_info"], "commit": run["commit_info"].get("id", "unknown")}
+        for run in runs
+        for row in run["benchmarks"]
+    ]
     machine = {key: runs[0]["machine_info"][key] for key in MACHINE}
     machine["matmul_rate"] = max(run["machine_info"]["matmul_rate"] for run in runs)
-    commit = {"id": runs[0]["commit_info"].get("id", "unknown")}
-    return {"machine_info": machine, "commit_info": commit, "datetime": runs[0]["datetime"], "benchmarks": rows}
+    return {"machine_info": machine, "datetime": runs[0]["datetime"], "benchmarks": rows}
 
 
 def main() -> None:

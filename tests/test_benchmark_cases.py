@@ -61,13 +61,13 @@ def test_report_writes_a_table_and_a_roofline(tmp_path):
     }  # fmt: skip
     results = {
         "machine_info": {"device": "a processor", "threads": 2, "torch": "2", "vmemory": "0", "matmul_rate": 1e11},
-        "commit_info": {"id": "0123456789abcdef"},
         "datetime": "2026-01-01T00:00:00",
-        "benchmarks": [{"group": "grid_pool", "extra_info": info}],
+        "benchmarks": [{"group": "grid_pool", "extra_info": info, "commit": "0123456789abcdef"}],
     }
     report = load("report")
     text = report.table(json.loads(json.dumps(results)))
     assert "| quiet rounds | eager ÷ ours | matmul and topk ÷ ours |" in text
+    assert "Commit 0123456789ab." in text
     assert "| area | 0.10 | 0.09 | 0.05 | bytes | 2.00 | 1.80 | 10.0 | 20.0 | 1.00 | – | 9/11 | 3.00 | 2.00 |" in text
     report.roofline(results, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").stat().st_size > 1000

@@ -8,8 +8,8 @@ namespace vmemory {
 
 constexpr int64_t kFewQueries = 8;  // with more, queries fill the lanes
 
-// The heads [first, first + heads) of a stream at a time. Sums run in the order of the kernel for many queries: a query's answer
-// does not depend on how many came with it.
+// The heads [first, first + heads) of a stream at a time. Sums run in the order of the kernel for many queries: a
+// query's answer does not depend on how many came with it.
 template <class A>
 class FewQueries {
  public:

@@ -62,6 +62,114 @@ void column_sums(ScoreBlocks<A>& blocks, const QueryStats<A>& stats, const Rows<
   }
 }
 
+// Maps whose rows fit the second-level cache are made once instead of twice: the weights of a tile of queries and all
+// keys are kept until the sums of its rows are known.
+constexpr int64_t kPanelBytes = 1 << 20;
+constexpr int64_t kPanelQueries = 480;  // per partial sum, whatever the number of threads
+
+template <class A>
+bool fits_panel(const MapSizes& z) {
+  return (z.M + kProductRows) * kProductVectors * kLanes<A> * int64_t(sizeof(A)) <= kPanelBytes;
+}
+
+template <class T, class A>
+class Panel {
+ public:
+  explicit Panel(const MapSizes& z)
+      : z_(z),
+        wide_(padded_channels<A>(z.E)),
+        query_(kProductVectors * L * wide_),
+        keys_((kKeyBlock + kProductRows) * wide_),
+        weight_((z.M + kProductRows + kKeyBlock) * kProductVectors * L),
+        total_(z.M * L),
+        of_(kProductVectors * L) {}
+
+  // column sums over the queries [first, first + count), their largest scores and their sums
+  void run(const Rows<T>& query, const Rows<T>& keys, int64_t first, int64_t count, A* out, A* largest, A* sums) {
+    std::fill_n(total_.get(), z_.M * L, A(0));
+    for_query_tiles<A>(count, [&](const QueryTile& t) {
+      const int64_t begin = first + t.first, seen = z_.seen(begin + t.count - 1);
+      const QueryTile own{0, t.count, t.vectors};
+      score(query, keys, begin, seen, own);
+      for (int64_t w = 0; w < t.vectors; ++w) exponentiate(own, w, seen, largest + begin, sums + begin);
+      of_.take(z_, largest, sums, begin, t.count, t.width<A>());
+      for (int64_t j = 0; j < seen; ++j) {
+        vec<A> s = load(total_.get() + j * L);
+        for (int64_t w = 0; w < t.vectors; ++w)
+          s += of_.where_seen(own, w, j, load(at(own, j, w)) * load(of_.inverse.get() + w * L));
+        store(total_.get() + j * L, s);
+      }
+    });
+    for (int64_t j = 0; j < z_.M; ++j) out[j] = sum<A>(load(total_.get() + j * L));
+  }
+
+ private:
+  static constexpr int64_t L = kLanes<A>;
+
+  A* at(const QueryTile& t, int64_t j, int64_t w) const { return weight_.get() + j * t.width<A>() + w * L; }
+
+  void score(const Rows<T>& query, const Rows<T>& keys, int64_t first, int64_t seen, const QueryTile& t) {
+    transpose_rows(query, first, t.count, t.width<A>(), A(1 / std::sqrt(double(z_.E))), query_.get());
+    for (int64_t k = 0; k < seen; k += kKeyBlock) {
+      const int64_t n = std::min(kKeyBlock, seen - k);
+      copy_rows(keys, k, n, round_up(n, kProductRows), wide_, keys_.get());
+      score_tile(keys_.get(), n, wide_, query_.get(), z_.E, t, at(t, k, 0));
+    }
+    for (int64_t i = 0; i < t.count; ++i)
+      for (int64_t j = z_.seen(first + i); j < seen; ++j) at(t, j, 0)[i] = -std::numeric_limits<A>::infinity();
+  }
+
+  // scores of a vector of queries to exp(score - largest)
+  void exponentiate(const QueryTile& t, int64_t w, int64_t seen, A* largest, A* sums) {
+    vec<A> most = broadcast(-std::numeric_limits<A>::infinity());
+    for (int64_t j = 0; j < seen; ++j) most = vmax<A>(load(at(t, j, w)), most);
+    // a query that has met nothing but -inf must not take -inf from it
+    const vec<A> base = most > -std::numeric_limits<A>::infinity() ? most : vec<A>{};
+    vec<A> total{};
+    for (int64_t k = 0; k < seen; k += kKeyBlock) {
+      vec<A> part[4] = {};
+      for (int64_t j = k; j < std::min(k + kKeyBlock, seen); ++j) {
+        const vec<A> x = exp<A>(load(at(t, j, w)) - base);
+        store(at(t, j, w), x);
+        part[j % 4] += x;
+      }
+      total += (part[0] + part[1]) + (part[2] + part[3]);
+    }
+    const int64_t lanes = std::min(L, t.count - w * L);
+    store_some(largest + w * L, base, lanes);
+    store_some(sums + w * L, total, lanes);
+  }
+
+  const MapSizes& z_;
+  int64_t wide_;
+  Lines<A> query_, keys_, weight_, total_;
+  QueryStats<A> of_;
+};
+
+template <class T>
+void forward_in_panels(const MapSizes& z, const T* query, const T* key, acc_t<T>* out, acc_t<T>* stats) {
+  using A = acc_t<T>;
+  const int64_t heads = z.S * z.G, pieces = (z.N + kPanelQueries - 1) / kPanelQueries;
+  Lines<A> partial(pieces > 1 ? heads * pieces * z.M : 0);
+  A* const sums = pieces > 1 ? partial.get() : out;
+  const int64_t work = std::min(z.N, kPanelQueries) * (z.M + 1) * (z.E + 1) + 1;
+  parallel(heads * pieces, kSmallAttention / work, [&](int64_t begin, int64_t end) {
+    Panel<T, A> panel(z);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t head = item / pieces, first = item % pieces * kPanelQueries;
+      panel.run(head_rows(query, nullptr, head / z.G, z.N, z.G, head % z.G, z.E),
+                head_rows(key, nullptr, head / z.G, z.M, z.G, head % z.G, z.E), first,
+                std::min(kPanelQueries, z.N - first), sums + item * z.M, stats + head * z.N,
+                stats + (heads + head) * z.N);
+    }
+  });
+  for (int64_t i = 0; pieces > 1 && i < heads * z.M; ++i) {
+    A s = 0;
+    for (int64_t p = 0; p < pieces; ++p) s += sums[(i / z.M * pieces + p) * z.M + i % z.M];
+    out[i] = s;
+  }
+}
+
 template <class T>
 void forward(const MapSizes& z, const T* query, const T* key, acc_t<T>* out, acc_t<T>* stats) {
   using A = acc_t<T>;
@@ -106,7 +214,8 @@ std::tuple<Tensor, Tensor> attention_column_sums(const Tensor& query_, const Ten
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
     if (z.N == 0) std::fill_n(mutable_data<A>(out), out.numel(), A(0));
-    if (stats.numel() > 0) forward(z, data<T>(query), data<T>(key), mutable_data<A>(out), mutable_data<A>(stats));
+    const auto run = fits_panel<A>(z) ? forward_in_panels<T> : forward<T>;
+    if (stats.numel() > 0) run(z, data<T>(query), data<T>(key), mutable_data<A>(out), mutable_data<A>(stats));
   });
   return {out, stats};
 }
