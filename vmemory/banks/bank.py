@@ -19,6 +19,7 @@ from vmemory.banks.quantized import (
 )
 from vmemory.banks.state import StateModule
 from vmemory.banks.tiers import clamped, make_layout
+from vmemory.banks.times import Times, as_times
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved, compact_tokens, padded_tokens, row_tables
 from vmemory.ops._checks import check_int, check_tensor, shape_of
 from vmemory.ops.bank import BankPlan, bank_gather, bank_plan, bank_push_, check_push, layout_maps
@@ -37,8 +38,6 @@ from vmemory.reference.bank_layout import (
     TIME,
     BankLayout,
 )
-
-Times = float | Sequence[float] | Tensor | None
 
 
 class Bank(StateModule):
@@ -174,14 +173,7 @@ class Bank(StateModule):
         S, T = frames.shape[:2]
         if time is None:
             return frames, valid, None
-        times = time if isinstance(time, Tensor) else torch.tensor(time, dtype=torch.float64)
-        if times.dtype != torch.float64:
-            raise ValueError(f"time: expected float64 seconds, got {times.dtype}")
-        if times.dim() == 0 and T == 1:
-            times = times[None]
-        if times.shape not in ((T,), (S, T)):
-            raise ValueError(f"time: expected shape [{T}] or [{S}, {T}], got {shape_of(times)}")
-        return frames, valid, times.expand(S, T).contiguous().to(frames.device)
+        return frames, valid, as_times(time, S, T).to(frames.device)
 
     def _check_increasing(self, times: Tensor, streams: Tensor | None) -> None:
         if self.clock.device.type == "cpu" and times.shape[1]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from vmemory.banks.dual_state import DualState, new_state
 from vmemory.banks.dual_step import DualStep
 from vmemory.banks.files import BankFile
 from vmemory.banks.tiers import make_layout
+from vmemory.banks.times import Times, as_times
 from vmemory.banks.tokens import MemoryTokens, compact_tokens, padded_tokens, row_tables
 from vmemory.ops._checks import check_device, check_int, check_same, check_tensor, shape_of
-
-Times = float | Sequence[float] | Tensor | None
 
 _WEIGHTS = "weights."
 
@@ -204,14 +202,7 @@ class DualMemory(DualStep, DualReads):
         S, T = frames.shape[:2]
         if time is None:
             return torch.full((S, T), torch.nan, dtype=torch.float64, device=frames.device)
-        times = time if isinstance(time, Tensor) else torch.tensor(time, dtype=torch.float64)
-        if times.dtype != torch.float64:
-            raise ValueError(f"time: expected float64 seconds, got {times.dtype}")
-        if times.dim() == 0 and T == 1:
-            times = times[None]
-        if times.shape not in ((T,), (S, T)):
-            raise ValueError(f"time: expected shape [{T}] or [{S}, {T}], got {shape_of(times)}")
-        times = times.expand(S, T).contiguous()
+        times = as_times(time, S, T)
         if times.device.type == "cpu" and not torch.compiler.is_compiling():
             if bool((times.diff(dim=1) <= 0).any()):
                 raise ValueError("time: expected strictly increasing seconds along the frames")
