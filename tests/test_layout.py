@@ -26,7 +26,7 @@ BELOW = {
     "compress": {"ops"},
     "graph": {"ops", "encoders", "_files"},
     "encoders": {"ops", "_files"},
-    "models": {"ops"},
+    "models": {"ops", "banks"},
     "integrations": {"models", "compress"},
     "attach": {"integrations", "models", "banks", "compress"},
     "stream": {"attach", "banks", "encoders", "_files"},

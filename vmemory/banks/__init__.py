@@ -11,32 +11,17 @@ from vmemory.banks.adapter import FeatureAdapter
 from vmemory.banks.archive import Archive
 from vmemory.banks.bank import Bank
 from vmemory.banks.budget import format_bytes, parse_bytes
+from vmemory.banks.config import MemoryConfig
 from vmemory.banks.dual import DualMemory
 from vmemory.banks.dual_rules import overwrite_entropy
 from vmemory.banks.episodic import EpisodicBank
 from vmemory.banks.files import BankFile, BankFileError
 from vmemory.banks.hierarchical import HierarchicalBank
+from vmemory.banks.policies import POLICIES, make
 from vmemory.banks.quantized import dtype_of
 from vmemory.banks.reservoir import ReservoirBank
 from vmemory.banks.single import MergingBank, RingBank, UniformBank
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved
-
-# a new policy is one class and one line here; the shared contract tests run on all of them
-POLICIES: dict[str, type[Bank] | type[DualMemory]] = {
-    bank.policy: bank
-    for bank in (HierarchicalBank, MergingBank, UniformBank, RingBank, EpisodicBank, ReservoirBank, DualMemory)
-}
-
-
-def make(policy: str, **arguments: Any) -> Any:
-    """A memory by its policy's name: a `Bank`, or for `"dual"` a `DualMemory`.
-
-    Raises:
-        ValueError: No such policy, or an argument does not fit.
-    """
-    if policy not in POLICIES:
-        raise ValueError(f"policy: expected one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
-    return POLICIES[policy](**arguments)
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Any, BankFile]:
@@ -66,6 +51,7 @@ __all__ = [
     "EpisodicBank",
     "FeatureAdapter",
     "HierarchicalBank",
+    "MemoryConfig",
     "MemoryTokens",
     "MergingBank",
     "ReservoirBank",

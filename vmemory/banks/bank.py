@@ -227,7 +227,8 @@ class Bank(StateModule):
         if times is not None and times.device.type == "cpu" and bool((times.diff(dim=1) <= 0).any()):
             raise ValueError("time: expected strictly increasing seconds along the frames")
         layout = clamped(self.layout, frames.shape[1])
-        whole = layout == self.layout
+        # a bank on the meta device holds nothing, and only compresses
+        whole = layout == self.layout and self.maps.device == frames.device
         maps = self.maps if whole and not self.quantized else layout_maps(layout, frames)
         plan = self._plan(frames, layout, times, valid, maps)
         slots, mass = bank_gather(frames, plan, layout, valid=valid, maps=maps)

@@ -174,7 +174,7 @@ class DualMemory(DualStep, DualReads):
         fused = self.run(self.state, frames, times, streams, valid, self.masked).unflatten(2, self.grid)
         return fused[0] if alone else fused
 
-    def _arrange(self, frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _arrange(self, frames: Tensor, valid: Tensor | None, any_grid: bool = False) -> tuple[Tensor, Tensor | None]:
         """`frames` as `[S, T, N, D]` and `valid` as `[S, T, N]`."""
         if not isinstance(frames, Tensor):
             raise TypeError(f"frames: expected a tensor [S, T, H, W, D] or [T, H, W, D], got {type(frames).__name__}")
@@ -184,7 +184,7 @@ class DualMemory(DualStep, DualReads):
             frames = self.adapter(frames)
         if frames.dim() == 4:
             frames, valid = frames[None], None if valid is None else valid[None]
-        H, W = self.grid
+        H, W = frames.shape[-3:-1] if any_grid else self.grid
         if frames.shape[-3:] != (H, W, self.dim):
             raise ValueError(f"frames: expected [S, T, {H}, {W}, {self.dim}], got shape {shape_of(frames)}")
         check_same("frames", frames, "the memory", self.working_tokens)
@@ -235,7 +235,7 @@ class DualMemory(DualStep, DualReads):
         slots are kept for every frame: T · (L_w + L_e) times those of a frame.
 
         Args:
-            clip: `[T, H, W, D]`, or `[S, T, H, W, D]` for a padded result; any number of streams.
+            clip: `[T, H, W, D]`, or `[S, T, H, W, D]` for a padded result; any number of streams, any grid.
             time: As in `push`.
             valid: As in `push`; cells that do not exist have no token. Without padding it costs a synchronisation.
             through_slots: Gradients also pass through the frames and fused frames that were stored; else these count as
@@ -247,11 +247,13 @@ class DualMemory(DualStep, DualReads):
         Raises:
             ValueError, TypeError: As in `push`.
         """
-        frames, exists = self._arrange(clip, valid)
+        # weights know nothing of grids: only what is held has one
+        frames, exists = self._arrange(clip, valid, any_grid=True)
         times = self._times(time, frames, None, fresh=True)
         S, T, N, D = frames.shape
         L_w, L_e = (min(c, T) for c in self.capacities)
-        state = new_state(S, (L_w, L_e), self.working_tokens.shape[2], D, frames.device, frames.dtype)
+        held = 1 if self.slots == "means" else N
+        state = new_state(S, (L_w, L_e), held, D, frames.device, frames.dtype)
         fused = self.run(
             state, frames, times, None, exists, exists is not None, differentiable=torch.is_grad_enabled(),
             through_slots=through_slots,

@@ -1,0 +1,45 @@
+"""LLaVA with frames given as pictures: the pictures of a row are the frames of one video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from vmemory.models.adapter import Adapter, Clip, Encoded, Inputs, known_arguments, register_adapter
+
+
+@register_adapter("llava", "vipllava")
+class Llava(Adapter):
+    """A run of placeholders a picture, with what was written between them; plain positions."""
+
+    modality = "image"
+    pixels = "pixel_values"
+    frame_text = True
+
+    def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
+        get = self.owner(model).get_image_features
+        output = get(**known_arguments(get, inputs), return_dict=True)
+        tokens = torch.stack(list(output.pooler_output))
+        N, C = tokens.shape[1:]
+        side = round(N**0.5)
+        rows = tokens.reshape(len(tokens), side, side, C).split(self._pictures(model, inputs))
+        return Encoded([Clip(row, C) for row in rows if len(row)], output)
+
+    def _pictures(self, model: nn.Module, inputs: Inputs) -> list[int]:
+        """Pictures in each row of the prompt; without a prompt they are all one video's."""
+        ids, total = inputs.get("input_ids"), len(inputs["pixel_values"])
+        if ids is None:
+            return [total]
+        places = (ids == self.placeholder(model)).sum(-1)
+        each = int(places.sum()) // max(total, 1)
+        pictures: list[int] = (places // max(each, 1)).tolist()
+        if sum(pictures) != total or bool((places % max(each, 1)).any()):
+            raise ValueError(f"input_ids: expected places for {total} pictures, got {places.tolist()} in its rows")
+        return pictures
+
+    def pieces(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
+        for row in inputs["pixel_values"].split(self._pictures(model, inputs)):
+            if len(row):
+                yield ({"pixel_values": row[first : first + chunk]} for first in range(0, len(row), chunk))

@@ -1,0 +1,10 @@
+"""LLaVA-NeXT-Video: one run of placeholders a video, square frames, plain positions."""
+
+from __future__ import annotations
+
+from vmemory.models.adapter import SquareFrameAdapter, register_adapter
+
+
+@register_adapter("llava_next_video")
+class LlavaNextVideo(SquareFrameAdapter):
+    """Frames after the model's own spatial pooling."""

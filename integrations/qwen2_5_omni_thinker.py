@@ -1,0 +1,31 @@
+"""Qwen2.5-Omni's thinker: as Qwen2.5-VL, with sound in the prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from vmemory.models.adapter import Inputs, PatchRowAdapter, known_arguments, register_adapter
+
+
+@register_adapter("qwen2_5_omni_thinker")
+class Qwen25OmniThinker(PatchRowAdapter):
+    """Attach to `model.thinker`; what it says is text, since speech is made from the prompt as it was."""
+
+    speaks = True
+
+    def seconds(self, inputs: Inputs, video: int) -> float | None:
+        steps = inputs.get("video_second_per_grid")
+        return None if steps is None else float(steps[video])
+
+    def positions(self, model: Any, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
+        sounds = inputs.get("feature_attention_mask")
+        if sounds is not None and inputs.get("audio_feature_lengths") is None:
+            inputs = {**inputs, "audio_feature_lengths": sounds.sum(-1)}
+        locate = model.get_rope_index
+        known = known_arguments(
+            locate, inputs, second_per_grids="video_second_per_grid", audio_seqlens="audio_feature_lengths"
+        )
+        located: tuple[Tensor, Tensor] = locate(**known)
+        return located

@@ -1,0 +1,15 @@
+"""Qwen2.5-VL: as Qwen2-VL, with seconds in the positions."""
+
+from __future__ import annotations
+
+from vmemory.integrations.qwen2_vl import Qwen2VL
+from vmemory.models.adapter import Inputs, register_adapter
+
+
+@register_adapter("qwen2_5_vl")
+class Qwen25VL(Qwen2VL):
+    """`second_per_grid_ts` tells the seconds between frames."""
+
+    def seconds(self, inputs: Inputs, video: int) -> float | None:
+        steps = inputs.get("second_per_grid_ts")
+        return None if steps is None else float(steps[video])

@@ -1,0 +1,17 @@
+"""Qwen2-VL: one run of placeholders a video, three-row positions whose gaps are real time."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from vmemory.models.adapter import Inputs, PatchRowAdapter, known_arguments, register_adapter
+
+
+@register_adapter("qwen2_vl")
+class Qwen2VL(PatchRowAdapter):
+    """A frame of the memory is a pair of the video's: `temporal_patch_size` is 2."""
+
+    def positions(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
+        locate = self.owner(model).get_rope_index
+        located: tuple[Tensor, Tensor] = locate(**known_arguments(locate, inputs))
+        return located

@@ -1,0 +1,49 @@
+"""VideoLLaMA3 as transformers has it: tokens pruned by pixel difference, times as text in front of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Size, Tensor, nn
+
+from vmemory.models.adapter import Encoded, Inputs, PatchRowAdapter, register_adapter
+
+
+@register_adapter("video_llama_3")
+class VideoLlama3(PatchRowAdapter):
+    """`Time 0.0s:` and a frame's tokens, as many as differ from the frame before; plain positions."""
+
+    frame_text = True
+
+    def merge(self, model: Any, inputs: Inputs, video: int) -> int:
+        return int(inputs["video_merge_sizes"][video])
+
+    def features(self, model: nn.Module, inputs: Inputs) -> Any:
+        return self.owner(model).get_video_features(
+            inputs["pixel_values_videos"], inputs["video_grid_thw"], inputs["video_merge_sizes"], return_dict=True
+        )
+
+    def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
+        encoded = super().encode(model, inputs)
+        mask = inputs.get("video_compression_mask")
+        if mask is not None:
+            grids = [clip.frames.shape[:3] for clip in encoded.clips]
+            for clip, valid, grid in zip(encoded.clips, _split(mask, grids), grids, strict=True):
+                clip.valid = valid.reshape(grid)
+        return encoded
+
+    def _pieces(self, inputs: Inputs, video: int, rows: Tensor, chunk: int) -> Iterator[Inputs]:
+        merges, mask = inputs["video_merge_sizes"], inputs.get("video_compression_mask")
+        tokens = inputs["video_grid_thw"].prod(-1) // merges**2
+        left = None if mask is None else mask.split(tokens.tolist())[video]
+        for piece in super()._pieces(inputs, video, rows, chunk):
+            piece["video_merge_sizes"] = merges[video : video + 1]
+            if left is not None:
+                count = int(piece["video_grid_thw"].prod()) // int(merges[video]) ** 2
+                piece["video_compression_mask"], left = left[:count], left[count:]
+            yield piece
+
+
+def _split(mask: Tensor, grids: list[Size]) -> tuple[Tensor, ...]:
+    return mask.bool().split([grid.numel() for grid in grids])

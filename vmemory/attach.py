@@ -1,0 +1,252 @@
+"""One call puts a memory into a Hugging Face video model, another takes it out; the model's code stays as it is."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any
+
+from torch import nn
+
+import vmemory.integrations
+from vmemory.banks import DualMemory, MemoryConfig
+from vmemory.models.adapter import Adapter, Clip, Inputs, find_adapter, supported_types
+from vmemory.models.hook import HANDLE
+from vmemory.models.remember import Kept, remember
+from vmemory.models.residual import ResidualMemory
+from vmemory.models.rewrite import Rewritten, rewrite
+
+_ABSENT = "(absent)"
+
+
+class Handle:
+    """A memory in a model; as a context manager it detaches at the end.
+
+    Attributes:
+        model: The model it is in.
+        adapter: What is known of the model's family.
+        memory: What reduces videos; None = a memory that `config` makes for each video's grid.
+        config: The settings.
+        enabled: Off lets everything pass untouched.
+        kept: What became of each video of the last prompt.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter, memory: Any, config: MemoryConfig) -> None:
+        self.model, self.adapter, self.memory, self.config = model, adapter, memory, config
+        self.enabled = config.enable_memory_bank
+        self.kept: list[Kept] = []
+        self.undo: list[Callable[[nn.Module], None]] = []
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if attached(self.model) is self:
+            self.detach()
+
+    @contextmanager
+    def disabled(self) -> Iterator[nn.Module]:
+        """The model as it was, for as long as the block lasts."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield self.model
+        finally:
+            self.enabled = before
+
+    def detach(self) -> nn.Module:
+        """Take the memory out; nothing of it stays in the model, which is returned.
+
+        Raises:
+            ValueError: It is not in the model any more.
+        """
+        if attached(self.model) is not self:
+            raise ValueError("handle: expected a memory that is still in its model, got one that was detached")
+        while self.undo:
+            self.undo.pop()(self.model)
+        del self.model.__dict__[HANDLE]
+        return self.model
+
+    def remember(self, pieces: Iterator[Clip]) -> Kept:
+        """What the memory makes of one video, given piece by piece."""
+        return remember(pieces, self.config, self.memory)
+
+    def wants(self, inputs: Inputs) -> bool:
+        """Whether these inputs hold a video for the memory.
+
+        Raises:
+            ValueError: They do, without ids, with a cache that holds something, or with speech to come.
+        """
+        if not self.enabled or inputs.get(self.adapter.pixels) is None:
+            return False
+        if inputs.get("input_ids") is None:
+            raise ValueError(f"input_ids: expected ids beside {self.adapter.pixels}, got none")
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(
+                f"past_key_values: expected an empty cache with a new video, got one of {cache.get_seq_length()} "
+                "tokens; vmemory.VideoSession takes frames in one after the other"
+            )
+        if self.adapter.speaks and inputs.get("output_hidden_states"):
+            raise ValueError(
+                "output_hidden_states: expected False with a memory, got True; speech is made from the hidden states "
+                "of the whole prompt (return_audio=False)"
+            )
+        return True
+
+    def rewritten(self, inputs: Inputs, generating: bool) -> Rewritten:
+        """A prompt with the videos that the memory made of its own; see `rewrite`."""
+        chunk = self.config.memory_chunk_frames
+        return rewrite(self.model, self.adapter, inputs, self.remember, chunk=chunk, generating=generating)
+
+    def shrunk(self, inputs: Inputs, generating: bool) -> Inputs:
+        """The inputs for the model, and the model told where its prompt ends."""
+        new = self.rewritten(inputs, generating)
+        self.kept = new.kept
+        self.adapter.located(self.model, new.rope_deltas)
+        return new.inputs
+
+
+def attached(model: nn.Module) -> Handle | None:
+    """The memory in a model, if there is one."""
+    handle: Handle | None = base_of(model).__dict__.get(HANDLE)
+    return handle
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model inside PEFT's wrapper, or the model."""
+    inner = getattr(model, "get_base_model", None)
+    found: nn.Module = inner() if callable(inner) else model
+    return found
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter of a model's family.
+
+    Raises:
+        TypeError: Not a module.
+        ValueError: No family fits, or the installed transformers is too old for it.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    _load_families()
+    adapter = find_adapter(model)
+    if adapter is not None:
+        adapter.check(model)
+        return adapter
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if hasattr(model, "thinker"):
+        raise ValueError(
+            f"model: expected the part that reads the prompt, model.thinker, got {type(model).__name__} ({kind!r}); "
+            "speech is not supported with a memory"
+        )
+    raise ValueError(
+        f"model: expected one of {', '.join(supported_types())}, got {type(model).__name__} of type {kind!r}; "
+        "vmemory.register_adapter makes further families known"
+    )
+
+
+@cache
+def _load_families() -> None:
+    for module in pkgutil.iter_modules(vmemory.integrations.__path__):
+        importlib.import_module(f"vmemory.integrations.{module.name}")
+
+
+def attach(model: nn.Module, memory: Any = None, config: Any = None) -> Handle:
+    """Put a memory into a model: from now on its videos go through it, in `forward` and in `generate`.
+
+    Only this instance changes: a forward pre-hook and a `generate` of its own, `model.vmemory` where the memory has
+    weights, and the settings in `model.config`. `Handle.detach` takes all of it back.
+
+    Args:
+        model: A model of a family in `integrations/`, also inside PEFT's wrapper.
+        memory: A policy's name (`"merging"`), a memory (with `compress(clip, time, valid=…)` giving `MemoryTokens`; a
+            bank fits videos of its own grid alone), or a callable that makes one from `dim`, `grid`, `key_dim`,
+            `device` and `dtype`. None = what `config` says. A `DualMemory` comes in as `ResidualMemory`.
+        config: A `MemoryConfig`, a dict, or an object with such attributes; None = `model.config`.
+
+    Returns:
+        A handle: `detach()`, `disabled()`; as a context manager it detaches at its end.
+
+    Raises:
+        TypeError: `model` is no module, `memory` nothing of the above.
+        ValueError: An unknown family or setting, a memory already there, or a transformers that is too old; nothing has
+            changed then.
+    """
+    model = base_of(model) if isinstance(model, nn.Module) else model
+    adapter = adapter_of(model)
+    if attached(model) is not None:
+        raise ValueError("model: expected one without a memory, got one that has one; detach it first")
+    handle = _handle(model, adapter, memory, config)
+    memory = handle.memory
+    if isinstance(memory, nn.Module) and next(memory.parameters(), None) is not None:
+        if hasattr(model, "vmemory"):
+            raise ValueError("model: expected no attribute 'vmemory', where the memory's weights go, got one")
+        model.add_module("vmemory", memory)
+        handle.undo.append(_remove_memory)
+    _write_config(model, handle)
+    adapter.install(model, handle)
+    model.__dict__[HANDLE] = handle
+    return handle
+
+
+def compress_inputs(
+    model: nn.Module, inputs: Mapping[str, Any], memory: Any = None, config: Any = None, *, generating: bool = True
+) -> Inputs:
+    """What `attach` does to a prompt, for people with their own loop; the model is not changed.
+
+    Args:
+        model: As in `attach`; a memory in it is what compresses where neither `memory` nor `config` is given.
+        inputs: Of `forward` or `generate`: pixels, `input_ids [B, L]`, …
+        memory, config: As in `attach`.
+        generating: For `generate`, which wants padding on the left; else for `forward`.
+
+    Returns:
+        Inputs without pixels, with `mm_encoder_outputs`, ids, masks, labels and positions that fit each other.
+
+    Raises:
+        ValueError: As in `attach`, or no video in the inputs.
+    """
+    model = base_of(model)
+    handle = attached(model)
+    if handle is None or memory is not None or config is not None:
+        handle = _handle(model, adapter_of(model), memory, config)
+    if inputs.get(handle.adapter.pixels) is None or inputs.get("input_ids") is None:
+        raise ValueError(f"inputs: expected {handle.adapter.pixels} and input_ids, got {', '.join(inputs) or 'none'}")
+    return handle.rewritten(dict(inputs), generating).inputs
+
+
+def _handle(model: Any, adapter: Adapter, memory: Any, config: Any) -> Handle:
+    settings = MemoryConfig.of(getattr(model, "config", None) if config is None else config)
+    if isinstance(memory, str):
+        settings, memory = MemoryConfig.of({**settings.written(), "memory_policy": memory}), None
+    if memory is None and settings.memory_policy == DualMemory.policy:
+        like = next(model.parameters())
+        memory = settings.make(adapter.width(model), (1, 1), device=like.device, dtype=like.dtype)
+    if isinstance(memory, DualMemory):
+        memory = ResidualMemory(memory)
+    if memory is not None and not callable(getattr(memory, "compress", memory)):
+        raise TypeError(f"memory: expected a name, a memory with compress, or a callable, got {type(memory).__name__}")
+    return Handle(model, adapter, memory, settings)
+
+
+def _remove_memory(model: nn.Module) -> None:
+    del model._modules["vmemory"]
+
+
+def _write_config(model: Any, handle: Handle) -> None:
+    written = handle.config.written() if hasattr(model, "config") else {}
+    before = {name: model.config.__dict__.get(name, _ABSENT) for name in written}
+    handle.undo.append(partial(_restore_config, before=before))
+    for name, value in written.items():
+        setattr(model.config, name, value)
+
+
+def _restore_config(model: Any, before: dict[str, Any]) -> None:
+    for name, value in before.items():
+        if isinstance(value, str) and value == _ABSENT:
+            delattr(model.config, name)
+        else:
+            setattr(model.config, name, value)

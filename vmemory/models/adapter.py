@@ -1,0 +1,250 @@
+"""What a model family tells about itself, in one class a family: where features come from and how they go back."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from vmemory.models.hook import install_prompt_hook
+
+Inputs = dict[str, Any]
+
+
+@dataclass
+class Clip:
+    """One video as the vision tower saw it.
+
+    Attributes:
+        frames: `[T, H, W, C]` features, one row per token.
+        key_dim: The first `key_dim` channels are the tokens proper, which similarity looks at; what rides behind them
+            (deepstack features) is reduced alike.
+        valid: `[T, H, W]` bool, tokens that have a placeholder in the prompt; None = all.
+        tail: `[k, C]` rows behind the frames that are always kept (LLaVA's newline).
+        time: `[T]` float64 seconds where the inputs tell them.
+    """
+
+    frames: Tensor
+    key_dim: int
+    valid: Tensor | None = None
+    tail: Tensor | None = None
+    time: Tensor | None = None
+
+    @property
+    def placeholders(self) -> int:
+        """Tokens the prompt holds for it."""
+        grid = self.frames.shape[:3].numel() if self.valid is None else int(self.valid.sum())
+        return grid + (0 if self.tail is None else self.tail.shape[0])
+
+
+class Encoded(NamedTuple):
+    """Videos in the order of the prompt, and the tower's output that `Adapter.pack` imitates."""
+
+    clips: list[Clip]
+    output: Any
+
+
+class Adapter:
+    """A model family. Subclasses say what differs; `register_adapter` makes them known.
+
+    Attributes:
+        modality: `"video"`, or `"image"` where frames travel as images.
+        pixels: Name of the model input that holds the frames.
+        consumed: Inputs that describe the pixels and go with them.
+        frame_text: Every frame has a run of placeholders of its own, with its time as text in front.
+        speaks: The model also makes speech from hidden states of the prompt as it was.
+    """
+
+    modality = "video"
+    pixels = "pixel_values_videos"
+    consumed: tuple[str, ...] = (
+        "pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "video_second_per_grid",
+        "video_compression_mask", "video_merge_sizes", "pixel_values", "image_grid_thw", "image_merge_sizes",
+        "image_sizes",
+    )  # fmt: skip
+    frame_text = False
+    speaks = False
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ValueError where the model cannot be hooked."""
+        if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
+            from transformers import __version__
+
+            raise ValueError(
+                f"model: expected transformers 5.18 or later, whose {type(model).__name__}.forward takes "
+                f"mm_encoder_outputs, got transformers {__version__}"
+            )
+
+    def install(self, model: nn.Module, handle: Any) -> None:
+        """Hook the model; what is put in is undone by functions of the model appended to `handle.undo`."""
+        install_prompt_hook(model, handle)
+
+    def owner(self, model: nn.Module) -> Any:
+        """The module with `get_video_features`; which one it is changed between releases."""
+        inner = getattr(model, "model", model)
+        return inner if hasattr(inner, f"get_{self.modality}_features") else model
+
+    def placeholder(self, model: Any) -> int:
+        """Id of the token that stands for a visual token."""
+        return int(getattr(model.config, f"{self.modality}_token_id"))
+
+    def width(self, model: Any) -> int:
+        """Channels of a visual token where it enters the language model."""
+        return int(model.config.get_text_config().hidden_size)
+
+    def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
+        """Run the vision tower once, exactly as the model itself would."""
+        raise NotImplementedError
+
+    def pieces(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
+        """For each video, inputs for `encode` of at most `chunk` of its frames each."""
+        raise NotImplementedError
+
+    def pack(self, output: Any, tokens: Sequence[Tensor]) -> Any:
+        """Tokens `[N_i, C]` per video as the tower's output, the way the model takes it back."""
+        return as_pooling(list(tokens))
+
+    def positions(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
+        """Positions `[3, B, L]` of the prompt as it is, and its rope deltas `[B, 1]`; None = plain positions."""
+        return None
+
+    def located(self, model: nn.Module, rope_deltas: Tensor | None) -> None:
+        """Tell the model where its prompt ends, which it keeps between calls."""
+        for module in (self.owner(model), model):
+            if rope_deltas is not None and hasattr(module, "rope_deltas"):
+                module.rope_deltas = rope_deltas
+
+
+def as_pooling(tokens: Any) -> Any:
+    """Tokens as transformers' towers return them."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    return BaseModelOutputWithPooling(pooler_output=tokens)
+
+
+def known_arguments(function: Callable[..., Any], inputs: Mapping[str, Any], **renamed: str) -> Inputs:
+    """Those of `inputs` that `function` takes; `renamed` maps its name for an input to the input's."""
+    source = {**inputs, **{name: inputs.get(other) for name, other in renamed.items()}}
+    names = inspect.signature(function).parameters
+    return {name: value for name, value in source.items() if name in names and value is not None}
+
+
+class PatchRowAdapter(Adapter):
+    """Families whose pixels are rows of patches, `[T·h·w, …]`, with `video_grid_thw` beside them: Qwen, VideoLLaMA3."""
+
+    def merge(self, model: Any, inputs: Inputs, video: int) -> int:
+        """Patches along each axis that become one token."""
+        return int(self.owner(model).visual.spatial_merge_size)
+
+    def features(self, model: nn.Module, inputs: Inputs) -> Any:
+        """The tower's output for all videos."""
+        return self.owner(model).get_video_features(
+            inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+        )
+
+    def seconds(self, inputs: Inputs, video: int) -> float | None:
+        """Seconds between two of a video's frames, where the inputs tell."""
+        return None
+
+    def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
+        output, clips = self.features(model, inputs), []
+        deep = getattr(output, "deepstack_features", None) or []
+        for video, (t, h, w) in enumerate(inputs["video_grid_thw"].tolist()):
+            main = output.pooler_output[video]
+            tokens = torch.cat([main, *(layer[video] for layer in deep)], -1) if deep else main
+            m, step = self.merge(model, inputs, video), self.seconds(inputs, video)
+            time = None if step is None else torch.arange(t, dtype=torch.float64) * step
+            clips.append(Clip(tokens.reshape(t, h // m, w // m, -1), main.shape[-1], time=time))
+        return Encoded(clips, output)
+
+    def pieces(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
+        grids = inputs["video_grid_thw"]
+        rows = inputs["pixel_values_videos"].split(grids.prod(-1).tolist())
+        for video in range(len(grids)):
+            yield self._pieces(inputs, video, rows[video], chunk)
+
+    def _pieces(self, inputs: Inputs, video: int, rows: Tensor, chunk: int) -> Iterator[Inputs]:
+        t, h, w = inputs["video_grid_thw"][video].tolist()
+        for first in range(0, t, chunk):
+            stop = min(first + chunk, t)
+            grid = inputs["video_grid_thw"].new_tensor([[stop - first, h, w]])
+            yield {"pixel_values_videos": rows[first * h * w : stop * h * w], "video_grid_thw": grid}
+
+    def pack(self, output: Any, tokens: Sequence[Tensor]) -> Any:
+        deep = getattr(output, "deepstack_features", None) or []
+        if not deep:
+            return as_pooling(list(tokens))
+        parts = [t.split(output.pooler_output[0].shape[-1], -1) for t in tokens]
+        layers = [[part[1 + layer] for part in parts] for layer in range(len(deep))]
+        return type(output)(pooler_output=[part[0] for part in parts], deepstack_features=layers)
+
+
+class SquareFrameAdapter(Adapter):
+    """Families with `pixel_values_videos [B, T, 3, h, w]` and square grids of tokens: LLaVA."""
+
+    newline = 0  # rows the tower's output has behind each video's frames
+
+    def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
+        get = self.owner(model).get_video_features
+        output = get(**known_arguments(get, inputs), return_dict=True)
+        T, clips = inputs["pixel_values_videos"].shape[1], []
+        for tokens in output.pooler_output:
+            tokens = tokens.reshape(-1, tokens.shape[-1])
+            body = tokens[: len(tokens) - self.newline]
+            side = round((len(body) // T) ** 0.5)
+            tail = tokens[len(body) :] if self.newline else None
+            clips.append(Clip(body.reshape(T, side, side, -1), tokens.shape[-1], tail=tail))
+        return Encoded(clips, output)
+
+    def pieces(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
+        for video in inputs["pixel_values_videos"]:
+            # the towers view these as rows, which takes contiguous ones
+            yield (
+                {**inputs, "pixel_values_videos": video[None, first : first + chunk].contiguous()}
+                for first in range(0, len(video), chunk)
+            )
+
+
+_A = TypeVar("_A", bound=type[Adapter])
+_BY_TYPE: dict[str, type[Adapter]] = {}
+_BY_METHODS: list[tuple[Callable[[nn.Module], bool], type[Adapter]]] = []
+
+
+def register_adapter(*model_types: str, detect: Callable[[nn.Module], bool] | None = None) -> Callable[[_A], _A]:
+    """Make an `Adapter` known, as a decorator.
+
+    Args:
+        model_types: `model.config.model_type` of the models it fits; a later registration replaces an earlier one.
+        detect: Says of a model whose type nobody registered, for example of remote code, whether it fits.
+
+    Raises:
+        ValueError: Neither is given.
+    """
+    if not model_types and detect is None:
+        raise ValueError("model_types: expected at least one, or detect, got neither")
+
+    def enter(adapter: _A) -> _A:
+        _BY_TYPE.update(dict.fromkeys(model_types, adapter))
+        if detect is not None:
+            _BY_METHODS.append((detect, adapter))
+        return adapter
+
+    return enter
+
+
+def find_adapter(model: nn.Module) -> Adapter | None:
+    """The adapter of a model: what it looks like goes before what its config calls it."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    for detect, adapter in reversed(_BY_METHODS):
+        if detect(model):
+            return adapter()
+    return _BY_TYPE[kind]() if kind in _BY_TYPE else None
+
+
+def supported_types() -> list[str]:
+    """Every registered `model_type`."""
+    return sorted(_BY_TYPE)

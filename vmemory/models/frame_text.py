@@ -1,0 +1,75 @@
+"""Prompts that tell each frame's time in text in front of it: a frame without tokens loses its text too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int]
+
+
+def runs_of(places: Tensor) -> list[Span]:
+    """Consecutive runs of sorted positions `[n]`, as half-open spans."""
+    if not len(places):
+        return []
+    cut = (places[1:] != places[:-1] + 1).nonzero().flatten() + 1
+    edges = [0, *cut.tolist(), len(places)]
+    first, last = places[edges[:-1]].tolist(), places[[edge - 1 for edge in edges[1:]]].tolist()
+    return [(start, stop + 1) for start, stop in zip(first, last, strict=True)]
+
+
+def dead_spans(row: Tensor, keep: Tensor, places: Tensor, frames: int) -> list[Span]:
+    """Spans of a row `[L]` that hold frames without a kept token, with the text that belongs to them alone.
+
+    Text is found by its place between two runs of placeholders, never by its words: tokenizers join it with what
+    stands beside it. The first frame's own text starts where the first gap's first or second token last occurs at the
+    distance that this gap has; where it is not found, it stays.
+
+    Args:
+        row: `[L]` ids of one prompt.
+        keep: `[L]` bool, False for placeholders that go.
+        places: Positions of the video's placeholders, sorted.
+        frames: Frames of the video; prompts with another number of runs do not tell times, and nothing is found.
+    """
+    runs = runs_of(places)
+    if len(runs) != frames or frames < 2:
+        return []
+    total = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
+    live = [bool(total[stop] > total[start]) for start, stop in runs]
+    spans = [(runs[f - 1][1], runs[f][1]) for f in range(1, frames) if not live[f]]
+    if live[0]:
+        return spans
+    gap = row[runs[0][1] : runs[1][0]].tolist()
+    start = _own_text(row[: runs[0][0]].tolist(), gap)
+    if start is not None and any(live):
+        begin, separator = start
+        spans.append((begin, runs[0][1]))
+        # what now comes first needs nothing that separates it from a frame before
+        end = runs[live.index(True) - 1][1]
+        spans.append((end, end + separator))
+    return spans
+
+
+def _own_text(before: list[int], gap: list[int]) -> tuple[int, int] | None:
+    """Where the first frame's text starts, and how many tokens of a gap only separate."""
+    best: tuple[int, int, int] | None = None
+    for separator, first in enumerate(gap[:2]):
+        if first not in before:
+            continue
+        at = len(before) - 1 - before[::-1].index(first)
+        off = abs((len(before) - at) - (len(gap) - separator))
+        if off <= 3 and (best is None or off < best[0]):
+            best = (off, at, separator)
+    return None if best is None else best[1:]
+
+
+def close_gaps(positions: Tensor, row: int, spans: list[Span]) -> None:
+    """Move what follows the spans of a row forward, in place: `positions [3, B, L]`.
+
+    Text tells the time here, so frames that left leave no hole. Spans start and end at text, where all three rows
+    agree.
+    """
+    before = positions[0, row].clone()
+    for start, stop in spans:
+        if stop < positions.shape[-1]:
+            positions[:, row, stop:] -= before[stop] - before[start]

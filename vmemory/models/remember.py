@@ -1,0 +1,113 @@
+"""What a memory makes of one video of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmemory.banks import MemoryConfig
+from vmemory.models.adapter import Clip
+
+
+class Kept(NamedTuple):
+    """A video as the model gets to see it.
+
+    Attributes:
+        tokens: `[N, C]`, in the tower's dtype.
+        source: `[N]` int64, sorted and unique: the token of the flattened `T·H·W` grid whose place each one takes.
+        grid: Its (T, H, W).
+        valid: `[T, H, W]` bool, tokens that had a placeholder; None = all.
+        tail: `[k, C]` rows behind the frames, which stay; or None.
+    """
+
+    tokens: Tensor
+    source: Tensor
+    grid: tuple[int, int, int]
+    valid: Tensor | None
+    tail: Tensor | None
+
+    @property
+    def placeholders(self) -> int:
+        """Tokens the prompt held for the video."""
+        T, H, W = self.grid
+        cells = T * H * W if self.valid is None else int(self.valid.sum())
+        return cells + (0 if self.tail is None else self.tail.shape[0])
+
+
+def remember(pieces: Iterator[Clip], config: MemoryConfig, memory: Any = None) -> Kept:
+    """What a memory makes of one video, given in pieces of some frames each.
+
+    Where `config` makes the memory and no gradient is wanted, it takes each piece in as it comes, and what it does not
+    keep is forgotten: the bytes held do not grow with the video. Else the pieces are joined first.
+
+    Args:
+        pieces: At least one.
+        config: Makes the memory where none is given, and says which videos are too short for any.
+        memory: With `compress(clip, time, valid=…)`, or a callable that makes such a memory from `dim`, `grid`,
+            `key_dim`, `device` and `dtype`.
+    """
+    first = next(pieces)
+    second = next(pieces, None)
+    if second is None:
+        return compressed(first, config, memory)
+    if memory is not None or (torch.is_grad_enabled() and first.frames.requires_grad):
+        return compressed(joined([first, second, *pieces]), config, memory)
+    return _streamed(first, second, pieces, config)
+
+
+def _streamed(first: Clip, second: Clip, rest: Iterator[Clip], config: MemoryConfig) -> Kept:
+    H, W, C = first.frames.shape[1:]
+    kind, short = first.frames.dtype, config.max_frames_before_compression
+    bank = config.make(C, (H, W), key_dim=first.key_dim, device=first.frames.device, dtype=kind)
+    early: list[Clip] = []
+    valid: list[Tensor] = []
+    length = 0
+    for clip in _chained(first, second, rest):
+        bank.push(clip.frames.contiguous(), valid=clip.valid)
+        length += clip.frames.shape[0]
+        early = [*early, clip] if length <= short else []
+        valid += [] if clip.valid is None else [clip.valid]
+    if early:
+        return untouched(joined(early))
+    made = bank.read()
+    whole = torch.cat(valid) if valid else None
+    return Kept(made.tokens.to(kind), made.source, (length, H, W), whole, clip.tail)
+
+
+def _chained(first: Clip, second: Clip, rest: Iterator[Clip]) -> Iterator[Clip]:
+    yield first
+    yield second
+    yield from rest
+
+
+def compressed(clip: Clip, config: MemoryConfig, memory: Any = None) -> Kept:
+    """A whole video through a memory's `compress`, which passes gradients."""
+    T, H, W, C = clip.frames.shape
+    if config.max_frames_before_compression >= T:
+        return untouched(clip)
+    like: dict[str, Any] = {"key_dim": clip.key_dim, "dtype": clip.frames.dtype}
+    if memory is None:
+        memory = config.make(C, (H, W), device="meta", **like)
+    elif not hasattr(memory, "compress"):
+        memory = memory(dim=C, grid=(H, W), device=clip.frames.device, **like)
+    made = memory.compress(clip.frames, clip.time, valid=clip.valid)
+    return Kept(made.tokens.to(clip.frames.dtype), made.source, (T, H, W), clip.valid, clip.tail)
+
+
+def untouched(clip: Clip) -> Kept:
+    """A video as it came."""
+    T, H, W, C = clip.frames.shape
+    tokens, source = clip.frames.reshape(-1, C), torch.arange(T * H * W, device=clip.frames.device)
+    if clip.valid is not None:
+        source = source[clip.valid.flatten()]
+        tokens = tokens[source]
+    return Kept(tokens, source, (T, H, W), clip.valid, clip.tail)
+
+
+def joined(clips: list[Clip]) -> Clip:
+    """Pieces of one video as one; times that start over in each piece are lost."""
+    valid = None if clips[0].valid is None else torch.cat([c.valid for c in clips if c.valid is not None])
+    return Clip(torch.cat([c.frames for c in clips]), clips[0].key_dim, valid, clips[-1].tail)

@@ -1,0 +1,35 @@
+"""A learned memory beside what the model was trained with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ResidualMemory(nn.Module):
+    """Tokens plus a share of what a learned memory makes of them, from none: H + α · (M − H), α = 0 at first.
+
+    A model with an untrained memory is the model itself, to the bit, and training decides how much it listens.
+
+    Args:
+        memory: With `transform(clip [T, H, W, D], time, valid=…)` giving one token for each of the clip's.
+
+    Source: ReZero (arXiv 2003.04887).
+    """
+
+    def __init__(self, memory: nn.Module) -> None:
+        super().__init__()
+        self.memory = memory
+        like = next(memory.parameters())
+        self.alpha = nn.Parameter(torch.zeros((), device=like.device, dtype=like.dtype))
+
+    def compress(self, clip: Tensor, time: Any = None, *, valid: Tensor | None = None) -> Any:
+        """The memory's tokens, their provenance, and `tokens` as above; channels behind the memory's pass unchanged."""
+        dim: int = self.memory.dim  # type: ignore[assignment]  # a module's attribute
+        made = self.memory.transform(clip[..., :dim].contiguous(), time, valid=valid)  # type: ignore[operator]
+        own = clip.flatten(0, 2)[made.source]
+        head = own[:, :dim]
+        mixed = head + self.alpha * (made.tokens - head)
+        return made._replace(tokens=torch.cat([mixed, own[:, dim:]], -1) if own.shape[1] > dim else mixed)

@@ -1,0 +1,180 @@
+"""A prompt shrinks with its videos: one keep-mask over the tokens, from which everything else is a gather."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vmemory.models.adapter import Adapter, Clip, Inputs, known_arguments
+from vmemory.models.frame_text import Span, close_gaps, dead_spans
+from vmemory.models.remember import Kept
+
+
+class Rewritten(NamedTuple):
+    """Inputs for the unchanged model, and what became of the prompt.
+
+    Attributes:
+        inputs: For `forward` or `generate`.
+        keep: `[B, L]` bool, tokens of the old prompt that are in the new one.
+        rope_deltas: `[B, 1]` int64 for models that keep them between calls, else None.
+        kept: Per video.
+    """
+
+    inputs: Inputs
+    keep: Tensor
+    rope_deltas: Tensor | None
+    kept: list[Kept]
+
+
+Remember = Callable[[Iterator[Clip]], Kept]
+
+
+def rewrite(
+    model: nn.Module, adapter: Adapter, inputs: Inputs, remember: Remember, *, chunk: int | None, generating: bool
+) -> Rewritten:
+    """Encode the videos of a prompt, let a memory reduce them, and shrink the prompt to what it kept.
+
+    Nothing of the model is changed.
+
+    Args:
+        model: A model that takes `mm_encoder_outputs`.
+        adapter: Of its family.
+        inputs: Of `forward` or `generate`, with pixels and `input_ids [B, L]`.
+        remember: What becomes of a video, given piece by piece.
+        chunk: Frames the tower encodes at a time; None = all videos at once, as the model would.
+        generating: For `generate`, which wants padding on the left and a text row on top of three-row positions.
+
+    Raises:
+        ValueError: Placeholders and features do not fit each other, or the attention mask is not `[B, L]`.
+    """
+    ids: Tensor = inputs["input_ids"]
+    mask: Tensor | None = inputs.get("attention_mask")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"attention_mask: expected {tuple(ids.shape)}, got {tuple(mask.shape)}")
+    located = adapter.positions(model, inputs) if inputs.get("position_ids") is None else None
+    kept, output = remembered(model, adapter, inputs, remember, chunk)
+    keep, spans = keep_mask(ids, adapter, model, kept)
+
+    new = {name: value for name, value in inputs.items() if name not in adapter.consumed}
+    everything = bool(keep.all())
+    real = torch.ones_like(keep) if mask is None else mask.bool()
+    dropped = (~keep & real).sum(-1, keepdim=True)
+    if not everything:
+        keep &= real
+        left = generating or bool((~real[:, 0]).any())
+        take = _gather(keep, left)
+        new["input_ids"] = take(ids, padding_id(model))
+        if mask is not None or bool((keep.sum(-1) != keep.sum(-1).max()).any()):
+            new["attention_mask"] = take(real.long() if mask is None else mask, 0)
+        for name, fill in (("mm_token_type_ids", 0), ("token_type_ids", 0), ("position_ids", 0), ("labels", -100)):
+            if inputs.get(name) is not None:
+                new[name] = take(inputs[name], fill)
+    if located is not None:
+        positions = located[0].clone()
+        if not everything:
+            for row, gone in spans if adapter.frame_text else ():
+                close_gaps(positions, row, gone)
+            positions = take(positions, 0)
+        new["position_ids"] = with_text_row(positions, new.get("attention_mask")) if generating else positions
+    tokens = [k.tokens if k.tail is None else torch.cat([k.tokens, k.tail.to(k.tokens)]) for k in kept]
+    new["mm_encoder_outputs"] = {adapter.modality: adapter.pack(output, tokens), **images(model, adapter, inputs)}
+    deltas = None if located is None else located[1] + dropped.to(located[1])
+    return Rewritten(new, keep, deltas, kept)
+
+
+def remembered(
+    model: nn.Module, adapter: Adapter, inputs: Inputs, remember: Remember, chunk: int | None
+) -> tuple[list[Kept], Any]:
+    """Each video of the inputs through the tower and a memory, and an output of the tower."""
+    if chunk is None:
+        clips, output = adapter.encode(model, inputs)
+        return [remember(iter([clip])) for clip in clips], output
+    last: list[Any] = []
+
+    def encoded(pieces: Iterator[Inputs]) -> Iterator[Clip]:
+        for piece in pieces:
+            clips, output = adapter.encode(model, piece)
+            last[:] = [output]
+            yield clips[0]
+
+    kept = [remember(encoded(pieces)) for pieces in adapter.pieces(model, inputs, chunk)]
+    return kept, last[0]
+
+
+def images(model: nn.Module, adapter: Adapter, inputs: Inputs) -> dict[str, Any]:
+    """Pictures beside the videos: `forward` takes either pixels or features, so they are encoded here too."""
+    if adapter.modality == "image" or inputs.get("pixel_values") is None:
+        return {}
+    get = adapter.owner(model).get_image_features
+    return {"image": get(**known_arguments(get, inputs), return_dict=True)}
+
+
+def keep_mask(
+    ids: Tensor, adapter: Adapter, model: nn.Module, kept: list[Kept]
+) -> tuple[Tensor, list[tuple[int, list[Span]]]]:
+    """Tokens `[B, L]` that stay, and per row of a video the spans that went with frames that have none left."""
+    L = ids.shape[1]
+    places = (ids.flatten() == adapter.placeholder(model)).nonzero().flatten()
+    wanted = sum(k.placeholders for k in kept)
+    if len(places) != wanted:
+        raise ValueError(f"input_ids: expected {wanted} placeholders for the videos' tokens, got {len(places)}")
+    keep = torch.ones(ids.numel(), dtype=torch.bool, device=ids.device)
+    at, spans = 0, []
+    for k in kept:
+        mine = places[at : at + k.placeholders]
+        at += len(mine)
+        source, tail = k.source.to(ids.device), 0 if k.tail is None else k.tail.shape[0]
+        if k.valid is not None:
+            # placeholders exist for valid cells alone
+            source = (k.valid.flatten().long().cumsum(0) - 1).to(ids.device)[source]
+        keep[mine[: len(mine) - tail]] = False
+        keep[mine[source]] = True
+        if adapter.frame_text and len(source) < len(mine) and len(mine):
+            row = int(mine[0]) // L
+            gone = dead_spans(ids[row], keep[row * L : (row + 1) * L], mine - row * L, k.grid[0])
+            for start, stop in gone:
+                keep[row * L + start : row * L + stop] = False
+            spans.append((row, gone))
+    return keep.view(ids.shape), spans
+
+
+def padding_id(model: Any) -> int:
+    """The id that pads prompts."""
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "pad_token_id", None) is not None:
+            return int(config.pad_token_id)
+    return 0
+
+
+def _gather(keep: Tensor, left: bool) -> Callable[[Tensor, int], Tensor]:
+    """How `[…, B, L]` becomes `[…, B, max kept]`: the kept columns in order, padding on the left or the right."""
+    count = keep.sum(-1, keepdim=True)
+    longest = int(count.max())
+    order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)
+    column = torch.arange(longest, device=keep.device)
+    at = column - (longest - count) if left else column.expand(len(count), -1)
+    there = (at >= 0) & (at < count)
+    index = order.gather(1, at.clamp(min=0))
+
+    def take(x: Tensor, fill: int) -> Tensor:
+        lead = x.shape[:-2]
+        taken = x.gather(-1, index.expand(*lead, *index.shape))
+        return taken.masked_fill(~there.expand(*lead, *there.shape), fill)
+
+    return take
+
+
+def with_text_row(positions: Tensor, mask: Tensor | None) -> Tensor:
+    """`[4, B, L]`, what `generate` hands around: plain positions of the text on top of the three rows.
+
+    Gaps in the top row would be read as borders of packed sequences.
+    """
+    _, B, L = positions.shape
+    if mask is None:
+        text = torch.arange(L, device=positions.device).expand(B, L)
+    else:
+        text = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return torch.cat([text[None].to(positions), positions])
