@@ -17,7 +17,16 @@ from vmemory.ops._native import STATUS
 from vmemory.testing import TritonInterpreter
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--matrix", action="store_true", help="every model family with every policy, not a part of them")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--matrix"):
+        left_out = [item for item in items if item.get_closest_marker("matrix")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if not item.get_closest_marker("matrix")]
     if torch.cuda.is_available():
         return
     for item in items:
@@ -50,3 +59,12 @@ def native() -> None:
 @pytest.fixture(scope="session")
 def golden() -> Path:
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny models spend more on waking threads than on work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

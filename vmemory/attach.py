@@ -15,7 +15,7 @@ import vmemory.integrations
 from vmemory.banks import DualMemory, MemoryConfig
 from vmemory.models.adapter import Adapter, Clip, Inputs, find_adapter, supported_types
 from vmemory.models.hook import HANDLE
-from vmemory.models.remember import Kept, remember
+from vmemory.models.remember import Kept, Provenance, remember
 from vmemory.models.residual import ResidualMemory
 from vmemory.models.rewrite import Rewritten, rewrite
 
@@ -31,13 +31,13 @@ class Handle:
         memory: What reduces videos; None = a memory that `config` makes for each video's grid.
         config: The settings.
         enabled: Off lets everything pass untouched.
-        kept: What became of each video of the last prompt.
+        kept: What became of each video of the last prompt: sources, and tokens before and after.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, memory: Any, config: MemoryConfig) -> None:
         self.model, self.adapter, self.memory, self.config = model, adapter, memory, config
         self.enabled = config.enable_memory_bank
-        self.kept: list[Kept] = []
+        self.kept: list[Provenance] = []
         self.undo: list[Callable[[nn.Module], None]] = []
 
     def __enter__(self) -> Handle:
@@ -104,7 +104,7 @@ class Handle:
     def shrunk(self, inputs: Inputs, generating: bool) -> Inputs:
         """The inputs for the model, and the model told where its prompt ends."""
         new = self.rewritten(inputs, generating)
-        self.kept = new.kept
+        self.kept = [kept.provenance() for kept in new.kept]
         self.adapter.located(self.model, new.rope_deltas)
         return new.inputs
 

@@ -36,6 +36,23 @@ class Kept(NamedTuple):
         cells = T * H * W if self.valid is None else int(self.valid.sum())
         return cells + (0 if self.tail is None else self.tail.shape[0])
 
+    def provenance(self) -> Provenance:
+        """What is worth keeping of it: no tokens, no gradients."""
+        tail = 0 if self.tail is None else self.tail.shape[0]
+        return Provenance(self.source, self.grid, self.placeholders, self.source.shape[0] + tail)
+
+
+class Provenance(NamedTuple):
+    """Where the tokens come from that stand for a video in a prompt.
+
+    `source [N]` int64 and `grid` as in `Kept`; `placeholders` the prompt held before, `tokens` it holds now.
+    """
+
+    source: Tensor
+    grid: tuple[int, int, int]
+    placeholders: int
+    tokens: int
+
 
 def remember(pieces: Iterator[Clip], config: MemoryConfig, memory: Any = None) -> Kept:
     """What a memory makes of one video, given in pieces of some frames each.
