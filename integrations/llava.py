@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vmemory.models.adapter import Adapter, Clip, Encoded, Inputs, known_arguments, register_adapter
+from vmemory.models.pixels import CLIP_MEAN, CLIP_STD, normalisation, scaled, square_size
 
 
 @register_adapter("llava", "vipllava")
@@ -17,6 +19,15 @@ class Llava(Adapter):
     modality = "image"
     pixels = "pixel_values"
     frame_text = True
+
+    def frame_size(self, model: nn.Module, size: tuple[int, int], tokens: int) -> tuple[int, int]:
+        return square_size(model)
+
+    def prepare(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+        return {"pixel_values": scaled(frames, size, *normalisation(processor, CLIP_MEAN, CLIP_STD))}
+
+    def video_text(self, frames: Sequence[tuple[float, int]], token: str, tail: int) -> str:
+        return "\n".join(token * count for _, count in frames)
 
     def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
         get = self.owner(model).get_image_features

@@ -13,7 +13,11 @@ from vmemory.models.adapter import Inputs, PatchRowAdapter, known_arguments, reg
 class Qwen25OmniThinker(PatchRowAdapter):
     """Attach to `model.thinker`; what it says is text, since speech is made from the prompt as it was."""
 
+    three_rows = True
     speaks = True
+
+    def temporal_position(self, model: Any, frame: int, seconds: float) -> int:
+        return int(seconds * model.config.position_id_per_seconds)
 
     def seconds(self, inputs: Inputs, video: int) -> float | None:
         steps = inputs.get("video_second_per_grid")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vmemory.integrations.qwen2_vl import Qwen2VL
 from vmemory.models.adapter import Inputs, register_adapter
 
@@ -9,6 +11,9 @@ from vmemory.models.adapter import Inputs, register_adapter
 @register_adapter("qwen2_5_vl")
 class Qwen25VL(Qwen2VL):
     """`second_per_grid_ts` tells the seconds between frames."""
+
+    def temporal_position(self, model: Any, frame: int, seconds: float) -> int:
+        return int(seconds * model.config.vision_config.tokens_per_second)
 
     def seconds(self, inputs: Inputs, video: int) -> float | None:
         steps = inputs.get("second_per_grid_ts")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from vmemory.models.adapter import Inputs, PatchRowAdapter, known_arguments, register_adapter
@@ -10,6 +12,11 @@ from vmemory.models.adapter import Inputs, PatchRowAdapter, known_arguments, reg
 @register_adapter("qwen2_vl")
 class Qwen2VL(PatchRowAdapter):
     """A frame of the memory is a pair of the video's: `temporal_patch_size` is 2."""
+
+    three_rows = True
+
+    def temporal_position(self, model: Any, frame: int, seconds: float) -> int:
+        return frame
 
     def positions(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
         locate = self.owner(model).get_rope_index

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vmemory.integrations.qwen2_vl import Qwen2VL
 from vmemory.models.adapter import register_adapter
 
@@ -11,3 +13,11 @@ class Qwen3VL(Qwen2VL):
     """Every frame stands between its own vision marks; gaps in the positions are closed, since text tells the time."""
 
     frame_text = True
+    mean = std = (0.5, 0.5, 0.5)
+
+    def frame_time(self, first: float, last: float) -> float:
+        return (first + last) / 2
+
+    def video_text(self, frames: Sequence[tuple[float, int]], token: str, tail: int) -> str:
+        # chat templates put the marks of a whole video around this
+        return "".join(f"<{t:.1f} seconds><|vision_start|>{token * n}<|vision_end|>" for t, n in frames)

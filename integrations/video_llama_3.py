@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Size, Tensor, nn
 
 from vmemory.models.adapter import Encoded, Inputs, PatchRowAdapter, register_adapter
@@ -15,6 +16,14 @@ class VideoLlama3(PatchRowAdapter):
     """`Time 0.0s:` and a frame's tokens, as many as differ from the frame before; plain positions."""
 
     frame_text = True
+    mean = std = (0.5, 0.5, 0.5)
+
+    def prepare(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+        inputs = super().prepare(model, frames, processor, size)
+        return {**inputs, "video_merge_sizes": torch.tensor([self.side])}
+
+    def video_text(self, frames: Sequence[tuple[float, int]], token: str, tail: int) -> str:
+        return ",".join(f"Time {t:.1f}s:{token * n}" for t, n in frames)
 
     def merge(self, model: Any, inputs: Inputs, video: int) -> int:
         return int(inputs["video_merge_sizes"][video])

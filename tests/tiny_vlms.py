@@ -204,8 +204,8 @@ def qwen3_omni_moe_thinker(T: int, B: int, left: bool, draw: torch.Generator) ->
             "d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "num_mel_bins": 8,
             "output_dim": 32, "n_window": 4, "downsample_hidden_size": 8,
         },
-        audio_token_id=AUDIO, audio_start_token_id=AUDIO_START, audio_end_token_id=AUDIO_END, position_id_per_seconds=25,
-        **_IDS,
+        audio_token_id=AUDIO, audio_start_token_id=AUDIO_START, audio_end_token_id=AUDIO_END,
+        position_id_per_seconds=25, **_IDS,
     )  # fmt: skip
     inputs = patch_rows(T, B, left, draw, one_run) | {"video_second_per_grid": torch.full((B,), 1.0)}
     return transformers.Qwen3OmniMoeThinkerForConditionalGeneration(config), inputs

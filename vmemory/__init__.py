@@ -1,12 +1,26 @@
 """Memory for streaming video models: fused kernels, bounded memory banks, drop-in integrations."""
 
+from typing import Any
+
 from vmemory import banks, compress, ops
 from vmemory.attach import attach, attached, compress_inputs
 from vmemory.models.adapter import register_adapter
 from vmemory.ops._select import explain
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # what reads video comes with an extra, and only when it is asked for
+    if name == "VideoSession":
+        from vmemory.stream.session import VideoSession
+
+        return VideoSession
+    raise AttributeError(f"module 'vmemory' has no attribute {name!r}")
+
+
 __all__ = [
+    "VideoSession",
     "__version__",
     "attach",
     "attached",

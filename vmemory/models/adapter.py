@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vmemory.models.hook import install_prompt_hook
+from vmemory.models.pixels import CLIP_MEAN, CLIP_STD, normalisation, patch_rows, scaled, size_for, square_size
 
 Inputs = dict[str, Any]
 
@@ -56,6 +57,7 @@ class Adapter:
         pixels: Name of the model input that holds the frames.
         consumed: Inputs that describe the pixels and go with them.
         frame_text: Every frame has a run of placeholders of its own, with its time as text in front.
+        three_rows: Positions are rows for time, height and width.
         speaks: The model also makes speech from hidden states of the prompt as it was.
     """
 
@@ -67,6 +69,7 @@ class Adapter:
         "image_sizes",
     )  # fmt: skip
     frame_text = False
+    three_rows = False
     speaks = False
 
     def check(self, model: nn.Module) -> None:
@@ -112,6 +115,36 @@ class Adapter:
         """Positions `[3, B, L]` of the prompt as it is, and its rope deltas `[B, 1]`; None = plain positions."""
         return None
 
+    # for streams, where frames come one after the other and the prompt is written last
+
+    def frames_together(self, model: Any) -> int:
+        """Frames of the video that become one frame of the memory."""
+        return 1
+
+    def frame_time(self, first: float, last: float) -> float:
+        """Seconds of a frame of the memory out of those of its first and last frame of the video."""
+        return first
+
+    def prepare(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+        """Inputs for `encode` from `frames [n, 3, H, W]` uint8, scaled to `size`."""
+        raise NotImplementedError
+
+    def frame_size(self, model: nn.Module, size: tuple[int, int], tokens: int) -> tuple[int, int]:
+        """The size near `size` (H, W) at which a frame has at most so many tokens."""
+        raise NotImplementedError
+
+    def size_of(self, model: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
+        """The size (H, W) of frames that have a grid of tokens."""
+        return self.frame_size(model, grid, grid[0] * grid[1])
+
+    def video_text(self, frames: Sequence[tuple[float, int]], token: str, tail: int) -> str:
+        """What stands for a video in a prompt: (seconds, tokens) per frame, `token` for each, `tail` behind them."""
+        return token * (sum(count for _, count in frames) + tail)
+
+    def temporal_position(self, model: Any, frame: int, seconds: float) -> int:
+        """Position along time of a frame of the memory, counted from the start of the stream."""
+        return 0
+
     def located(self, model: nn.Module, rope_deltas: Tensor | None) -> None:
         """Tell the model where its prompt ends, which it keeps between calls."""
         for module in (self.owner(model), model):
@@ -136,9 +169,32 @@ def known_arguments(function: Callable[..., Any], inputs: Mapping[str, Any], **r
 class PatchRowAdapter(Adapter):
     """Families whose pixels are rows of patches, `[T·h·w, …]`, with `video_grid_thw` beside them: Qwen, VideoLLaMA3."""
 
+    side = 2  # patches along each axis that become one token, where the inputs do not say
+    mean, std = CLIP_MEAN, CLIP_STD
+
     def merge(self, model: Any, inputs: Inputs, video: int) -> int:
         """Patches along each axis that become one token."""
         return int(self.owner(model).visual.spatial_merge_size)
+
+    def patch(self, model: Any) -> int:
+        """Pixels along each axis of a patch."""
+        return int(model.config.vision_config.patch_size)
+
+    def frames_together(self, model: Any) -> int:
+        return int(getattr(model.config.vision_config, "temporal_patch_size", 1))
+
+    def frame_size(self, model: nn.Module, size: tuple[int, int], tokens: int) -> tuple[int, int]:
+        return size_for(size, self.patch(model) * self.side, tokens)
+
+    def size_of(self, model: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
+        unit = self.patch(model) * self.side
+        return grid[0] * unit, grid[1] * unit
+
+    def prepare(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+        mean, std = normalisation(processor, self.mean, self.std)
+        pixels = scaled(frames, size, mean, std)
+        rows, grid = patch_rows(pixels, self.patch(model), self.side, self.frames_together(model))
+        return {"pixel_values_videos": rows, "video_grid_thw": torch.tensor([grid])}
 
     def features(self, model: nn.Module, inputs: Inputs) -> Any:
         """The tower's output for all videos."""
@@ -187,6 +243,13 @@ class SquareFrameAdapter(Adapter):
     """Families with `pixel_values_videos [B, T, 3, h, w]` and square grids of tokens: LLaVA."""
 
     newline = 0  # rows the tower's output has behind each video's frames
+    mean, std = CLIP_MEAN, CLIP_STD
+
+    def frame_size(self, model: nn.Module, size: tuple[int, int], tokens: int) -> tuple[int, int]:
+        return square_size(model)
+
+    def prepare(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+        return {"pixel_values_videos": scaled(frames, size, *normalisation(processor, self.mean, self.std))[None]}
 
     def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
         get = self.owner(model).get_video_features

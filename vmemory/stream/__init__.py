@@ -2,7 +2,8 @@
 
 from vmemory.stream.encoder import calibrate
 from vmemory.stream.memory_stream import Answer, MemoryStream
+from vmemory.stream.session import VideoSession
 from vmemory.stream.source import Frame, FrameSource, SourceError
 from vmemory.stream.video_bank import video_bank
 
-__all__ = ["Answer", "Frame", "FrameSource", "MemoryStream", "SourceError", "calibrate", "video_bank"]
+__all__ = ["Answer", "Frame", "FrameSource", "MemoryStream", "SourceError", "VideoSession", "calibrate", "video_bank"]

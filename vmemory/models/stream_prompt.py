@@ -1,0 +1,90 @@
+"""The prompt of a stream, written when a question comes: ids and positions of what the memory holds by then."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vmemory.banks import MemoryTokens
+from vmemory.models.adapter import Adapter
+from vmemory.models.rewrite import with_text_row
+
+
+class HeldFrame(NamedTuple):
+    """One entry of a memory: number and seconds of its (first) frame, and the cells `[n]` of its tokens."""
+
+    frame: int
+    time: float
+    cells: Tensor
+
+
+def held_frames(memory: MemoryTokens) -> list[HeldFrame]:
+    """Entries of a compact read, in stream order."""
+    frames, counts = memory.frame.unique_consecutive(return_counts=True)
+    sizes = counts.tolist()
+    starts = memory.start[torch.tensor([0, *sizes[:-1]]).cumsum(0).to(memory.start.device)] if sizes else memory.start
+    cells = memory.cell.split(sizes)
+    return [HeldFrame(f, t, c) for f, t, c in zip(frames.tolist(), starts.tolist(), cells, strict=True)]
+
+
+def positions(
+    model: nn.Module,
+    adapter: Adapter,
+    ids: Tensor,
+    held: list[HeldFrame],
+    grid: tuple[int, int],
+    origin: HeldFrame | None,
+) -> Tensor | None:
+    """Positions `[4, 1, L]` of a prompt `ids [1, L]` whose placeholders are the entries' tokens; None = plain ones.
+
+    Where text tells the time each frame starts anew at the place it has; else time runs along the first row.
+
+    Args:
+        grid: Cells (H, W) of a frame.
+        origin: The entry whose time counts as the start; None = the stream's own start.
+    """
+    if not adapter.three_rows:
+        return None
+    visual = (ids[0] == adapter.placeholder(model)).tolist()
+    zero = 0 if origin is None else adapter.temporal_position(model, origin.frame, origin.time)
+    after_sides = adapter.frame_text or _text_after_sides(model, adapter)
+    rows: list[Tensor] = []
+    at, i, entries = 0, 0, iter(held)
+    while i < len(visual):
+        run = i
+        while run < len(visual) and visual[run] == visual[i]:
+            run += 1
+        if not visual[i]:
+            rows.append((at + torch.arange(run - i)).expand(3, -1))
+            at += run - i
+            i = run
+            continue
+        top = 0
+        while i < run:
+            entry = next(entries)
+            cells = entry.cells.cpu()
+            t = 0 if adapter.frame_text else adapter.temporal_position(model, entry.frame, entry.time) - zero
+            h, w = cells // grid[1], cells % grid[1]
+            rows.append(at + torch.stack([torch.full_like(cells, t), h, w]))
+            top = max(top, t)
+            i += len(cells)
+        at += max(grid) if after_sides else max(top + 1, *grid)
+    three = torch.cat(rows, 1)[:, None].to(ids.device)
+    return with_text_row(three, None)
+
+
+def _text_after_sides(model: Any, adapter: Adapter) -> bool:
+    """Whether text after a video goes on from its sides; else from its last time. Upstream has changed it twice."""
+    config, merge, video = model.config, adapter.owner(model).visual.spatial_merge_size, adapter.placeholder(model)
+    frames = 9
+    ids = torch.tensor([[5, config.vision_start_token_id, *[video] * frames, config.vision_end_token_id, 5]])
+    prompt = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == video).int() * 2,
+        "video_grid_thw": torch.tensor([[frames, merge, merge]]), "second_per_grid_ts": torch.ones(1),
+        "video_second_per_grid": torch.ones(1),
+    }  # fmt: skip
+    located = adapter.positions(model, prompt)
+    assert located is not None
+    return int(located[0][0, 0, 2 + frames]) == 3

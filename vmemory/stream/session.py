@@ -1,0 +1,264 @@
+"""A model that watches a stream: frames go in once, memory stays bounded, questions come at any time."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmemory.banks import BankFileError, MemoryTokens, load
+from vmemory.models.adapter import Inputs
+from vmemory.models.stream_prompt import HeldFrame, held_frames, positions
+from vmemory.stream.watching import Watching
+
+VideoIds = Callable[[Sequence[HeldFrame]], Tensor]
+
+
+class VideoSession(Watching):
+    """One stream through one model: push frames, ask many times; nothing is encoded twice.
+
+    A session holds the memory, at most one frame that waits for its pair, and with `reuse_prefix` the cache of the
+    prompt up to the end of the video, made anew when a question follows new frames.
+
+    Args:
+        model: Of a family in `integrations/`; it is not changed, and may have a memory attached or not.
+        processor: Of the model: chat template, tokenizer and pixel statistics. None = ready inputs and ids alone.
+        memory: A `Bank` or `DualMemory` of one stream that fits the model's tokens; None = what `config` makes at the
+            first push.
+        config: As in `vmemory.attach`.
+        fps: Frames a second of frames that come without times.
+        frame_size: (H, W) that frames are scaled to; None = the first frame's, of at most `frame_tokens` tokens. It
+            never changes: a memory holds tokens of one grid.
+        frame_tokens: Tokens of a frame at most.
+        time_origin: Where positions that mean time start: `"start"` of the stream, or the `"oldest"` entry held, which
+            keeps them small for hours. Text tells true times either way.
+        reuse_prefix: Keep the prompt's cache between questions.
+        gate: Called with the tokens `[T, H, W, C]` and the session before each update; a bool or `[T]` bool says which
+            frames are remembered.
+        on_push: Called with the session after each update.
+
+    Raises:
+        ValueError: An unknown family or setting.
+    """
+
+    # asking
+
+    @property
+    def held(self) -> MemoryTokens:
+        """What is remembered now.
+
+        Raises:
+            ValueError: Nothing has been pushed.
+        """
+        if self.memory is None or self._grid is None:
+            raise ValueError("session: expected frames before a question, got none")
+        tokens: MemoryTokens = self.memory.read()
+        return tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens the next prompt will hold."""
+        return 0 if self._grid is None else self.held.tokens.shape[0] + (0 if self._tail is None else len(self._tail))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the memory, and of the cache kept between questions."""
+        cache = 0 if self._prefix is None else _cache_bytes(self._prefix[1])
+        return cache + (0 if self.memory is None else int(self.memory.nbytes))
+
+    def prompt(
+        self, text: str | None = None, *, input_ids: Tensor | None = None, video_ids: VideoIds | None = None
+    ) -> Inputs:
+        """Inputs for `model.generate`, for people with their own loop.
+
+        Args:
+            text: A question, put into the processor's chat template with the video in front.
+            input_ids: `[1, L]` with one placeholder where the video belongs, instead of `text`.
+            video_ids: With `input_ids`: ids that stand for the video, for families that write times between frames;
+                None = placeholders alone.
+        """
+        memory = self.held
+        held = held_frames(memory)
+        ids = self._ids(text, input_ids, video_ids, held).to(next(self.model.parameters()).device)
+        assert self._grid is not None
+        tokens = memory.tokens.to(next(self.model.parameters()).dtype)
+        if self._tail is not None:
+            tokens = torch.cat([tokens, self._tail.to(tokens)])
+        places = int((ids == self.adapter.placeholder(self.model)).sum())
+        if places != len(tokens):
+            raise ValueError(f"input_ids: expected {len(tokens)} placeholders for the memory's tokens, got {places}")
+        features = {self.adapter.modality: self.adapter.pack(self._output, [tokens])}
+        inputs: Inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_encoder_outputs": features}
+        origin = held[0] if held and self.time_origin == "oldest" else None
+        rows = positions(self.model, self.adapter, ids, held, self._grid, origin)
+        return inputs if rows is None else {**inputs, "position_ids": rows}
+
+    def _ids(self, text: str | None, ids: Tensor | None, video_ids: VideoIds | None, held: list[HeldFrame]) -> Tensor:
+        if (text is None) == (ids is None):
+            raise ValueError("text: expected either text or input_ids")
+        tail = 0 if self._tail is None else len(self._tail)
+        placeholder = self.adapter.placeholder(self.model)
+        if ids is not None:
+            (at,) = (ids[0] == placeholder).nonzero().flatten().tolist()
+            count = sum(len(h.cells) for h in held) + tail
+            video = torch.full((count,), placeholder) if video_ids is None else video_ids(held)
+            return torch.cat([ids[0, :at], video.to(ids), ids[0, at + 1 :]])[None]
+        if self.processor is None:
+            raise ValueError("processor: expected one for a question in words, got None")
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        content = [{"type": self.adapter.modality}, {"type": "text", "text": text}]
+        chat = [{"role": "user", "content": content}]
+        written: str = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        token = tokenizer.convert_ids_to_tokens(placeholder)
+        if written.count(token) != 1:
+            raise ValueError(f"processor: expected a chat template that writes {token!r} once, got {written!r}")
+        video_text = self.adapter.video_text([(h.time, len(h.cells)) for h in held], token, tail)
+        ids = tokenizer(written.replace(token, video_text), return_tensors="pt", add_special_tokens=False)["input_ids"]
+        return ids
+
+    @torch.no_grad()
+    def ask(
+        self,
+        text: str | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        video_ids: VideoIds | None = None,
+        **generation: Any,
+    ) -> Any:
+        """Answer a question about all that is remembered.
+
+        Args:
+            text, input_ids, video_ids: As in `prompt`.
+            generation: Of `model.generate`.
+
+        Returns:
+            With `text` the answer in words, else what `generate` returns, whose sequences hold the prompt.
+        """
+        inputs = self.prompt(text, input_ids=input_ids, video_ids=video_ids)
+        length = inputs["input_ids"].shape[1]
+        if self.reuse_prefix:
+            inputs = self._continued(inputs)
+        out = self.model.generate(**inputs, **generation)
+        if text is None:
+            return out
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        return tokenizer.decode(sequences[0, length:], skip_special_tokens=True)
+
+    def stream_generate(self, text: str, **generation: Any) -> Iterator[str]:
+        """The answer in pieces, as they come.
+
+        Raises:
+            ValueError: No processor; also what `ask` raises, when the first piece is asked for.
+        """
+        from transformers import TextIteratorStreamer
+
+        if self.processor is None:
+            raise ValueError("processor: expected one for a question in words, got None")
+        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failed: list[BaseException] = []
+
+        def answer() -> None:
+            try:
+                self.ask(text, streamer=streamer, **generation)
+            except BaseException as error:  # handed to the caller's thread below
+                failed.append(error)
+                streamer.end()
+
+        worker = Thread(target=answer, daemon=True)
+        worker.start()
+        yield from (piece for piece in streamer if piece)
+        worker.join()
+        if failed:
+            raise failed[0]
+
+    def _continued(self, inputs: Inputs) -> Inputs:
+        """The inputs on top of a cache of everything up to the video's end, filled when the memory has changed."""
+        ids = inputs["input_ids"]
+        end = int((ids[0] == self.adapter.placeholder(self.model)).nonzero()[-1]) + 1
+        key = (self._pushes, self.time_origin, ids[0, :end].tolist())
+        if self._prefix is None or self._prefix[0] != key:
+            cut = {name: x[..., :end] if torch.is_tensor(x) else x for name, x in inputs.items()}
+            if "position_ids" in cut:
+                cut["position_ids"] = cut["position_ids"][1:]
+            self._prefix = (key, self.model(**cut, use_cache=True).past_key_values)
+        rest = {name: x for name, x in inputs.items() if name != "mm_encoder_outputs"}
+        rows = rest.get("position_ids")
+        if rows is not None:
+            # the model keeps this between calls: it has to be this prompt's
+            self.adapter.located(self.model, rows[1:, :, -1:].amax(0) + 1 - ids.shape[1])
+        return {**rest, "past_key_values": copy.deepcopy(self._prefix[1])}
+
+    # keeping
+
+    def reset(self) -> None:
+        """Forget the stream; the memory's size and the frame size stay."""
+        if self.memory is not None:
+            self.memory.reset()
+        self._waiting, self._frames, self._last, self._prefix = [], 0, -math.inf, None
+        self._pushes += 1
+
+    def save(self, path: str | Path) -> None:
+        """Write the memory to a `.vmem` file, with all that `load` needs to go on; a frame waiting for its pair too.
+
+        Raises:
+            ValueError: Nothing has been pushed.
+        """
+        if self.memory is None or self._grid is None:
+            raise ValueError("session: expected frames before saving, got none")
+        extra = {} if self._tail is None else {"tail": self._tail}
+        if self._waiting:
+            extra["waiting"] = torch.stack([frame for frame, _ in self._waiting])
+        notes = {
+            "frames": self._frames, "last": self._last, "fps": self.fps, "frame_size": self.frame_size,
+            "grid": self._grid, "time_origin": self.time_origin, "waiting": [t for _, t in self._waiting],
+        }  # fmt: skip
+        self.memory.save(path, extra, {"session": notes})
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module, processor: Any = None, **settings: Any) -> VideoSession:
+        """The session that `save` wrote, over the same model. One blank frame goes through the tower.
+
+        Args:
+            path: Where it was written.
+            model, processor: As at the start.
+            settings: Further arguments of `VideoSession`; what was saved is the default.
+
+        Raises:
+            BankFileError: The file cannot be used, or holds no session.
+        """
+        device = next(model.parameters()).device
+        memory, file = load(path, device)
+        if "session" not in file.notes:
+            raise BankFileError(f"{path}: holds a memory without a session")
+        notes = file.notes["session"]
+        size = notes["frame_size"]
+        saved = {"fps": notes["fps"], "time_origin": notes["time_origin"], "frame_size": size and tuple(size)}
+        session = cls(model, processor, memory, **{**saved, **settings})
+        session._frames, session._tail = notes["frames"], file.extra.get("tail")
+        session._last = notes["last"]
+        if notes["waiting"]:
+            session._waiting = list(zip(file.extra["waiting"], notes["waiting"], strict=True))
+        session._grid = (notes["grid"][0], notes["grid"][1])
+        session._output = session._blank(session._grid)
+        return session
+
+    @torch.no_grad()
+    def _blank(self, grid: tuple[int, int]) -> Any:
+        """The tower's output for a blank frame, which prompts imitate."""
+        size = self.frame_size or self.adapter.size_of(self.model, grid)
+        frames = torch.zeros(self.adapter.frames_together(self.model), 3, *size, dtype=torch.uint8)
+        inputs = self.adapter.prepare(self.model, frames, self.processor, size)
+        return self.adapter.encode(self.model, self._moved(inputs)).output
+
+
+def _cache_bytes(cache: Any) -> int:
+    tensors = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, Tensor)]
+    return sum(x.numel() * x.element_size() for x in tensors)

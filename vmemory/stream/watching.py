@@ -1,0 +1,149 @@
+"""The half of a session that takes frames in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmemory.attach import adapter_of, base_of
+from vmemory.banks import MemoryConfig
+from vmemory.models.adapter import Clip, Inputs
+from vmemory.ops._checks import check_choice, check_int
+from vmemory.stream.frames import as_frames
+
+
+class Watching:
+    """A stream of frames on its way through a model's vision tower into a memory; see `VideoSession`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Any = None,
+        memory: Any = None,
+        config: Any = None,
+        *,
+        fps: float = 1.0,
+        frame_size: tuple[int, int] | None = None,
+        frame_tokens: int = 256,
+        time_origin: str = "start",
+        reuse_prefix: bool = True,
+        gate: Callable[[Tensor, Any], Any] | None = None,
+        on_push: Sequence[Callable[[Any], None]] = (),
+    ) -> None:
+        check_choice("time_origin", time_origin, ("start", "oldest"))
+        check_int("frame_tokens", frame_tokens, low=1)
+        if not fps > 0:
+            raise ValueError(f"fps: expected more than 0, got {fps}")
+        self.model: Any = base_of(model)
+        self.adapter, self.processor, self.memory = adapter_of(self.model), processor, memory
+        self.config = MemoryConfig.of(getattr(self.model, "config", None) if config is None else config)
+        self.fps, self.frame_size, self.frame_tokens = fps, frame_size, frame_tokens
+        self.time_origin, self.reuse_prefix = time_origin, reuse_prefix
+        self.gate, self.on_push = gate, list(on_push)
+        self.tower_calls = 0
+        self._waiting: list[tuple[Tensor, float]] = []
+        self._frames, self._last = 0, -math.inf
+        self._grid: tuple[int, int] | None = None
+        self._tail: Tensor | None = None
+        self._output: Any = None
+        self._pushes = 0
+        self._prefix: tuple[Any, Any] | None = None
+
+    @torch.no_grad()
+    def push(self, frames: Any = None, time: Any = None, **inputs: Any) -> Watching:
+        """Take frames in, oldest first.
+
+        Args:
+            frames: uint8 RGB `[n, 3, H, W]` or `[n, H, W, 3]`, pictures, arrays, or an iterable of `Frame` such as a
+                `FrameSource`, whose frames are taken one by one until it ends.
+            time: Seconds of each frame, or of the only one, strictly increasing; None = those the frames bring, or
+                numbered by `fps`.
+            inputs: Ready inputs of the tower instead, for example `pixel_values_videos=`, `video_grid_thw=`.
+
+        Raises:
+            ValueError: Frames or times do not fit; nothing has changed then.
+        """
+        if (frames is None) == (not inputs):
+            raise ValueError(
+                "frames: expected frames or ready inputs, got " + ("neither" if frames is None else "both")
+            )
+        if frames is None:
+            T = self._take(dict(inputs), None if time is None else torch.as_tensor(time).double().reshape(-1).tolist())
+            self._frames += T * self.adapter.frames_together(self.model)
+            return self
+        for pixels, seconds in as_frames(frames, time):
+            self._push(pixels, [self._seconds(i) if t is None else t for i, t in enumerate(seconds)])
+        return self
+
+    def _seconds(self, i: int) -> float:
+        return (self._frames + i) / self.fps
+
+    def _push(self, pixels: Tensor, seconds: list[float]) -> None:
+        steps = [self._last, *seconds]
+        if any(not a < b for a, b in pairwise(steps)):
+            raise ValueError(f"time: expected strictly increasing seconds above {self._last}, got {seconds}")
+        frames = [*self._waiting, *zip(pixels, seconds, strict=True)]
+        together = self.adapter.frames_together(self.model)
+        ready = len(frames) // together * together
+        if ready:
+            stack = torch.stack([frame for frame, _ in frames[:ready]])
+            size = self.frame_size or self.adapter.frame_size(self.model, _size(stack), self.frame_tokens)
+            times = [t for _, t in frames[:ready]]
+            pairs = [self.adapter.frame_time(times[i], times[i + together - 1]) for i in range(0, ready, together)]
+            self._take(self.adapter.prepare(self.model, stack, self.processor, size), pairs)
+            self.frame_size = size
+        self._waiting, self._last = frames[ready:], seconds[-1]
+        self._frames += len(pixels)
+
+    def _take(self, inputs: Inputs, seconds: list[float] | None) -> int:
+        """Encode and remember; the frames of the memory that it was."""
+        clips, output = self.adapter.encode(self.model, self._moved(inputs))
+        if len(clips) != 1:
+            raise ValueError(f"inputs: expected one video, got {len(clips)}")
+        clip = clips[0]
+        memory = self._fitting(clip)
+        T = clip.frames.shape[0]
+        if seconds is None:
+            together = self.adapter.frames_together(self.model)
+            seconds = [self._seconds(t * together) for t in range(T)]
+        if len(seconds) != T:
+            raise ValueError(f"time: expected {T} seconds, one for each frame of the memory, got {len(seconds)}")
+        times = torch.tensor(seconds, dtype=torch.float64)
+        frames, valid = clip.frames, clip.valid
+        if self.gate is not None:
+            chosen = torch.as_tensor(self.gate(frames, self), device=frames.device).expand(T)
+            frames, times = frames[chosen], times[chosen.cpu()]
+            valid = None if valid is None else valid[chosen]
+        memory.push(frames.contiguous(), times, valid=valid)
+        self.memory, self._grid = memory, (clip.frames.shape[1], clip.frames.shape[2])
+        self._tail, self._output = clip.tail, output
+        self.tower_calls += 1
+        self._pushes += 1
+        for call in self.on_push:
+            call(self)
+        return T
+
+    def _moved(self, inputs: Inputs) -> Inputs:
+        """Tensors where the model is, floats in its dtype."""
+        like = next(self.model.parameters())
+        return {
+            name: x.to(like.device, like.dtype if x.is_floating_point() else x.dtype) if torch.is_tensor(x) else x
+            for name, x in inputs.items()
+        }
+
+    def _fitting(self, clip: Clip) -> Any:
+        H, W, C = clip.frames.shape[1:]
+        if self.memory is None:
+            return self.config.make(C, (H, W), key_dim=clip.key_dim, device=clip.frames.device, dtype=clip.frames.dtype)
+        if self._grid is not None and self._grid != (H, W):
+            raise ValueError(f"frames: expected a grid of {self._grid} tokens, as at the first push, got {(H, W)}")
+        return self.memory
+
+
+def _size(frames: Tensor) -> tuple[int, int]:
+    return frames.shape[-2], frames.shape[-1]
