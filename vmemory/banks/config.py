@@ -50,7 +50,8 @@ class MemoryConfig:
     memory_similarity_threshold: float | None = None
     max_frames_before_compression: int = 0
     memory_chunk_frames: int | None = None
-    memory_options: Mapping[str, Any] = field(default_factory=dict)
+    # told apart by equality alone
+    memory_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         check_choice("memory_policy", self.memory_policy, tuple(POLICIES))

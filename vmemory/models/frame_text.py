@@ -35,7 +35,8 @@ def dead_spans(row: Tensor, keep: Tensor, places: Tensor, frames: int) -> list[S
     if len(runs) != frames or frames < 2:
         return []
     total = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
-    live = [bool(total[stop] > total[start]) for start, stop in runs]
+    first, last = torch.tensor(runs, device=keep.device).T
+    live: list[bool] = (total[last] > total[first]).tolist()
     spans = [(runs[f - 1][1], runs[f][1]) for f in range(1, frames) if not live[f]]
     if live[0]:
         return spans
@@ -69,7 +70,11 @@ def close_gaps(positions: Tensor, row: int, spans: list[Span]) -> None:
     Text tells the time here, so frames that left leave no hole. Spans start and end at text, where all three rows
     agree.
     """
-    before = positions[0, row].clone()
-    for start, stop in spans:
-        if stop < positions.shape[-1]:
-            positions[:, row, stop:] -= before[stop] - before[start]
+    length = positions.shape[-1]
+    inner = [(start, stop) for start, stop in spans if stop < length]
+    if not inner:
+        return
+    start, stop = torch.tensor(inner, device=positions.device).T
+    time = positions[0, row]
+    shift = torch.zeros_like(time).index_add(0, stop, time[stop] - time[start])
+    positions[:, row] -= shift.cumsum(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -107,11 +108,17 @@ def compressed(clip: Clip, config: MemoryConfig, memory: Any = None) -> Kept:
         return untouched(clip)
     like: dict[str, Any] = {"key_dim": clip.key_dim, "dtype": clip.frames.dtype}
     if memory is None:
-        memory = config.make(C, (H, W), device="meta", **like)
+        memory = _planner(config, C, (H, W), **like)
     elif not hasattr(memory, "compress"):
         memory = memory(dim=C, grid=(H, W), device=clip.frames.device, **like)
     made = memory.compress(clip.frames, clip.time, valid=clip.valid)
     return Kept(made.tokens.to(clip.frames.dtype), made.source, (T, H, W), clip.valid, clip.tail)
+
+
+@lru_cache(maxsize=16)
+def _planner(config: MemoryConfig, dim: int, grid: tuple[int, int], key_dim: int, dtype: torch.dtype) -> Any:
+    """A memory that holds nothing and only compresses; what it knows of its tiers is worth keeping between prompts."""
+    return config.make(dim, grid, key_dim=key_dim, device="meta", dtype=dtype)
 
 
 def untouched(clip: Clip) -> Kept:
