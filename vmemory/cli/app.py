@@ -8,6 +8,7 @@ import typer
 
 from vmemory.banks import BankFileError
 from vmemory.cli.ask import ask
+from vmemory.cli.chat import chat
 from vmemory.cli.demo import demo
 from vmemory.cli.errors import Interrupted, UserError, one_line
 from vmemory.cli.info import info
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Watch video through a bounded memory, and ask the memory about it.",
 )
-for command in (stream, ask, demo, localize, info):
+for command in (stream, ask, chat, demo, localize, info):
     app.command()(command)
 
 
