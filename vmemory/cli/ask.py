@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vmemory.cli.common import answer_all, check_writable, make_encoder, print_answers, read_image
+from vmemory.cli.common import answer_all, check_writable, make_encoder, print_answers, print_note, read_image
 from vmemory.cli.errors import UserError
 from vmemory.cli.report import Report, write_report
 from vmemory.stream.memory_stream import MemoryStream
@@ -30,6 +30,7 @@ def ask(
     stream = MemoryStream.load(memory, make_encoder)
     answered = answer_all(stream, questions or [], pictures, k)
     console = Console()
+    print_note(console, stream)
     print_answers(console, answered)
     if out is not None:
         page = write_report(out, Report(stream, answered))

@@ -12,12 +12,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vmemory.banks import Bank
 from vmemory.cli.errors import UserError, user_input
 from vmemory.encoders import FrameEncoder
+from vmemory.stream.held import Memory
 from vmemory.stream.memory_stream import Answer, MemoryStream
 from vmemory.stream.video_bank import video_bank
 
+# what watches a video where nothing else is asked for; README tells why
+POLICY, BUDGET = "merging", "16MiB"
 # answers to one question lie at least this many seconds apart
 APART = 4.0
 DTYPES: dict[str, torch.dtype | str] = {
@@ -46,8 +48,14 @@ def make_encoder(name: str | None = None) -> FrameEncoder:
 
 
 def make_bank(
-    encoder: FrameEncoder, policy: str, rule: str | None, budget: str | None, entries: int | None, dtype: str
-) -> Bank:
+    encoder: FrameEncoder,
+    policy: str,
+    rule: str | None,
+    budget: str | None,
+    entries: int | None,
+    dtype: str,
+    keep: int | None = None,
+) -> Memory:
     """The memory that the options of `vmemory stream` describe."""
     if dtype not in DTYPES:
         raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -55,7 +63,7 @@ def make_bank(
         raise UserError("budget, entries: expected one of them, got both")
     with user_input():
         return video_bank(
-            policy, encoder.grid, encoder.dim, rule=rule, entries=entries, budget=budget, dtype=DTYPES[dtype]
+            policy, encoder.grid, encoder.dim, rule=rule, entries=entries, budget=budget, dtype=DTYPES[dtype], keep=keep
         )
 
 
@@ -111,6 +119,12 @@ def span_text(answer: Answer) -> str:
 def concepts_text(answer: Answer) -> str:
     """The likeliest concept, and others that have a tenth of the probability or more."""
     return ", ".join(name for rank, (name, p) in enumerate(answer.concepts) if rank == 0 or p >= 0.1)
+
+
+def print_note(console: Console, stream: MemoryStream) -> None:
+    """What is to be known of a memory before its answers are believed."""
+    if note := stream.facts.get("note"):
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_answers(console: Console, questions: Sequence[Question]) -> None:

@@ -1,9 +1,9 @@
-"""The chart of trailer localisation: moments found again against bytes held."""
+"""The charts of trailer localisation: moments found again against bytes held."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,100 +11,109 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from vmemory.cli.timeline import Palette
+from vmemory.eval.setups import Setup
 from vmemory.eval.trailer import Score
 
-# how tokens in few bits are drawn
-MARKERS = {"int8": "s", "int4": "^"}
+# policies that decide by number alone
+_BLIND = ("uniform", "reservoir", "recent", "unbounded")
+_COUNTS: tuple[tuple[str, Callable[[Score], float]], ...] = (
+    ("found", lambda score: score.hits),
+    ("found exactly", lambda score: score.exact),
+    ("detail", lambda score: score.detail),
+)
+_WIDTH, _LEFT, _NAMES, _GAP = 12.0, 0.5, 1.85, 0.55
 
 
-def label(score: Score) -> str:
-    """How a memory is called in tables and charts."""
-    name = f"{score.policy}, calibrated" if score.calibrated else score.policy
-    return f"{name}, {score.dtype}" if score.dtype in MARKERS else name
-
-
-def draw_storage(groups: Sequence[Sequence[Score]], unbounded: Score, palette: Palette) -> bytes:
-    """A PNG 1,800 pixels wide: moments found over bytes held, a point for each memory, size and way to store tokens.
-
-    A line leads from a memory's tokens in 16 bits to the same in 8 and 4.
-    """
-    figure = Figure((12.0, 5.2), dpi=150, facecolor=palette.page)
-    FigureCanvasAgg(figure)
-    axis = figure.add_axes((0.055, 0.08, 0.775, 0.84), facecolor="none")
-    lines: dict[tuple[str, bool, int], list[Score]] = {}
-    for score in (score for group in groups for score in group):
-        lines.setdefault((score.policy, score.calibrated, score.held), []).append(score)
-    colours, ends = _colours(palette), {}
-    for (policy, calibrated, _), scores in lines.items():
-        scores.sort(key=lambda score: score.nbytes)
-        colour = colours.get(policy, palette.faint)
-        x, y = [s.nbytes / 2**20 for s in scores], [s.hits for s in scores]
-        axis.plot(x, y, color=colour, linewidth=0.9, linestyle="-" if calibrated else (0, (2, 2)), zorder=2)
-        for s, bytes_held, hits in zip(scores, x, y, strict=True):
-            axis.plot(bytes_held, hits, MARKERS.get(s.dtype, "o"), color=colour, markersize=6, zorder=3)
-        ends[policy, calibrated] = (float(y[-1]), label(scores[-1]._replace(dtype="")), colour)
-    axis.axhline(unbounded.hits, color=palette.ink, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
-    named = [*ends.values(), (float(unbounded.hits), f"unbounded, {unbounded.nbytes / 2**20:.0f} MiB", palette.ink)]
-    _name(axis, named, unbounded.asked)
-    for dtype, marker in (("float16", "o"), *MARKERS.items()):
-        axis.plot([], [], marker, color=palette.ink, markersize=6, label=dtype)
-    axis.legend(loc="upper left", bbox_to_anchor=(0, 0.92), frameon=False, fontsize=9, labelcolor=palette.ink)
-    _frame(axis, unbounded.asked, palette)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor=palette.page)
-    return buffer.getvalue()
+def label(setup: Setup) -> str:
+    """How a memory is called in tables."""
+    name = setup.name
+    if setup.policy == "dual":
+        return f"{name}, random weights"
+    if not setup.calibrated and setup.policy not in _BLIND:
+        name += ", not calibrated"
+    return name if setup.dtype == "float16" else f"{name}, {setup.dtype}"
 
 
 def draw_curve(groups: Sequence[Sequence[Score]], unbounded: Score, palette: Palette) -> bytes:
-    """A PNG 1,800 pixels wide: moments found over bytes held, by both counts; dashed: a memory without bounds."""
-    figure = Figure((12.0, 3.9), dpi=150, facecolor=palette.page)
+    """A PNG 1,800 pixels wide: found, found exactly and detail over bytes, of tokens in 16 bits."""
+    panels = []
+    for title, count in _COUNTS:
+        lines = _lines(groups, "float16", count)
+        panels.append((title, lines, count(unbounded)))
+    return _draw(panels, unbounded, palette)
+
+
+def draw_storage(groups: Sequence[Sequence[Score]], unbounded: Score, palette: Palette) -> bytes:
+    """A PNG 1,800 pixels wide: found over bytes, a panel for each way to store tokens."""
+    dtypes = dict.fromkeys(score.setup.dtype for group in groups for score in group)
+    panels = [(f"found, {dtype}", _lines(groups, dtype, _COUNTS[0][1]), unbounded.hits) for dtype in dtypes]
+    return _draw(panels, unbounded, palette)
+
+
+Lines = dict[Setup, tuple[list[float], list[float]]]
+
+
+def _lines(groups: Sequence[Sequence[Score]], dtype: str, count: Callable[[Score], float]) -> Lines:
+    """MiB and counts of each memory; of the hierarchical one the paper's rule alone."""
+    lines: Lines = {}
+    for score in (score for group in groups for score in group):
+        if score.setup.dtype == dtype and score.setup.rule in (None, "paper"):
+            x, y = lines.setdefault(score.setup._replace(dtype=""), ([], []))
+            x.append(score.nbytes / 2**20)
+            y.append(count(score))
+    return lines
+
+
+def _draw(panels: Sequence[tuple[str, Lines, float]], unbounded: Score, palette: Palette) -> bytes:
+    """Panels side by side, lines named at the right; solid: entries of several sizes or of 1/9 of a frame's tokens,
+    dashed: whole frames; the line across: a memory without bounds."""
+    figure = Figure((_WIDTH, 4.6), dpi=150, facecolor=palette.page)
     FigureCanvasAgg(figure)
-    for left, count, title in ((0.055, "hits", "found"), (0.465, "exact", "found exactly")):
-        axis = figure.add_axes((left, 0.1, 0.375, 0.78), facecolor="none")
+    width = (_WIDTH - _LEFT - _NAMES - (len(panels) - 1) * _GAP) / len(panels)
+    colours = dict(zip(("hierarchical", "uniform", "merging", "episodic"), palette.tiers, strict=True))
+    widest = max((setup.keep or 0 for _, lines, _ in panels for setup in lines), default=0)
+    for place, (title, lines, ceiling) in enumerate(panels):
+        left = _LEFT + place * (width + _GAP)
+        axis = figure.add_axes((left / _WIDTH, 0.09, width / _WIDTH, 0.81), facecolor="none")
         axis.set_title(title, loc="left", color=palette.ink, fontsize=10.5, pad=10)
-        ends = _lines(axis, groups, count, palette)
-        axis.axhline(getattr(unbounded, count), color=palette.ink, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
-        _frame(axis, unbounded.asked, palette)
-    ends.append((unbounded.exact, f"unbounded, {unbounded.nbytes / 2**20:.0f} MiB", palette.ink))
-    _name(axis, ends, unbounded.asked)
+        top = 1.0 if title == "detail" else unbounded.asked
+        ends = []
+        for setup, (x, y) in lines.items():
+            colour = colours.get(setup.policy, palette.faint)
+            style = (0, (2, 2)) if setup.keep == widest else "-"
+            axis.plot(x, y, color=colour, linestyle=style, linewidth=1.6, marker="o", markersize=4, zorder=3)
+            ends.append((y[-1], setup.name, colour))
+        axis.axhline(ceiling, color=palette.ink, linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
+        _frame(axis, top, palette)
+        if place == len(panels) - 1:
+            ends.append((ceiling, f"unbounded, {unbounded.nbytes / 2**20:.0f} MiB", palette.ink))
+            _name(axis, ends, top)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=palette.page)
     return buffer.getvalue()
 
 
-def _name(axis: Axes, ends: Sequence[tuple[float, str, str]], asked: int) -> None:
-    """Labels at the lines' ends, pushed apart where they would overlap."""
-    step, at = 0.072 * asked, float("inf")
-    for end, text, colour in sorted(ends, reverse=True):
-        at = min(end, at - step)
+def _name(axis: Axes, ends: Sequence[tuple[float, str, str]], top: float) -> None:
+    """Labels at the lines' ends, pushed apart where they would overlap, and back up where they would leave the axis."""
+    step = 0.062 * top
+    ordered = sorted(ends, reverse=True)
+    places: list[float] = []
+    for end, _, _ in ordered:
+        places.append(min(end, places[-1] - step) if places else end)
+    floor = 0.0
+    for i in reversed(range(len(places))):
+        places[i] = max(places[i], floor)
+        floor = places[i] + step
+    for at, (_, text, colour) in zip(places, ordered, strict=True):
         axis.annotate(
-            text, (1.015, at), xycoords=("axes fraction", "data"), va="center", color=colour, fontsize=9,
+            text, (1.03, at), xycoords=("axes fraction", "data"), va="center", color=colour, fontsize=9,
             annotation_clip=False,
         )  # fmt: skip
 
 
-def _colours(palette: Palette) -> dict[str, str]:
-    return dict(zip(("hierarchical", "uniform", "merging", "episodic"), palette.tiers, strict=True))
-
-
-def _lines(axis: Axes, groups: Sequence[Sequence[Score]], count: str, palette: Palette) -> list[tuple[float, str, str]]:
-    """One line a memory; where each ends, its name and its colour."""
-    colours, ends = _colours(palette), []
-    for scores in zip(*groups, strict=True):
-        colour = colours.get(scores[0].policy, palette.faint)
-        dashed = not scores[0].calibrated and any(s.policy == scores[0].policy and s.calibrated for s in groups[0])
-        hits = [float(getattr(s, count)) for s in scores]
-        axis.plot(
-            [s.nbytes / 2**20 for s in scores], hits, color=colour, linestyle=(0, (2, 2)) if dashed else "-",
-            linewidth=1.8, marker="o", markersize=4.5, zorder=3,
-        )  # fmt: skip
-        ends.append((hits[-1], label(scores[0]), colour))
-    return ends
-
-
-def _frame(axis: Axes, asked: int, palette: Palette) -> None:
+def _frame(axis: Axes, top: float, palette: Palette) -> None:
     axis.set_xscale("log", base=2)
-    axis.set_ylim(-0.04 * asked, 1.04 * asked)
+    axis.set_ylim(-0.04 * top, 1.04 * top)
     axis.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g} MiB"))
     axis.xaxis.set_minor_formatter(NullFormatter())
     axis.tick_params(colors=palette.faint, labelsize=8.5, length=0, which="both")

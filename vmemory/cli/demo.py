@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vmemory.cli.common import (
     APART,
+    POLICY,
     Question,
     answer_all,
     check_writable,
@@ -56,7 +57,7 @@ class Recorder:
 
 def demo(
     out: Annotated[Path, typer.Option(help="Directory for report.html, timeline.png and film.vmem.")] = Path("out"),
-    budget: Annotated[str, typer.Option(help="Hard bound on the memory's bytes.")] = "12MiB",
+    budget: Annotated[str, typer.Option(help="Hard bound on the memory's bytes.")] = "4MiB",
 ) -> None:
     """Watch Big Buck Bunny at one frame a second, ask about it, and measure how memories find moments again.
 
@@ -64,7 +65,7 @@ def demo(
     """
     check_writable(out, folder=True)
     encoder = make_encoder()
-    bank = make_bank(encoder, "hierarchical", None, budget, None, "float16")
+    bank = make_bank(encoder, POLICY, None, budget, None, "float16")
     film, trailer = fetch_film(), fetch_trailer()
     size, batch = encoder.frame_size, encoder.batch_size
     origin = origin_of(encoder, film, 1.0, 60.0, size)

@@ -18,7 +18,9 @@ from vmemory.cli.curve import draw_curve, draw_storage
 from vmemory.cli.scores import Scores, table_of
 from vmemory.cli.timeline import DARK, LIGHT, draw_timeline
 from vmemory.cli.watch import Watched
-from vmemory.eval.trailer import CALIBRATION, LONGEST_SPAN, TOLERANCE
+from vmemory.eval.setups import CALIBRATION
+from vmemory.eval.trailer import LONGEST_SPAN, TOLERANCE
+from vmemory.stream.held import dropped, frame_bytes, tiers_of
 from vmemory.stream.memory_stream import MemoryStream
 from vmemory.stream.thumbnails import jpeg
 
@@ -47,7 +49,7 @@ class Report:
 
 
 def write_report(folder: Path, report: Report) -> Path:
-    """Write `report.html`, `timeline.png` and `localisation.png` into a folder; returns the page's path."""
+    """Write `report.html` and its pictures into a folder; returns the page's path."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     pictures: dict[str, bytes] = {}
@@ -86,8 +88,7 @@ def _memory_parts(report: Report, memory: MemoryStream, pictures: dict[str, byte
     budget = memory.bank.nbytes if given is None else parse_bytes(given)
     video, last = memory.facts.get("title") or memory.facts.get("video", "a video"), float(memory.history.time[-1])
     duration = max(float(memory.facts.get("duration") or 0.0), last)
-    raw = counts["seen"] * memory.bank.layout.grid[0] * memory.bank.layout.grid[1] * memory.bank.layout.dim
-    raw *= 2 if memory.bank.quantized else memory.bank.slots.element_size()
+    raw = counts["seen"] * frame_bytes(memory.bank)
     bound = ("holds" if given is None else "budget", budget)
     light, dark = (draw_timeline(memory, report.questions, bound, duration, palette) for palette in (LIGHT, DARK))
     pictures["timeline.png"] = light
@@ -96,13 +97,14 @@ def _memory_parts(report: Report, memory: MemoryStream, pictures: dict[str, byte
     held = f"held, {limit}; all tokens would take {format_bytes(raw)}"
     facts = [
         (format_bytes(memory.bank.nbytes), held),
-        (f"{counts['held']}", f"entries, for {counts['seen']} frames seen; {counts['dropped']} dropped"),
+        (f"{counts['held']}", f"entries, for {counts['seen']} frames seen; {dropped(memory.bank)} dropped"),
         (timecode(last), f"of video watched, {_rate(memory)}"),
         (f"{work:.2f} ms", f"of memory work a frame, beside {encode:.0f} ms of encoding"),
     ]
     tiers, partly = _sheet(memory)
     return {
         "title": f"What {format_bytes(budget).replace('.0 ', ' ')} remembers of {video}",
+        "lead": memory.facts.get("note"),
         "facts": facts,
         "timeline": {"light": _uri(light, "png"), "dark": _uri(dark, "png")},
         "questions": [_question(question) for question in report.questions],
@@ -140,9 +142,9 @@ def _question(question: Question) -> dict[str, Any]:
 
 def _sheet(memory: MemoryStream) -> tuple[list[dict[str, Any]], bool]:
     """Thumbnails by tier, and whether some were left out."""
-    entries, grids, tiers, partly = memory.entries, memory.bank.layout.grids, [], False
-    for tier, (h, w) in enumerate(grids):
-        there = torch.nonzero(entries.level == memory.bank.levels[tier]).flatten().tolist()
+    entries, tiers, partly = memory.entries, [], False
+    for place, tier in enumerate(tiers_of(memory.bank)):
+        there = torch.nonzero(entries.level == tier.level).flatten().tolist()
         step = -(-len(there) // _SHOWN) or 1
         partly |= step > 1
         shown = [
@@ -150,13 +152,14 @@ def _sheet(memory: MemoryStream) -> tuple[list[dict[str, Any]], bool]:
             for i in there[::step]
             for data in (memory.thumbnail(entries, i),)
         ]
-        count = f"{len(there)} entr{'y' if len(there) == 1 else 'ies'} of {h}×{w} tokens"
+        h, w = tier.grid
+        count = f"{len(there)} entr{'y' if len(there) == 1 else 'ies'} of {h}×{w} token{'s' if h * w > 1 else ''}"
         tiers.append(
             {
-                "name": f"Tier {tier + 1}" if len(grids) > 1 else "Entries",
+                "name": tier.name.capitalize(),
                 "text": count,
-                "colour": tier % len(LIGHT.tiers) + 1,
-                "width": _WIDTHS[min(tier, len(_WIDTHS) - 1)],
+                "colour": place % len(LIGHT.tiers) + 1,
+                "width": _WIDTHS[min(place, len(_WIDTHS) - 1)],
                 "entries": shown,
             }
         )
@@ -185,24 +188,20 @@ def _latency(memory: MemoryStream, watched: Watched | None) -> list[dict[str, An
 
 
 def _score_parts(scores: Scores, pictures: dict[str, bytes]) -> dict[str, Any]:
-    unbounded = scores.by_entries[0][0]
-    light, dark = (draw_curve(scores.by_bytes, unbounded, palette) for palette in (LIGHT, DARK))
-    pictures["localisation.png"] = light
-    captions = [f"{group[0].held} entries each" for group in scores.by_entries[1:]]
-    captions += [f"{budget.replace('MiB', ' MiB')} each" for budget in scores.budgets]
-    captions += [f"{group[0].held} entries each, tokens in {group[0].dtype}" for group in scores.by_storage]
-    groups = [[*group, unbounded] for group in (*scores.by_entries[1:], *scores.by_bytes, *scores.by_storage)]
+    groups, unbounded = list(scores.by_bytes.values()), scores.unbounded
+    curve = [draw_curve(groups, unbounded, palette) for palette in (LIGHT, DARK)]
+    pictures["localisation.png"] = curve[0]
     storage = None
-    if scores.by_storage:
-        points = [*scores.by_entries[1:], *scores.by_storage]
-        light_points, dark_points = (draw_storage(points, unbounded, palette) for palette in (LIGHT, DARK))
-        pictures["storage.png"] = light_points
-        storage = {"light": _uri(light_points, "png"), "dark": _uri(dark_points, "png")}
+    if len({score.setup.dtype for score in groups[0]}) > 1:
+        points = [draw_storage(groups, unbounded, palette) for palette in (LIGHT, DARK)]
+        pictures["storage.png"] = points[0]
+        storage = dict(zip(("light", "dark"), (_uri(data, "png") for data in points), strict=True))
+    captioned = scores.by_entries | scores.by_bytes
     return {
         "storage": storage,
-        "curve": {"light": _uri(light, "png"), "dark": _uri(dark, "png")},
-        "tables": [table_of(caption, group) for caption, group in zip(captions, groups, strict=True)],
-        "asked": groups[0][0].asked,
+        "curve": dict(zip(("light", "dark"), (_uri(data, "png") for data in curve), strict=True)),
+        "tables": [table_of(caption, [*group, unbounded]) for caption, group in captioned.items()],
+        "asked": unbounded.asked,
         "tolerance": f"{TOLERANCE:g}",
         "longest": f"{LONGEST_SPAN:g}",
         "calibration": f"{CALIBRATION:g}",

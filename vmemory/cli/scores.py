@@ -13,77 +13,93 @@ from vmemory.cli.curve import label
 from vmemory.eval.features import Features
 from vmemory.eval.trailer import (
     BUDGETS,
+    DTYPES,
+    DUAL_ENTRIES,
     ENTRIES,
     LONGEST_SPAN,
     TOLERANCE,
     Score,
     by_bytes,
     by_entries,
-    by_storage,
+    of_dual,
     trailer_queries,
 )
 
+# entries compared in the demo, which measures a part of what `vmemory localize` does
+DEMO_ENTRIES = (128,)
+
 
 class Scores(NamedTuple):
-    """Groups of scores at equal entries, after the unbounded memory, at equal bytes, and with tokens in few bits."""
+    """The unbounded memory; groups of scores by caption at equal entries; and at equal bytes, by budget."""
 
-    by_entries: list[list[Score]]
-    by_bytes: list[list[Score]]
-    budgets: Sequence[str]
-    by_storage: list[list[Score]]
+    unbounded: Score
+    by_entries: dict[str, list[Score]]
+    by_bytes: dict[str, list[Score]]
 
 
-def measure(film: Features, trailer: Features, *, few_bits: bool = False) -> Scores:
-    """Every memory at every size, and with `few_bits` also with tokens in 8 and 4 bits."""
+def measure(film: Features, trailer: Features, *, everything: bool = False) -> Scores:
+    """Every memory at equal bytes in 16 bits, and at one number of entries.
+
+    With `everything` also in 8 and 4 bits, at more numbers of entries, and the dual memory: minutes.
+    """
     queries = trailer_queries(trailer)
-    stored = by_storage(film, queries, ENTRIES) if few_bits else []
-    return Scores(by_entries(film, queries, ENTRIES), by_bytes(film, queries, BUDGETS), BUDGETS, stored)
+    sizes = ENTRIES if everything else DEMO_ENTRIES
+    (unbounded,), *groups = by_entries(film, queries, sizes)
+    entries = {f"{n} entries each": group for n, group in zip(sizes, groups, strict=True)}
+    if everything:
+        entries[f"{DUAL_ENTRIES} entries, not calibrated"] = of_dual(film, queries, DUAL_ENTRIES)
+    stored = by_bytes(film, queries, BUDGETS, DTYPES if everything else DTYPES[:1])
+    captions = [f"{budget.replace('MiB', ' MiB')} each" for budget in BUDGETS]
+    return Scores(unbounded, entries, dict(zip(captions, stored, strict=True)))
 
 
 def table_of(caption: str, group: Sequence[Score]) -> dict[str, Any]:
     """One group as text, as the page's template takes it."""
-    bounded = [score.hits for score in group if score.policy != "unbounded"]
+    bounded = [score.hits for score in group if score.setup.policy != "unbounded"]
     most = max(bounded, default=None)
     return {
         "caption": caption,
         "asked": group[0].asked,
         "rows": [
             {
-                "name": label(score),
+                "name": label(score.setup),
                 "entries": score.held,
                 "nbytes": format_bytes(score.nbytes),
                 "hits": score.hits,
                 "share": f"{80 * score.hits / score.asked:.1f}",
                 "exact": score.exact,
+                "detail": f"{score.detail:.2f}",
                 "error": f"{score.error:.2f} s" if score.error < 10 else f"{score.error:.0f} s",
-                "push": f"{score.push:.0f} µs",
-                "best": score.policy != "unbounded" and score.hits == most,
-                "ceiling": score.policy == "unbounded",
+                "push": f"{score.push:,.0f} µs",
+                "best": score.setup.policy != "unbounded" and score.hits == most,
+                "ceiling": score.setup.policy == "unbounded",
             }
             for score in group
         ],
     }
 
 
+_COLUMNS = ("memory", "held", "bytes", "found", "exact", "detail", "error", "push")
+_KEYS = ("name", "entries", "nbytes", "hits", "exact", "detail", "error", "push")
+
+
 def print_scores(console: Console, scores: Scores) -> None:
-    """One table for equal entries, one for equal bytes, and one for few bits where they were measured."""
-    asked = scores.by_entries[0][0].asked
-    kinds = [("equal entries", scores.by_entries), ("equal bytes", scores.by_bytes)]
-    kinds += [("equal entries, tokens in few bits", scores.by_storage)] if scores.by_storage else []
-    for title, groups in kinds:
-        console.print(f"{asked} trailer frames looked up in the film, {title}", style="bold", highlight=False)
+    """The table of the unbounded memory, then one table a group."""
+    groups = {"all frames": [scores.unbounded]} | scores.by_entries | scores.by_bytes
+    for caption, group in groups.items():
+        title = f"{scores.unbounded.asked} trailer frames looked up in the film, {caption}"
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for name in ("memory", "held", "bytes", "found", "exact", "error", "push"):
+        for name in _COLUMNS:
             table.add_column(name, justify="left" if name == "memory" else "right", no_wrap=True)
-        for group in groups:
-            for row in table_of("", group)["rows"]:
-                cells = (str(row[key]) for key in ("name", "entries", "nbytes", "hits", "exact", "error", "push"))
-                table.add_row(*cells, style="bold" if row["best"] else "")
-            table.add_row()
+        for row in table_of("", group)["rows"]:
+            table.add_row(*(str(row[key]) for key in _KEYS), style="bold" if row["best"] else "")
+        console.print(title, style="bold", highlight=False)
         console.print(table)
+        console.print()
     console.print(
-        f"found: within {TOLERANCE:g} s, or inside a merged span of at most {LONGEST_SPAN:g} s; "
-        "exact: the span's length counts as error; error: median; push: median of one frame",
+        f"found: within {TOLERANCE:g} s, or inside a merged span of at most {LONGEST_SPAN:g} s; exact: the span's "
+        "length counts as error; detail: cosine of the answer's tokens with the true frame's; error: median; push: "
+        "median of one frame; calibrated unless told otherwise",
         style="dim",
         highlight=False,
     )

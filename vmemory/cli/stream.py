@@ -9,22 +9,41 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vmemory.banks import format_bytes
-from vmemory.cli.common import answer_all, check_writable, make_bank, make_encoder, print_answers, read_image, timecode
+from vmemory.banks import POLICIES, format_bytes
+from vmemory.banks.dual_rules import RULES as DUAL_RULES
+from vmemory.banks.hierarchical import HIERARCHICAL_RULES
+from vmemory.cli.common import (
+    BUDGET,
+    DTYPES,
+    POLICY,
+    answer_all,
+    check_writable,
+    make_bank,
+    make_encoder,
+    print_answers,
+    print_note,
+    read_image,
+    timecode,
+)
 from vmemory.cli.errors import Interrupted, one_line, user_input
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.watch import Watched, origin_of, watch
 from vmemory.stream import FrameSource
+from vmemory.stream.held import dropped
 from vmemory.stream.memory_stream import MemoryStream
+from vmemory.stream.video_bank import UNTRAINED
 
 
 def stream(
     video: Annotated[Path, typer.Argument(help="A video file, or a directory of pictures.")],
-    bank: Annotated[str, typer.Option(help="hierarchical, merging, uniform or recent.")] = "hierarchical",
+    bank: Annotated[str, typer.Option(help=f"Policy: {', '.join(POLICIES)}.")] = POLICY,
     rule: Annotated[
-        str | None, typer.Option(help="Of the hierarchical bank: paper, videochat-online or all-pairs.")
+        str | None,
+        typer.Option(help=f"Of hierarchical: {', '.join(HIERARCHICAL_RULES)}; of dual: {', '.join(DUAL_RULES)}."),
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="Hard bound on the memory's bytes.  [default: 64MiB]")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help=f"Hard bound on the memory's bytes; {BUDGET} if not given.")
+    ] = None,
     entries: Annotated[int | None, typer.Option(help="Entries to hold, instead of a budget.")] = None,
     fps: Annotated[float, typer.Option(help="Frames a second to look at.")] = 1.0,
     ask: Annotated[list[str], typer.Option(help="A sentence to look for; may be repeated.")] = [],  # noqa: B006
@@ -32,7 +51,13 @@ def stream(
     k: Annotated[int, typer.Option("-k", help="Answers a question.", min=1, max=100)] = 5,
     out: Annotated[Path | None, typer.Option(help="Directory for report.html and timeline.png.")] = None,
     save: Annotated[Path | None, typer.Option(help="A .vmem file that `vmemory ask` reads.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the tokens held: float16, float32, int8 or int4.")] = "float16",
+    dtype: Annotated[str, typer.Option(help=f"Of the tokens held: {', '.join(DTYPES)}.")] = "float16",
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens a side that an entry keeps, a third of the frame's if not given; not of hierarchical and dual."
+        ),
+    ] = None,
     seconds: Annotated[
         float, typer.Option("--calibrate", help="Seconds whose mean token is subtracted from all; 0 = none.", min=0)
     ] = 60.0,
@@ -47,11 +72,14 @@ def stream(
         FrameSource(video, fps)
     encoder = make_encoder()
     if budget is None and entries is None:
-        budget = "64MiB"
-    empty = make_bank(encoder, bank, rule, budget, entries, dtype)
+        budget = BUDGET
+    empty = make_bank(encoder, bank, rule, budget, entries, dtype, keep)
     source = FrameSource(video, fps, size=encoder.frame_size)
     origin = origin_of(encoder, video, fps, seconds, encoder.frame_size) if seconds > 0 else None
-    memory = MemoryStream(encoder, empty, origin=origin, facts={"video": video.name, "fps": fps, "budget": budget})
+    facts = {"video": video.name, "fps": fps, "budget": budget}
+    if bank == "dual":
+        facts["note"] = UNTRAINED
+    memory = MemoryStream(encoder, empty, origin=origin, facts=facts)
 
     watched = watch(memory, source, batch=encoder.batch_size, duration=source.duration, name=video.name)
     memory.facts["duration"] = source.duration
@@ -63,6 +91,7 @@ def stream(
         memory.save(save)
     console = Console()
     console.print(summary(memory, watched), highlight=False)
+    print_note(console, memory)
     console.print()
     questions = answer_all(memory, ask, pictures, k)
     print_answers(console, questions)
@@ -79,7 +108,7 @@ def summary(memory: MemoryStream, watched: Watched) -> str:
     last = float(memory.history.time[-1])
     return (
         f"{counts['seen']} frames to {timecode(last)}, {counts['held']} entries held in "
-        f"{format_bytes(memory.bytes_in_use)} of {format_bytes(memory.bank.nbytes)}, {counts['dropped']} dropped\n"
+        f"{format_bytes(memory.bytes_in_use)} of {format_bytes(memory.bank.nbytes)}, {dropped(memory.bank)} dropped\n"
         f"a frame: decoding {1e3 * watched.decode / latency.frames:.1f} ms, "
         f"encoding {1e3 * latency.encode / latency.frames:.1f} ms, "
         f"memory {1e3 * latency.memory / latency.frames:.2f} ms, "

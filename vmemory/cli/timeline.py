@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter
 
 from vmemory.banks import format_bytes
 from vmemory.cli.common import Question, timecode
+from vmemory.stream.held import dropped, tiers_of
 from vmemory.stream.memory_stream import MemoryStream
 
 
@@ -49,8 +50,7 @@ def draw_timeline(
         duration: Seconds of the whole video; the part not seen stays empty.
         palette: Colours.
     """
-    tiers = len(memory.bank.layout.grids)
-    lanes = tiers + (memory.bank.counts()["dropped"] > 0) + len(questions)
+    lanes = len(tiers_of(memory.bank)) + (dropped(memory.bank) > 0) + len(questions)
     width, left, right = 12.0, 1.75, 0.25
     strip = (width - left - right) / _STRIP * 9 / 16
     heights = [strip, lanes * _LANE, _BYTES]
@@ -116,15 +116,14 @@ def _lanes(axis: Axes, memory: MemoryStream, questions: Sequence[Question], pale
     entries, history = memory.entries, memory.history
     level, start, stop = entries.level.numpy(), entries.start.numpy(), entries.stop.numpy()
     labels: list[tuple[str, str]] = []
-    for tier, (h, w) in enumerate(memory.bank.layout.grids):
-        there = level == memory.bank.levels[tier]
-        colour = palette.tiers[tier % len(palette.tiers)]
-        name = f"tier {tier + 1}" if len(memory.bank.layout.grids) > 1 else "entries"
-        labels.append((f"{name} · {h}×{w}", colour))
-        _spans(axis, start[there], stop[there], -tier, colour)
-    if dropped := memory.bank.counts()["dropped"]:
+    for place, tier in enumerate(tiers_of(memory.bank)):
+        there = level == tier.level
+        colour = palette.tiers[place % len(palette.tiers)]
+        labels.append((f"{tier.name} · {tier.grid[0]}×{tier.grid[1]}", colour))
+        _spans(axis, start[there], stop[there], -place, colour)
+    if count := dropped(memory.bank):
         gone, lane = history.time[history.entry < 0], -len(labels)
-        labels.append((f"dropped · {dropped}", palette.faint))
+        labels.append((f"dropped · {count}", palette.faint))
         axis.vlines(gone, lane - 0.22, lane + 0.22, color=palette.faint, linewidth=0.5, alpha=0.6, zorder=2)
     for question in questions:
         lane = -len(labels)

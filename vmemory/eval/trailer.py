@@ -6,78 +6,71 @@ whole film; the published edit list of the trailer knows every answer.
 
 from __future__ import annotations
 
-import time as clock
 from collections.abc import Sequence
 from statistics import median
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from vmemory.banks import Bank, MemoryTokens
+from vmemory.banks import MemoryTokens
 from vmemory.data import trailer_to_film
 from vmemory.eval.features import Features
+from vmemory.eval.setups import Setup, keys_of, origin_of, setups, watch
+from vmemory.stream.held import Memory
 from vmemory.stream.search import centred_search
-from vmemory.stream.video_bank import video_bank
 
 # seconds: how far off an answer may be, and the longest merged span that counts as an answer at all
 TOLERANCE = 2.0
 LONGEST_SPAN = 20.0
 # seconds around a cut of the trailer without questions: its fades are black
 FADE = 0.25
-# seconds of the film whose mean token calibrated memories subtract
-CALIBRATION = 60.0
-# policy, and whether tokens are calibrated; the last three do not look at features
-BOUNDED = (
-    ("hierarchical", False),
-    ("hierarchical", True),
-    ("merging", False),
-    ("merging", True),
-    ("episodic", False),
-    ("episodic", True),
-    ("uniform", False),
-    ("reservoir", False),
-    ("recent", False),
-)
 ENTRIES = (64, 128, 256)
-FEW_BITS = ("int8", "int4")
 BUDGETS = ("4MiB", "8MiB", "16MiB", "32MiB")
+DTYPES = ("float16", "int8", "int4")
+# entries of the dual memory, whose weights nobody trained; it takes as long as all others together
+DUAL_ENTRIES = 128
 
 
 class Queries(NamedTuple):
-    """Pictures with a known place: pooled tokens `[Q, D]` float32, true seconds in the film `[Q]`."""
+    """Pictures with a known place: pooled tokens `[Q, D]` float32, true seconds `[Q]`, how far off an answer may be
+    and the longest span that counts as one, in seconds."""
 
     pooled: Tensor
     truth: Tensor
+    tolerance: float = TOLERANCE
+    longest: float = LONGEST_SPAN
 
 
 class Score(NamedTuple):
     """How well a memory finds moments again.
 
     Attributes:
-        policy: The memory's policy, or `"unbounded"`.
-        calibrated: Tokens entered minus the mean token of the film's first minute.
-        dtype: What tokens are stored in.
+        setup: The memory.
         asked: Number of queries.
-        hits: Answers whose own time is within `TOLERANCE` of the truth, or whose span contains it; an entry whose span
-            is longer than `LONGEST_SPAN` is a miss.
-        exact: Answers with |truth − entry time| + length of its span <= `TOLERANCE`: a long span gains nothing.
+        hits: Answers whose own time is within the tolerance of the truth, or whose span contains it; an entry whose
+            span is too long is a miss.
+        exact: Answers with |truth − entry time| + length of its span <= the tolerance: a long span gains nothing.
         error: Median of |truth − entry time| over all queries, seconds.
+        detail: What is left of the moment: mean cosine, over queries and cells, of the answer's tokens (each in the
+            place of all cells it stands for) with those of the true frame, both about the calibration's origin.
         nbytes: Bytes the memory holds.
-        held: Entries held after the film.
+        held: Entries held in the end.
         push: Median time of pushing one frame on one thread, microseconds.
+        missed: Numbers of the queries that are no hits.
     """
 
-    policy: str
-    calibrated: bool
-    dtype: str
+    setup: Setup
     asked: int
     hits: int
     exact: int
     error: float
+    detail: float
     nbytes: int
     held: int
     push: float
+    missed: tuple[int, ...]
 
 
 def trailer_queries(trailer: Features) -> Queries:
@@ -94,100 +87,97 @@ def _steady(t: float) -> bool:
     return begin is not None and at is not None and end is not None and abs(end - begin - 2 * FADE) < 1e-6
 
 
-def evaluate(
-    bank: Bank, features: Features, queries: Queries, *, calibrated: bool = False, policy: str | None = None
-) -> Score:
-    """Let a fresh memory watch a film frame by frame, then look every query up.
+def evaluate(bank: Memory, setup: Setup, features: Features, queries: Queries) -> Score:
+    """Let a fresh memory watch a video frame by frame, then look every query up.
 
-    A query and the entries' mean tokens are compared by cosine, both about the mean of the entries. A bank in 8 or 4
-    bits is searched by the means of the tokens it gives back, so that what rounding costs is seen.
+    A query and the entries' mean tokens are compared by cosine, both about the mean of the entries. `setup` says
+    whether it is calibrated; the rest of it describes `bank`.
     """
-    wanted = queries.pooled
-    origin = features.pooled()[features.time < CALIBRATION].mean(0) if calibrated else None
-    if origin is not None:
-        wanted = wanted - origin
-    seconds = _watch(bank, features, origin)
-    entries = bank.entries()
-    means = _means(bank.read(), entries.frame) if bank.quantized else entries.descriptor
-    best = centred_search(wanted, means, 1).entry[:, 0]
+    origin = origin_of(features)
+    seconds = watch(bank, features, origin if setup.calibrated else None)
+    memory, entries = bank.read(), bank.entries()
+    wanted = queries.pooled - origin if setup.calibrated else queries.pooled
+    best = centred_search(wanted, keys_of(bank, memory), 1).entry[:, 0]
     time, start, stop = entries.time[best], entries.start[best], entries.stop[best]
     error, span = (queries.truth - time).abs(), stop - start
-    near = (error <= TOLERANCE) | ((start <= queries.truth) & (queries.truth <= stop))
+    hit = (error <= queries.tolerance) | ((start <= queries.truth) & (queries.truth <= stop))
+    hit &= span <= queries.longest
+    detail = [
+        _likeness(memory, int(entries.frame[i]), int(entries.level[i]), features, float(t), origin, setup.calibrated)
+        for i, t in zip(best.tolist(), queries.truth.tolist(), strict=True)
+    ]
     return Score(
-        policy=policy or bank.policy,
-        calibrated=calibrated,
-        dtype=bank.config()["dtype"],
+        setup=setup,
         asked=len(queries.truth),
-        hits=int((near & (span <= LONGEST_SPAN)).sum()),
-        exact=int((error + span <= TOLERANCE).sum()),
+        hits=int(hit.sum()),
+        exact=int((error + span <= queries.tolerance).sum()),
         error=float(error.median()),
+        detail=sum(detail) / len(detail),
         nbytes=bank.nbytes,
         held=len(entries.time),
         push=1e6 * median(seconds),
+        missed=tuple(torch.nonzero(~hit).flatten().tolist()),
     )
 
 
-def _means(memory: MemoryTokens, frames: Tensor) -> Tensor:
-    """Mean token `[n, D]` of each entry, from its tokens."""
-    entry = torch.searchsorted(frames.contiguous(), memory.frame)
-    sums = memory.tokens.new_zeros((len(frames), memory.tokens.shape[1])).index_add(0, entry, memory.tokens)
-    return sums / torch.bincount(entry, minlength=len(frames))[:, None]
-
-
-def _watch(bank: Bank, features: Features, origin: Tensor | None) -> list[float]:
-    """Push every frame by itself; the seconds each took."""
-    threads, seconds = torch.get_num_threads(), []
-    # one frame is too little to share out, and on a busy machine the threads would measure each other
-    torch.set_num_threads(1)
-    try:
-        for i in range(len(features.time)):
-            frame, at = features.tokens[i : i + 1], features.time[i : i + 1]
-            if origin is not None:
-                frame = (frame - origin).to(frame.dtype)
-            started = clock.perf_counter()
-            bank.push(frame, at)
-            seconds.append(clock.perf_counter() - started)
-    finally:
-        torch.set_num_threads(threads)
-    return seconds
+def _likeness(
+    memory: MemoryTokens, frame: int, level: int, features: Features, truth: float, origin: Tensor, calibrated: bool
+) -> float:
+    """Mean cosine of an entry's tokens with those of the frame at `truth` seconds, cell by cell."""
+    side = features.tokens.shape[1]
+    tokens = memory.tokens[(memory.frame == frame) & (memory.level == level)].float()
+    kept = int(len(tokens) ** 0.5)
+    cell = torch.arange(side) * kept // side
+    tokens = tokens.view(kept, kept, -1)[cell][:, cell]
+    true = features.tokens[int((features.time - truth).abs().argmin())] - origin
+    return float(F.cosine_similarity(tokens if calibrated else tokens - origin, true, dim=-1).mean())
 
 
 def by_entries(features: Features, queries: Queries, entries: Sequence[int] = ENTRIES) -> list[list[Score]]:
-    """A memory that keeps every frame; then, for each number of entries, a list of every policy."""
+    """A memory that keeps every frame; then, for each number of entries, a list of every policy.
+
+    Entries are whole frames; policies that look at what frames show come with and without calibration.
+    """
     side, dim = features.tokens.shape[2:]
-    everything = video_bank("recent", side, dim, entries=len(features.time))
-    rows = [[evaluate(everything, features, queries, policy="unbounded")]]
+    everything = Setup("recent", keep=side).bank(side, dim, entries=len(features.time))
+    rows = [[evaluate(everything, Setup("unbounded", calibrated=False), features, queries)]]
     del everything
-    return rows + [_all(features, queries, entries=n) for n in entries]
+    return rows + [
+        [evaluate(setup.bank(side, dim, entries=n), setup, features, queries) for setup in _whole_frames(side)]
+        for n in entries
+    ]
 
 
-def by_bytes(features: Features, queries: Queries, budgets: Sequence[str | int] = BUDGETS) -> list[list[Score]]:
-    """For each number of bytes a list of every policy."""
-    return [_all(features, queries, budget=budget) for budget in budgets]
+def _whole_frames(side: int) -> list[Setup]:
+    blind = ("uniform", "reservoir", "recent")
+    found = [setup for setup in setups(side) if setup.keep in (None, side)]
+    return [
+        setup._replace(calibrated=calibrated)
+        for setup in found
+        for calibrated in ((False,) if setup.policy in blind else (False, True))
+    ]
 
 
-def by_storage(
-    features: Features, queries: Queries, entries: Sequence[int] = ENTRIES, dtypes: Sequence[str] = FEW_BITS
-) -> list[list[Score]]:
-    """For each number of entries and each way to store tokens in few bits a list of every policy."""
-    return [_all(features, queries, entries=n, dtype=dtype) for n in entries for dtype in dtypes]
-
-
-def _all(
+def by_bytes(
     features: Features,
     queries: Queries,
-    *,
-    entries: int | None = None,
-    budget: str | int | None = None,
-    dtype: torch.dtype | str = torch.float16,
-) -> list[Score]:
+    budgets: Sequence[str | int] = BUDGETS,
+    dtypes: Sequence[str] = DTYPES,
+) -> list[list[Score]]:
+    """For each number of bytes, and within it each way to store tokens, a list of every policy; all are calibrated."""
     side, dim = features.tokens.shape[2:]
     return [
-        evaluate(
-            video_bank(policy, side, dim, entries=entries, budget=budget, dtype=dtype),
-            features,
-            queries,
-            calibrated=calibrated,
-        )
-        for policy, calibrated in BOUNDED
+        [
+            evaluate(setup.bank(side, dim, budget=budget), setup, features, queries)
+            for dtype in dtypes
+            for setup in setups(side, dtype)
+        ]
+        for budget in budgets
     ]
+
+
+def of_dual(features: Features, queries: Queries, entries: int = DUAL_ENTRIES) -> list[Score]:
+    """The dual memory, with random weights, by both of its rules; not calibrated."""
+    side, dim = features.tokens.shape[2:]
+    found = [Setup("dual", rule, calibrated=False, dtype="float32") for rule in ("most-similar", "bridged")]
+    return [evaluate(setup.bank(side, dim, entries=entries), setup, features, queries) for setup in found]

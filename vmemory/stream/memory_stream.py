@@ -14,8 +14,8 @@ from torch import Tensor
 from vmemory.banks import Bank, BankFileError, load
 from vmemory.banks.tokens import Entries
 from vmemory.ops.similarity_topk import MAX_K
-from vmemory.reference.bank_layout import FIRST, FRAME, LAST, LENGTH, SEEN, TIME
 from vmemory.stream.encoder import Encoder
+from vmemory.stream.held import Memory, bytes_in_use, spans, token_device, token_dtype
 from vmemory.stream.search import Found, centred_search, spread
 from vmemory.stream.source import Frame
 from vmemory.stream.thumbnails import Thumbnails
@@ -70,7 +70,8 @@ class MemoryStream:
 
     Args:
         encoder: Turns frames into tokens, and sentences into vectors comparable with them.
-        bank: A memory of one stream for tokens of the encoder's shape; it must look at all channels.
+        bank: A memory of one stream for tokens of the encoder's shape; it must look at all channels. Of a `DualMemory`
+            the slots of both its memories are searched.
         thumbnails: Keep a small JPEG of the frames that the memory refers to.
         origin: `[D]` float32 subtracted from every token on the way in, see `calibrate`; None = nothing.
         facts: Plain values kept with the memory, for example the video's name.
@@ -82,7 +83,7 @@ class MemoryStream:
     def __init__(
         self,
         encoder: Encoder,
-        bank: Bank,
+        bank: Memory,
         thumbnails: bool = True,
         *,
         origin: Tensor | None = None,
@@ -90,10 +91,11 @@ class MemoryStream:
     ) -> None:
         if bank.streams != 1:
             raise ValueError(f"bank: expected one stream, got {bank.streams}")
-        if bank.layout.key_dim != bank.layout.dim:
-            raise ValueError(f"bank: expected key_dim = dim = {bank.layout.dim}, got {bank.layout.key_dim}")
-        if origin is not None and origin.shape != (bank.layout.dim,):
-            raise ValueError(f"origin: expected shape [{bank.layout.dim}], got {list(origin.shape)}")
+        dim = bank.layout.dim if isinstance(bank, Bank) else bank.dim
+        if isinstance(bank, Bank) and bank.layout.key_dim != dim:
+            raise ValueError(f"bank: expected key_dim = dim = {dim}, got {bank.layout.key_dim}")
+        if origin is not None and origin.shape != (dim,):
+            raise ValueError(f"origin: expected shape [{dim}], got {list(origin.shape)}")
         self.encoder, self.bank = encoder, bank
         self.origin = None if origin is None else origin.float().cpu()
         self.thumbnails = Thumbnails() if thumbnails else None
@@ -109,19 +111,19 @@ class MemoryStream:
         """
         if not frames:
             return
-        number = int(self.bank.counter[0, SEEN])
+        number = self.bank.counts()["seen"]
         images, times = [frame.image for frame in frames], [frame.time for frame in frames]
         started = clock.perf_counter()
         tokens = self.encoder.encode(images)
         encoded = clock.perf_counter()
-        slots = self.bank.slots
+        device = token_device(self.bank)
         if self.origin is not None:
             tokens = tokens - self.origin
-        kind = tokens.dtype if self.bank.quantized else slots.dtype
-        self.bank.push(tokens.to(slots.device, kind), torch.tensor(times, dtype=torch.float64, device=slots.device))
-        if slots.is_cuda:
+        tokens = tokens.to(device, token_dtype(self.bank) or tokens.dtype)
+        self.bank.push(tokens, torch.tensor(times, dtype=torch.float64, device=device))
+        if device.type == "cuda":
             # the push only queues work: without this the time would count as the thumbnails'
-            torch.cuda.synchronize(slots.device)
+            torch.cuda.synchronize(device)
         pushed = clock.perf_counter()
         nbytes = float(self.bytes_in_use)
         numbers = range(number, number + len(frames))
@@ -140,23 +142,12 @@ class MemoryStream:
     def _keep_thumbnails(
         self, thumbnails: Thumbnails, numbers: Sequence[int], times: Sequence[float], images: Sequence[np.ndarray]
     ) -> None:
-        entry, seconds = self.bank.entry[0].cpu().numpy(), self.bank.clock[0, :, TIME].cpu().numpy()
-        held = entry[:, FRAME] >= 0
-        entry, seconds = entry[held], seconds[held]
-        order = entry[:, FRAME].argsort()
-        entry, seconds = entry[order], seconds[order]
-        thumbnails.update(numbers, times, images, entry[:, FIRST], entry[:, LAST], seconds)
+        thumbnails.update(numbers, times, images, *spans(self.bank))
 
     @property
     def bytes_in_use(self) -> int:
         """Bytes of the bank that entries occupy; it holds `bank.nbytes` from the start."""
-        bank, state = self.bank, self.bank.state
-        held = bank.counter[0, LENGTH:].tolist()
-        rows = sum(n * cells for n, cells in zip(held, bank.layout.cells, strict=True))
-        per_row = sum(t[0, :1].numel() * t.element_size() for t in (state.slots, state.mass, *state[9:]))
-        slots = (state.descriptor, state.norm, state.entry, state.clock, state.order)
-        per_entry = sum(t[0, :1].numel() * t.element_size() for t in slots)
-        return rows * per_row + sum(held) * per_entry
+        return bytes_in_use(self.bank)
 
     @property
     def entries(self) -> Entries:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from vmemory.banks import Bank, make
+from vmemory.banks import POLICIES, make
+from vmemory.banks.dual import split as working_and_episodic
 from vmemory.banks.hierarchical import split
+from vmemory.stream.held import Memory
 
-POLICIES = ("hierarchical", "merging", "episodic", "uniform", "reservoir", "recent")
+# said wherever such a memory answers
+UNTRAINED = "the weights of a dual memory are random here, nobody trained them: its episodic slots hold little of use"
+_SEED = 0
 
 
 def video_bank(
@@ -21,26 +26,53 @@ def video_bank(
     entries: int | None = None,
     budget: str | int | None = None,
     dtype: torch.dtype | str = torch.float16,
-) -> Bank:
+    keep: int | None = None,
+) -> Memory:
     """A memory of one stream for tokens `[side, side, dim]`, by number of entries or by bytes.
 
     A hierarchical memory has three tiers, n/8, n/8 and 3n/4 entries; where 9 divides the side their grids are the
-    frame's, a third and a ninth of its sides, which keeps every frame's mean exact.
+    frame's, a third and a ninth of its sides, which keeps every frame's mean exact. The weights of a dual memory are
+    random, the same every time: it shows what such a memory holds, and knows nothing before it is trained.
+
+    Args:
+        policy: A key of `vmemory.banks.POLICIES`.
+        side, dim: Tokens a side and channels of the frames.
+        rule: Of a hierarchical memory, or what a dual memory overwrites.
+        entries, budget: Size; exactly one of them.
+        dtype: Of the tokens held.
+        keep: Tokens a side that each entry keeps, where a memory has one size of entries; None = a third of the
+            frame's where 3 divides it (which keeps its mean exact), else the frame's.
 
     Raises:
-        ValueError: No such policy, a rule for a memory without rules, too few entries or bytes.
+        ValueError: No such policy, a rule or `keep` for a memory without, too few entries or bytes.
     """
     if policy not in POLICIES:
         raise ValueError(f"bank: expected one of {', '.join(POLICIES)}, got {policy!r}")
-    tiers = 3 if policy == "hierarchical" else 1
+    tiers = {"hierarchical": 3, "dual": 2}.get(policy, 1)
     if entries is not None and entries < tiers:
         raise ValueError(f"entries: expected at least {tiers}, got {entries}")
+    if rule is not None and tiers == 1:
+        raise ValueError(f"rule: only the hierarchical bank and the dual one have rules, got {rule!r} for {policy!r}")
+    if keep is not None and tiers > 1:
+        raise ValueError(f"keep: the {policy} bank has sizes of its own, got {keep}")
     arguments: dict[str, Any] = {"dim": dim, "grid": (side, side), "dtype": dtype, "budget": budget}
+    if policy == "dual":
+        return _dual(arguments, entries, rule)
     if policy != "hierarchical":
-        if rule is not None:
-            raise ValueError(f"rule: only the hierarchical bank has rules, got {rule!r} for {policy!r}")
-        return make(policy, capacity=entries, **arguments)
+        if keep is None:
+            keep = side // 3 if side % 3 == 0 else side
+        if not 1 <= keep <= side:
+            raise ValueError(f"keep: expected 1 to {side} tokens a side, got {keep}")
+        return make(policy, capacity=entries, pooled=None if keep == side else (keep, keep), **arguments)
     if side % 9 == 0:
         arguments["grids"] = ((side, side), (side // 3, side // 3), (side // 9, side // 9))
     capacities = None if entries is None else split(entries, 3)
     return make(policy, capacities=capacities, rule=rule or "paper", **arguments)
+
+
+def _dual(arguments: dict[str, Any], entries: int | None, rule: str | None) -> Memory:
+    capacities = None if entries is None else working_and_episodic(entries)
+    heads = math.gcd(arguments["dim"], 8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        return make("dual", capacities=capacities, heads=heads, rule=rule or "most-similar", **arguments)

@@ -1,0 +1,105 @@
+"""Memories to compare, and what of them is looked up."""
+
+from __future__ import annotations
+
+import time as clock
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmemory.banks import DualMemory, MemoryTokens
+from vmemory.eval.features import Features
+from vmemory.stream.held import Memory
+from vmemory.stream.video_bank import video_bank
+
+# seconds of a video whose mean token calibrated memories subtract
+CALIBRATION = 60.0
+
+
+class Setup(NamedTuple):
+    """A memory in a comparison.
+
+    policy: a key of `vmemory.banks.POLICIES`, or `"unbounded"`; rule: as in `video_bank`; keep: tokens a side of its
+    entries, None = of several sizes; calibrated: tokens enter minus the mean token of the video's first minute; dtype:
+    what tokens are stored in.
+    """
+
+    policy: str
+    rule: str | None = None
+    keep: int | None = None
+    calibrated: bool = True
+    dtype: str = "float16"
+
+    @property
+    def name(self) -> str:
+        """How it is called where all are calibrated, without the dtype."""
+        parts = [self.policy, self.rule if self.rule != "paper" else None]
+        parts += [None if self.keep is None else f"{self.keep}×{self.keep}"]
+        return ", ".join(part for part in parts if part)
+
+    def bank(self, side: int, dim: int, *, entries: int | None = None, budget: str | int | None = None) -> Memory:
+        """The empty memory for tokens `[side, side, dim]`."""
+        dtype = getattr(torch, self.dtype) if self.dtype.startswith("float") else self.dtype
+        return video_bank(
+            self.policy, side, dim, rule=self.rule, entries=entries, budget=budget, dtype=dtype, keep=self.keep
+        )
+
+
+def single_size(side: int) -> tuple[int, ...]:
+    """Tokens a side that memories of one size are compared with: a third of the frame's, and all."""
+    return (side // 3, side) if side % 3 == 0 else (side,)
+
+
+def setups(side: int, dtype: str = "float16", *, rules: bool = True) -> list[Setup]:
+    """Every policy but the dual memory, calibrated, at every size of entries.
+
+    Args:
+        side: Tokens a side of the frames.
+        dtype: What tokens are stored in; in few bits the rules whose reduction moves a frame's mean are left out.
+        rules: All rules of the hierarchical memory, else the paper's alone.
+    """
+    others = ("videochat-online", "all-pairs") if rules and dtype.startswith("float") else ()
+    found = [Setup("hierarchical", rule, dtype=dtype) for rule in ("paper", *others)]
+    for policy in ("merging", "episodic", "uniform", "reservoir", "recent"):
+        found += [Setup(policy, keep=keep, dtype=dtype) for keep in single_size(side)]
+    return found
+
+
+def origin_of(features: Features) -> Tensor:
+    """Mean token `[D]` of the first minute."""
+    return features.pooled()[features.time < CALIBRATION].mean(0)
+
+
+def watch(bank: Memory, features: Features, origin: Tensor | None) -> list[float]:
+    """Push every frame by itself, minus `origin`; the seconds each took."""
+    kind = bank.working_tokens.dtype if isinstance(bank, DualMemory) else features.tokens.dtype
+    threads, seconds = torch.get_num_threads(), []
+    # one frame is too little to share out, and on a busy machine the threads would measure each other
+    torch.set_num_threads(1)
+    try:
+        for i in range(len(features.time)):
+            frame, at = features.tokens[i : i + 1], features.time[i : i + 1]
+            frame = (frame if origin is None else frame - origin).to(kind)
+            started = clock.perf_counter()
+            bank.push(frame, at)
+            seconds.append(clock.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return seconds
+
+
+def keys_of(bank: Memory, memory: MemoryTokens) -> Tensor:
+    """What searches look at, `[n, D]` float32: each entry's mean token.
+
+    Of a bank in 8 or 4 bits it is the mean of the tokens it gives back, so that what rounding costs is seen.
+    """
+    entries = bank.entries()
+    return means(memory, entries.frame) if not isinstance(bank, DualMemory) and bank.quantized else entries.descriptor
+
+
+def means(memory: MemoryTokens, frames: Tensor) -> Tensor:
+    """Mean token `[n, D]` of each entry, from its tokens."""
+    entry = torch.searchsorted(frames.contiguous(), memory.frame)
+    sums = memory.tokens.new_zeros((len(frames), memory.tokens.shape[1])).index_add(0, entry, memory.tokens)
+    return sums / torch.bincount(entry, minlength=len(frames))[:, None]
