@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 
 from tests.colours import BLUE, GREEN, GREY, RED, Colours, frames_of
-from vmemory.banks import BankFileError, HierarchicalBank, MergingBank
+from vmemory.banks import POLICIES, BankFileError, HierarchicalBank, MergingBank
 from vmemory.stream import Frame
 from vmemory.stream.encoder import calibrate
+from vmemory.stream.held import dropped
 from vmemory.stream.memory_stream import MemoryStream
 from vmemory.stream.search import Found, centred_search, spread
 from vmemory.stream.thumbnails import Thumbnails, nearest
 from vmemory.stream.trace import Trace
-from vmemory.stream.video_bank import POLICIES, video_bank
+from vmemory.stream.video_bank import video_bank
 
 FILM = [RED] * 10 + [GREEN] * 10 + [BLUE] * 10
 
@@ -83,7 +84,8 @@ def test_every_entry_has_the_thumbnail_of_a_frame_in_its_span(policy: str) -> No
         stream.push(frames[i : i + 5])
         entries = stream.entries
         assert stream.thumbnails is not None
-        assert len(stream.thumbnails) == len(entries.frame)
+        # a frame that both memories of the dual one hold has one picture
+        assert len(stream.thumbnails) == len(entries.first.unique())
         for place, (first, last, time) in enumerate(zip(entries.first, entries.last, entries.time, strict=True)):
             data = stream.thumbnail(entries, place)
             assert data is not None
@@ -103,15 +105,15 @@ def test_a_stream_without_thumbnails() -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_history_says_where_every_frame_is(policy: str) -> None:
     stream = _watch(_stream(policy, 9), _noisy(1, 50), 3)
-    history, entries, counts = stream.history, stream.entries, stream.bank.counts()
+    history, entries = stream.history, stream.entries
     assert history.frame.tolist() == list(range(50))
     assert history.time.tolist() == [float(i) for i in range(50)]
     if policy == "merging":
         assert (history.entry >= 0).all()
         assert np.bincount(history.entry).tolist() == entries.frames.tolist()
     else:
-        assert history.frame[history.entry >= 0].tolist() == entries.frame.tolist()
-        assert (history.entry < 0).sum() == counts["dropped"]
+        assert history.frame[history.entry >= 0].tolist() == entries.frame.unique().tolist()
+        assert (history.entry < 0).sum() == dropped(stream.bank) > 0
     held = history.entry >= 0
     assert history.level[held].tolist() == entries.level[torch.from_numpy(history.entry[held])].tolist()
     assert (history.level[~held] == -1).all()
@@ -121,8 +123,11 @@ def test_history_says_where_every_frame_is(policy: str) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_bytes_in_use_are_those_of_the_entries(policy: str) -> None:
     stream = _watch(_stream(policy, 9), _noisy(2, 40))
-    state = stream.bank.state
-    by_entry = (state.slots, state.mass, state.descriptor, state.norm, state.entry, state.clock, state.order)
+    state = stream.bank.state._asdict()
+    # counters are there from the first frame on
+    by_entry = [
+        t for name, t in state.items() if name not in ("counter", "link", "seen", "entered", "written", "overwrites")
+    ]
     assert stream.bytes_in_use == sum(t.numel() * t.element_size() for t in by_entry) <= stream.bank.nbytes
 
 
@@ -204,9 +209,22 @@ def test_video_bank() -> None:
     assert bank.layout.descriptors == 1
     for policy in POLICIES:
         assert video_bank(policy, 9, 8, budget="100KiB").nbytes <= 100 * 1024
+    assert [video_bank("merging", 9, 8, entries=2, keep=keep).layout.grids for keep in (None, 9, 2)] == [
+        ((3, 3),),
+        ((9, 9),),
+        ((2, 2),),
+    ]
+    assert video_bank("merging", 7, 8, entries=2).layout.grids == ((7, 7),)
+    state = torch.random.get_rng_state()
+    weights = [dict(video_bank("dual", 9, 8, entries=9).named_parameters()) for _ in range(2)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
     for arguments, message in (
-        ({"policy": "best"}, "bank: expected one of hierarchical, merging, .*recent, got 'best'"),
-        ({"policy": "merging", "rule": "paper"}, "rule: only the hierarchical bank has rules"),
+        ({"policy": "best"}, "bank: expected one of hierarchical, merging, .*dual, got 'best'"),
+        ({"policy": "merging", "rule": "paper"}, "rule: only the hierarchical bank and the dual one have rules"),
+        ({"policy": "hierarchical", "keep": 3}, "keep: the hierarchical bank has sizes of its own, got 3"),
+        ({"policy": "merging", "keep": 0}, "keep: expected 1 to 9 tokens a side, got 0"),
+        ({"policy": "dual", "entries": 1}, "entries: expected at least 2"),
         ({"policy": "hierarchical", "rule": "x"}, "rule: expected one of"),
         ({"policy": "hierarchical", "entries": 2}, "entries: expected at least 3"),
         ({"policy": "recent", "entries": None, "budget": "10B"}, "budget: expected at least"),

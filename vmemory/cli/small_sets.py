@@ -15,7 +15,7 @@ from vmemory.eval import bikes, walk
 def print_walk(console: Console, encoder: FrameEncoder) -> None:
     """Who finds the held-out photos of the walk, and which are missed."""
     features, queries, names = walk.walk(encoder)
-    unbounded, groups = walk.by_bytes(features, queries)
+    unbounded, groups = walk.by_bytes(features, queries, walk.BUDGETS)
     shown = len(features.time)
     for caption, group in zip(("all photos", *walk.BUDGETS), ([unbounded], *groups), strict=True):
         table = _table("memory", "held", "bytes", "found", "missed")
@@ -35,7 +35,7 @@ def print_walk(console: Console, encoder: FrameEncoder) -> None:
 def print_bikes(console: Console, encoder: FrameEncoder) -> None:
     """Who answers with the right shot of the clip, and what is answered wrongly."""
     features, queries = bikes.bikes(encoder)
-    unbounded, groups = bikes.by_bytes(features, queries, encoder)
+    unbounded, groups = bikes.by_bytes(features, queries, encoder, bikes.BUDGETS)
     frames, pictures, sentences = len(features.time), len(queries.pooled), len(queries.text)
     for caption, group in zip(("all frames", *bikes.BUDGETS), ([unbounded], *groups), strict=True):
         table = _table("memory", "held", "bytes", "pictures", "sentences", "missed")

@@ -98,7 +98,7 @@ def evaluate(bank: Memory, setup: Setup, features: Features, queries: ShotQuerie
 
 
 def by_bytes(
-    features: Features, queries: ShotQueries, encoder: Encoder, budgets: Sequence[str | int] = BUDGETS
+    features: Features, queries: ShotQueries, encoder: Encoder, budgets: Sequence[str | int]
 ) -> tuple[ShotScore, list[list[ShotScore]]]:
     """A memory of all frames; and for each number of bytes every policy."""
     side, dim = features.tokens.shape[2:]

@@ -44,9 +44,7 @@ def _read(path: Path) -> np.ndarray:
         return np.array(opened.convert("RGB"))
 
 
-def by_bytes(
-    features: Features, queries: Queries, budgets: Sequence[str | int] = BUDGETS
-) -> tuple[Score, list[list[Score]]]:
+def by_bytes(features: Features, queries: Queries, budgets: Sequence[str | int]) -> tuple[Score, list[list[Score]]]:
     """A memory of all photos; and for each number of bytes every policy, calibrated on the whole walk."""
     side, dim = features.tokens.shape[2:]
     everything = Setup("recent", keep=side).bank(side, dim, entries=len(features.time))
