@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from vmemory.data import FetchError, fetch_bikes, fetch_walk
@@ -15,7 +13,7 @@ pytestmark = pytest.mark.assets
 
 
 @pytest.fixture(scope="module")
-def encoder() -> Iterator[FrameEncoder]:
+def encoder() -> FrameEncoder:
     try:
         encoder = FrameEncoder()
         encoder.text("a rabbit")
@@ -23,7 +21,7 @@ def encoder() -> Iterator[FrameEncoder]:
         fetch_bikes()
     except (AssetError, FetchError) as error:
         pytest.skip(str(error))
-    yield encoder
+    return encoder
 
 
 def test_the_walk(encoder: FrameEncoder) -> None:
