@@ -45,7 +45,8 @@ def localize(
         (print_walk if name == "walk" else print_bikes)(console, encoder)
         return
     film, trailer = (video_features(path, encoder, 2.0) for path in (fetch_film(), fetch_trailer()))
-    scores = measure(film, trailer, everything=True)
+    with Console(stderr=True).status("every memory watches the film; this takes minutes"):
+        scores = measure(film, trailer, everything=True)
     print_scores(console, scores)
     if out is not None:
         page = write_report(out, Report(scores=scores, attribution=ATTRIBUTION))
