@@ -11,35 +11,20 @@ import torch
 pytest.importorskip("transformers")
 
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tests.tiny_vlms import FAMILIES, IMAGE, VIDEO, VISION_END, VISION_START, tiny
+from tests.tiny_vlms import FAMILIES, tiny
+from tests.tiny_words import byte_words
 from vmemory.attach import adapter_of
 from vmemory.models.pixels import CLIP_MEAN, CLIP_STD, patch_rows, scaled, size_for
 from vmemory.stream import Frame, FrameSource, VideoSession
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-TEMPLATE = (
-    "{% for m in messages %}{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}"
-    "{% elif c.type == 'image' %}<image>{% else %}<|video_pad|>{% endif %}{% endfor %}{% endfor %}"
-)
-
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")
-def words() -> transformers.PreTrainedTokenizerFast:
-    """Bytes, and the special tokens of the tiny models at their ids."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:189]
-    vocabulary = {"<|pad|>": 0, **{letter: i + 1 for i, letter in enumerate(letters)}}
-    special = {IMAGE: "<image>", VIDEO: "<|video_pad|>", VISION_START: "<|vision_start|>", VISION_END: "<|vision_end|>"}
-    vocabulary |= {name: i for i, name in special.items()} | {f"<{i}>": i for i in range(194, 200)}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", chat_template=TEMPLATE)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(special.values())})
-    assert tokenizer.convert_tokens_to_ids("<|video_pad|>") == VIDEO
-    return tokenizer
+def words():
+    return byte_words()
 
 
 def film(frames: int, height: int = 32, width: int = 32) -> torch.Tensor:

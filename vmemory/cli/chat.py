@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from vmemory.banks import POLICIES, format_bytes
+from vmemory.banks import POLICIES, MemoryConfig, format_bytes
 from vmemory.cli.common import check_writable, timecode
 from vmemory.cli.errors import user_input
 from vmemory.cli.watch import stop_on_interrupt
@@ -45,9 +45,9 @@ def chat(
         check_writable(save, folder=False)
     console = Console()
     with user_input():
+        settings = MemoryConfig(memory_policy=bank, memory_budget=budget)
         source = open_video(video, fps)
         loaded, processor = load_model(model, device_for(device), dtype)
-        settings = {"memory_policy": bank, "memory_budget": budget}
         session = VideoSession(loaded, processor, config=settings, fps=fps, frame_tokens=frame_tokens)
 
         def answer(question: str) -> None:

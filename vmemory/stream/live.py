@@ -13,6 +13,9 @@ from typing import Any
 from vmemory.stream._readers import SourceError
 from vmemory.stream.source import Frame
 
+# else ffmpeg looks at five seconds of a stream before it gives the first frame
+_PROMPTLY = {"fflags": "nobuffer", "flags": "low_delay", "probesize": "65536", "analyzeduration": "500000"}
+
 
 class LiveSource:
     """Iterable of `Frame` from what keeps coming: `rtsp://…`, `udp://…`, `tcp://…`, or a camera such as `/dev/video0`.
@@ -40,7 +43,8 @@ class LiveSource:
         self.duration: float | None = None
         self.warning: str | None = None
         try:
-            self._container = av.open(address, format="v4l2" if address.startswith("/dev/") else None)
+            kind = "v4l2" if address.startswith("/dev/") else None
+            self._container = av.open(address, format=kind, options=_PROMPTLY)
             self._stream = self._container.streams.video[0]
         except (av.FFmpegError, ValueError, IndexError) as error:
             raise SourceError(f"{address}: not a live video ({getattr(error, 'strerror', None) or error})") from error
