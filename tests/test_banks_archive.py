@@ -12,34 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.memories import DIM, GRID, POLICIES, clip, holds, make, same, seconds, skip
 from vmemory import banks
-from vmemory.banks.hierarchical import split
-from vmemory.reference.bank_layout import SEEN, SKIPPED, BankState
 
 pytest.importorskip("vmemory._host", reason="vmemory._host is not built")
 
-GRID, DIM, ENTRIES = (4, 6), 8, 6
-POLICIES = sorted(set(banks.POLICIES) - {"dual"})
 # a frame of these tests in a block of the store, and the store's first page
 BLOCK, PAGE = 128 + 4 * 6 * (8 * 4 + 4) + 32, 4096
-
-
-def make(policy: str, **arguments) -> banks.Bank:
-    size = {"capacities": split(ENTRIES, 3)} if policy == "hierarchical" else {"capacity": ENTRIES}
-    return banks.make(policy, **({"dim": DIM, "grid": GRID} | size | arguments))
-
-
-def clip(frames: int, seed: int = 0) -> Tensor:
-    return torch.randn(frames, *GRID, DIM, generator=torch.Generator().manual_seed(seed)).cumsum(0)
-
-
-def seconds(frames: int) -> Tensor:
-    return torch.arange(frames, dtype=torch.float64)
-
-
-def same(a: BankState, b: BankState) -> None:
-    for name, x, y in zip(BankState._fields, a, b, strict=True):
-        assert torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)), name
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -93,7 +72,7 @@ def test_every_frame_kept_repeats_the_past_under_any_policy(policy: str, where: 
     then.push(video[:25], seconds(25))
     same(bank.fork(24.5).state, then.state)
     never.push(video[:10], seconds(10))
-    never.counter[0, [SEEN, SKIPPED]] += 6
+    skip(never, 6)
     never.push(video[16:], seconds(40)[16:])
     bank.erase(10, 15)
     same(bank.state, never.state)
@@ -106,7 +85,7 @@ def test_evicted_frames_repeat_the_past_of_memories_that_do_not_reduce(policy: s
     bank.archive = banks.Archive("1MiB")
     bank.push(clip(40), seconds(40))
     never.push(clip(40)[:10], seconds(10))
-    never.counter[0, [SEEN, SKIPPED]] += 28
+    skip(never, 28)
     never.push(clip(40)[38:], seconds(40)[38:])
     bank.erase(10, 37)
     same(bank.state, never.state)
@@ -131,24 +110,10 @@ def test_no_byte_of_the_span_is_left(policy: str, keep: str, tmp_path) -> None:
     assert pattern in path.read_bytes()
     bank.erase(20, 39)
     bank.archive.flush()
-    everything = [*bank.buffers(), *bank.archive.box.tensors()]
-    assert not any(pattern in t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in everything)
+    everything = [*bank.buffers(), *bank.archive.box.frames()]
+    assert not holds(pattern, everything)
     assert pattern not in path.read_bytes()
     assert not bool((bank.recall(0, 99).start >= 20).any())
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_frames_from_before_a_reset_are_not_taken_for_later_ones(policy: str) -> None:
-    bank, then = make(policy), make(policy)
-    bank.archive = banks.Archive("1MiB", keep="frames")
-    bank.push(clip(40), seconds(40))
-    bank.reset()
-    bank.push(clip(20, seed=1), seconds(20) + 100)
-    then.push(clip(20, seed=1)[:9], seconds(9) + 100)
-    same(bank.fork(108.5).state, then.state)
-    then.counter[0, [SEEN, SKIPPED]] += 11
-    bank.erase(109, 130)
-    same(bank.state, then.state)
 
 
 def test_the_oldest_leave_when_the_budget_is_full(tmp_path) -> None:
@@ -186,7 +151,7 @@ def test_preserved_pushes_leave_nothing_behind(policy: str) -> None:
     with bank.preserved():
         bank.push(clip(20, seed=1), seconds(20) + 20)
     assert torch.equal(bank.recall(0, 99).tokens, before)
-    assert not any(t.any() for t in bank.archive.box.tensors())
+    assert not any(t.any() for t in bank.archive.box.frames())
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -296,25 +261,3 @@ def test_errors_name_what_is_wrong() -> None:
         bank.erase(0, 1)
     same(bank.state, before)
     assert bank.archive.counts()["held"] == 7
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_captured_push_fills_the_outbox_without_waiting(policy: str) -> None:
-    bank, host = make(policy, device="cuda"), make(policy)
-    bank.archive, host.archive = banks.Archive("1MiB"), banks.Archive("1MiB")
-    buffer = clip(20)[:1].cuda()
-    with bank.preserved():
-        bank.push(buffer)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            bank.push(buffer)
-    for frame in clip(20):
-        buffer.copy_(frame[None])
-        graph.replay()
-        host.push(frame[None])
-    for memory in (bank, host):
-        memory.archive.flush()
-    assert bank.archive.counts() == host.archive.counts()
-    assert torch.equal(bank.read().source.cpu(), host.read().source)

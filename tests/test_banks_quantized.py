@@ -173,8 +173,6 @@ def test_refuses() -> None:
         banks.HierarchicalBank(DIM, GRID, (2, 2), [None, (3, 5)], dtype="int4")
     with pytest.raises(ValueError, match="level: expected 'mean' for a bank in int8, got 'flat'"):
         make("episodic", dtype="int8", level="flat")
-    with pytest.raises(ValueError, match="archive: expected a bank of a floating dtype, got int8"):
-        bank.archive = banks.Archive("1MiB")
     with pytest.raises(ValueError, match="dtype: expected a floating dtype, got 'int8'"):
         make("dual", dtype="int8")
     assert bank.counts()["seen"] == 0

@@ -10,44 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.memories import DIM, ENTRIES, GRID, POLICIES, clip, holds, make, roomy, same, seconds, skip
 from vmemory import banks
-from vmemory.banks.hierarchical import split
 from vmemory.ops.bank import bank_push_
-from vmemory.reference.bank_layout import FRAME, LENGTH, SEEN, SKIPPED, BankState
+from vmemory.reference.bank_layout import FRAME, LENGTH
 
-GRID, DIM, ENTRIES = (4, 6), 8, 6
-POLICIES = sorted(set(banks.POLICIES) - {"dual"})
 COMPARING = {"hierarchical", "merging", "episodic"}
-
-
-def make(policy: str, entries: int = ENTRIES, **arguments) -> banks.Bank:
-    size = {"capacities": split(entries, 3)} if policy == "hierarchical" else {"capacity": entries}
-    return banks.make(policy, **({"dim": DIM, "grid": GRID} | size | arguments))
-
-
-def roomy(policy: str, entries: int, **arguments) -> banks.Bank:
-    """A bank whose first tier holds so many frames as they come."""
-    return make(policy, entries, **({"capacities": (entries, 2)} if policy == "hierarchical" else {}), **arguments)
-
-
-def clip(frames: int, seed: int = 0) -> Tensor:
-    return torch.randn(frames, *GRID, DIM, generator=torch.Generator().manual_seed(seed)).cumsum(0)
-
-
-def seconds(frames: int) -> Tensor:
-    return torch.arange(frames, dtype=torch.float64)
-
-
-def same(a: BankState, b: BankState) -> None:
-    for name, x, y in zip(BankState._fields, a, b, strict=True):
-        assert torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)), name
-
-
-def skip(bank: banks.Bank, frames: int, stream: int = 0) -> None:
-    """Number on, as if frames had been left out of the stream."""
-    bank.counter[stream, [SEEN, SKIPPED]] += frames
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -233,11 +202,7 @@ def test_no_byte_of_the_span_is_left_in_buffers_or_file(policy: str, frames: int
     bank.push(video, seconds(frames))
 
     def found() -> list[str]:
-        return [
-            n
-            for n, t in bank.named_buffers()
-            if pattern in t.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-        ]
+        return [n for n, t in bank.named_buffers() if holds(pattern, [t])]
 
     bank.save(path)
     assert "slots" in found()

@@ -11,26 +11,35 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 
 namespace vmemory::host {
 
 namespace {
 
-constexpr uint64_t kMagic = 0x314b434c424d4556;  // "VEMBLCK1"
-constexpr size_t kQueue = 64;
+constexpr uint64_t kMagic = 0x324b434c424d4556;  // "VEMBLCK2"
 constexpr uint64_t kTag = 1024;
 
+uint64_t mixed(uint64_t hash, uint64_t word) {
+  hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
+  return hash ^ hash >> 29;
+}
+
+// four sums beside each other: one alone waits for its own multiplications
 uint64_t checksum(const void* bytes, uint64_t size, uint64_t seed) {
   const char* at = static_cast<const char*>(bytes);
-  uint64_t hash = seed ^ 0xcbf29ce484222325u;
-  for (uint64_t i = 0; i < size; i += 8) {
-    uint64_t word = 0;
-    std::memcpy(&word, at + i, std::min<uint64_t>(8, size - i));
-    hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
-    hash ^= hash >> 29;
+  uint64_t hash[4], word[4];
+  for (uint64_t lane = 0; lane < 4; ++lane) hash[lane] = mixed(seed, lane);
+  uint64_t i = 0;
+  for (; i + sizeof word <= size; i += sizeof word) {
+    std::memcpy(word, at + i, sizeof word);
+    for (int lane = 0; lane < 4; ++lane) hash[lane] = mixed(hash[lane], word[lane]);
   }
-  return hash;
+  std::memset(word, 0, sizeof word);
+  std::memcpy(word, at + i, size - i);
+  for (int lane = 0; lane < 4; ++lane) seed = mixed(seed, mixed(hash[lane], word[lane]));
+  return seed;
 }
 
 uint64_t seal(const BlockHeader& header, const void* payload) {
@@ -50,8 +59,11 @@ uint64_t seal(const Page& page) { return checksum(page.tag, kTag, page.magic ^ p
 
 }  // namespace
 
-Archive::Archive(uint64_t budget, uint64_t payload, const std::string& path, const std::string& tag)
-    : payload_(payload), stride_((sizeof(BlockHeader) + payload + 63) / 64 * 64) {
+Archive::Archive(uint64_t budget, const std::vector<uint64_t>& cells, const std::vector<uint64_t>& widths,
+                 const std::string& path, const std::string& tag)
+    : cells_(cells), widths_(widths) {
+  payload_ = *std::max_element(cells.begin(), cells.end()) * std::accumulate(widths.begin(), widths.end(), uint64_t{0});
+  stride_ = (sizeof(BlockHeader) + payload_ + 63) / 64 * 64;
   if (budget < kPage + stride_)
     throw std::invalid_argument("budget: expected at least " + std::to_string(kPage + stride_) +
                                 " bytes for one frame, got " + std::to_string(budget));
@@ -98,6 +110,7 @@ void Archive::open(const std::string& path, const std::string& tag) {
     if (flock(file_, LOCK_EX | LOCK_NB) != 0) fail(path, "another archive has this file open");
     struct stat facts;
     if (fstat(file_, &facts) != 0) fail(path, std::strerror(errno));
+    if (!S_ISREG(facts.st_mode)) fail(path, "expected a regular file");
     fresh = facts.st_size == 0;
     if (!fresh && static_cast<uint64_t>(facts.st_size) != bytes_)
       fail(path, "expected an archive of " + std::to_string(bytes_) + " bytes, got " + std::to_string(facts.st_size));
@@ -128,6 +141,7 @@ void Archive::open(const std::string& path, const std::string& tag) {
 }
 
 void Archive::recover() {
+  used_.assign(capacity_, 0);
   for (uint64_t place = 0; place < capacity_; ++place) {
     BlockHeader header;
     if (file_ >= 0) {
@@ -137,6 +151,7 @@ void Archive::recover() {
       if (whole) {
         add(header.sequence, {place, header.facts});
         next_ = std::max(next_, header.sequence + 1);
+        used_[place] = header.size;
         continue;
       }
       // the rest of a block that a killed process did not finish
@@ -168,20 +183,30 @@ void Archive::drop(uint64_t sequence) {
   blocks_.erase(found);
 }
 
-void Archive::write(const Pending& pending) {
+void Archive::write(uint64_t row) {
+  Facts facts;
+  std::memcpy(facts.numbers.data(), staging_.numbers + row * facts.numbers.size(), sizeof facts.numbers);
+  std::memcpy(facts.clock.data(), staging_.clock + row * facts.clock.size(), sizeof facts.clock);
+  const uint64_t cells = cells_.at(static_cast<uint64_t>(facts.numbers[5] + 1));
   std::lock_guard lock(store_lock_);
   if (free_.empty()) drop(blocks_.begin()->first);
   const uint64_t place = free_.back();
   free_.pop_back();
   char* block = at(place);
-  BlockHeader header{kMagic, next_++, pending.facts, pending.payload.size(), 0, {}};
-  header.checksum = seal(header, pending.payload.data());
+  BlockHeader header{kMagic, next_++, facts, 0, 0, {}};
   // the header goes last: until then the block counts as torn, whatever the payload holds
   std::memset(block, 0, sizeof header);
   reinterpret_cast<BlockHeader*>(block)->sequence = header.sequence;
   std::atomic_signal_fence(std::memory_order_seq_cst);
-  std::memcpy(block + sizeof header, pending.payload.data(), header.size);
-  std::memset(block + sizeof header + header.size, 0, stride_ - sizeof header - header.size);
+  char* payload = block + sizeof header;
+  for (size_t part = 0; part < widths_.size(); ++part) {
+    std::memcpy(payload + header.size, staging_.parts[part] + row * apart_ * widths_[part], cells * widths_[part]);
+    header.size += cells * widths_[part];
+  }
+  // nothing of a frame that lay here and was longer
+  if (used_[place] > header.size) std::memset(payload + header.size, 0, used_[place] - header.size);
+  used_[place] = header.size;
+  header.checksum = seal(header, payload);
   std::atomic_signal_fence(std::memory_order_seq_cst);
   std::memcpy(block, &header, sizeof header);
   add(header.sequence, {place, header.facts});
@@ -190,40 +215,51 @@ void Archive::write(const Pending& pending) {
 void Archive::work() {
   std::unique_lock lock(queue_lock_);
   while (true) {
-    changed_.wait(lock, [this] { return stop_ || !queue_.empty(); });
-    if (queue_.empty()) return;
-    Pending pending = std::move(queue_.front());
-    queue_.pop_front();
-    busy_ = true;
+    changed_.wait(lock, [this] { return stop_ || pending_ > 0; });
+    if (pending_ == 0) return;
+    const uint64_t n = pending_;
     lock.unlock();
-    write(pending);
+    for (uint64_t row = 0; row < n; ++row) write(row);
     lock.lock();
-    busy_ = false;
+    pending_ = 0;
     changed_.notify_all();
   }
 }
 
-bool Archive::put(const void* payload, uint64_t size, const Facts& facts, bool wait) {
-  if (size > payload_)
-    throw std::invalid_argument("payload: expected at most " + std::to_string(payload_) + " bytes, got " +
-                                std::to_string(size));
-  const char* bytes = static_cast<const char*>(payload);
-  Pending pending{facts, std::vector<char>(bytes, bytes + size)};
-  std::unique_lock lock(queue_lock_);
-  if (queue_.size() >= kQueue) {
-    if (!wait) return false;
-    changed_.wait(lock, [this] { return queue_.size() < kQueue; });
-  }
-  queue_.push_back(std::move(pending));
-  changed_.notify_all();
-  return true;
+void Archive::stage(const Staging& staging, uint64_t rows) {
+  wait();
+  std::lock_guard lock(queue_lock_);
+  staging_ = staging;
+  apart_ = rows;
 }
 
-void Archive::flush() {
-  {
-    std::unique_lock lock(queue_lock_);
-    changed_.wait(lock, [this] { return queue_.empty() && !busy_; });
+void Archive::put(uint64_t n) {
+  std::unique_lock lock(queue_lock_);
+  changed_.wait(lock, [this] { return pending_ == 0; });
+  if (n > staging_.room)
+    throw std::invalid_argument("n: expected at most " + std::to_string(staging_.room) + ", got " + std::to_string(n));
+  // what the thread cannot write is refused here, where somebody can be told
+  for (uint64_t row = 0; row < n; ++row) {
+    const int64_t level = staging_.numbers[row * 6 + 5];
+    if (level < -1 || level + 1 >= static_cast<int64_t>(cells_.size()))
+      throw std::invalid_argument("level: expected one of the archive's, got " + std::to_string(level));
   }
+  pending_ = n;
+  changed_.notify_all();
+}
+
+bool Archive::busy() {
+  std::lock_guard lock(queue_lock_);
+  return pending_ > 0;
+}
+
+void Archive::wait() {
+  std::unique_lock lock(queue_lock_);
+  changed_.wait(lock, [this] { return pending_ == 0; });
+}
+
+void Archive::sync() {
+  wait();
   std::lock_guard lock(store_lock_);
   if (file_ >= 0 && msync(data_, bytes_, MS_SYNC) != 0)
     throw std::runtime_error(std::string("archive: ") + std::strerror(errno));
@@ -259,17 +295,22 @@ uint64_t Archive::read(uint64_t sequence, void* out, uint64_t room) {
   return header.size;
 }
 
-uint64_t Archive::erase(int64_t stream, double t0, double t1) {
-  flush();
+uint64_t Archive::erase(int64_t stream, double t0, double t1, bool any) {
+  wait();
   std::lock_guard lock(store_lock_);
-  const std::vector<uint64_t> gone = overlapping(stream, t0, t1, false);
+  const std::vector<uint64_t> gone = overlapping(stream, t0, t1, any);
   for (uint64_t sequence : gone) {
-    std::memset(at(blocks_.at(sequence).place), 0, stride_);
+    const uint64_t place = blocks_.at(sequence).place;
+    std::memset(at(place), 0, stride_);
+    used_[place] = 0;
     drop(sequence);
   }
-  if (file_ >= 0 && msync(data_, bytes_, MS_SYNC) != 0)
-    throw std::runtime_error(std::string("archive: ") + std::strerror(errno));
   return gone.size();
+}
+
+uint64_t Archive::next() {
+  std::lock_guard lock(store_lock_);
+  return next_;
 }
 
 uint64_t Archive::held() {

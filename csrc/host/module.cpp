@@ -9,6 +9,7 @@
 namespace py = pybind11;
 using vmemory::host::Archive;
 using vmemory::host::Facts;
+using vmemory::host::Staging;
 
 namespace {
 
@@ -22,11 +23,18 @@ py::dict build_info() {
   return facts;
 }
 
-bool put_frame(Archive& archive, const py::buffer& payload, const std::array<int64_t, 6>& numbers,
-               const std::array<double, 3>& clock, bool wait) {
-  const py::buffer_info bytes = payload.request();
+// parts, then numbers [n, 6] int64 and clock [n, 3] float64, all contiguous and of n rows
+void stage(Archive& archive, const std::vector<py::buffer>& buffers, uint64_t rows) {
+  Staging staging{};
+  if (buffers.size() < 2) throw std::invalid_argument("buffers: expected parts, numbers and clock");
+  for (size_t i = 0; i + 2 < buffers.size(); ++i)
+    staging.parts.push_back(static_cast<const char*>(buffers[i].request().ptr));
+  const py::buffer_info numbers = buffers[buffers.size() - 2].request();
+  staging.numbers = static_cast<const int64_t*>(numbers.ptr);
+  staging.clock = static_cast<const double*>(buffers.back().request().ptr);
+  staging.room = static_cast<uint64_t>(numbers.shape.at(0));
   py::gil_scoped_release release;
-  return archive.put(bytes.ptr, static_cast<uint64_t>(bytes.size * bytes.itemsize), {numbers, clock}, wait);
+  archive.stage(staging, rows);
 }
 
 py::list find_frames(Archive& archive, int64_t stream, double t0, double t1, bool any) {
@@ -63,13 +71,19 @@ PYBIND11_MODULE(_host, m) {
   using Release = py::call_guard<py::gil_scoped_release>;
   py::class_<Archive, std::unique_ptr<Archive, Freed>>(
       m, "Archive", "Bounded store of frames in RAM or in a memory-mapped file, written by a thread of its own.")
-      .def(py::init<uint64_t, uint64_t, const std::string&, const std::string&>(), py::arg("budget"),
-           py::arg("payload"), py::arg("path"), py::arg("tag"), Release())
-      .def("put", &put_frame, py::arg("payload"), py::arg("numbers"), py::arg("clock"), py::arg("wait"))
-      .def("flush", &Archive::flush, Release())
+      .def(py::init<uint64_t, const std::vector<uint64_t>&, const std::vector<uint64_t>&, const std::string&,
+                    const std::string&>(),
+           py::arg("budget"), py::arg("cells"), py::arg("widths"), py::arg("path"), py::arg("tag"), Release())
+      // the memory lives as long as the thread that reads it
+      .def("stage", &stage, py::arg("buffers"), py::arg("rows"), py::keep_alive<1, 2>())
+      .def("put", &Archive::put, py::arg("n"), Release())
+      .def("busy", &Archive::busy, Release())
+      .def("wait", &Archive::wait, Release())
+      .def("sync", &Archive::sync, Release())
       .def("find", &find_frames, py::arg("stream"), py::arg("t0"), py::arg("t1"), py::arg("any"))
       .def("read", &read_frame, py::arg("sequence"), py::arg("out"))
-      .def("erase", &Archive::erase, py::arg("stream"), py::arg("t0"), py::arg("t1"), Release())
+      .def("erase", &Archive::erase, py::arg("stream"), py::arg("t0"), py::arg("t1"), py::arg("any"), Release())
+      .def("next", &Archive::next, Release())
       .def("held", &Archive::held, Release())
       .def_property_readonly("capacity", &Archive::capacity);
 }

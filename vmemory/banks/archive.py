@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vmemory.banks.budget import parse_bytes
 from vmemory.banks.erase import Frame, whole
+from vmemory.banks.handover import Handover
 from vmemory.banks.outbox import LEVEL, Outbox
+from vmemory.banks.quantized import AnyState
 from vmemory.banks.tokens import MemoryTokens, row_tables
 from vmemory.ops._checks import check_choice, check_int
-from vmemory.reference.bank_layout import BankLayout
+from vmemory.ops.quantize_slots import dequantize_slots, quantize_slots
+from vmemory.reference.bank_layout import FRAMES, LAST, SEEN, BankLayout
 
 _Found = tuple[int, list[int], list[float]]
 
@@ -25,9 +28,13 @@ _Found = tuple[int, list[int], list[float]]
 class Archive:
     """A bounded store of frames on the host, oldest out first, written by a thread of its own.
 
-    A push copies frames into an outbox of fixed size on the device, without synchronising the host; `drain` hands them
-    to the thread. On the CPU every push drains. On other devices call `drain()` when convenient, at least once in
-    `outbox` frames: what finds the outbox full is dropped and counted.
+    A push copies frames into an outbox of fixed size on the device, without synchronising the host. From there they go
+    to the thread: on the CPU after every push, on a CUDA device, where a stream of its own copies them to pinned
+    memory, when the outbox may be full; either is left for a later push while the batch before is on its way. What
+    finds the outbox full is dropped and counted. Pushes that are compiled or replayed from a CUDA graph only fill the
+    outbox: call `drain()` once in `outbox` frames. The way of a CUDA device has not run on one yet.
+
+    A bank in 8 or 4 bits is archived in codes and scales, as it holds them; `recall` gives float32.
 
     Args:
         budget: `"1GiB"` or bytes, of RAM or of the file; takes whole blocks as large as the bank's largest entry.
@@ -61,81 +68,91 @@ class Archive:
         except (ImportError, AttributeError) as error:
             raise RuntimeError(f"Archive: vmemory._host is not built ({error}); see python -m vmemory.info") from None
         self._store: Any = None
-        self._box: Outbox | None = None
-        self._paused, self._refused, self._pending = False, 0, 0
+        self._way: Handover | None = None
+        self._paused, self._pending = False, 0
+        # of each stream: blocks below a sequence do not tell of frames from a number on, which have come anew since
+        self._branches: dict[int, list[tuple[int, int]]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """Copies of a bank have no archive: a file has one writer."""
         return None
 
-    def attach(self, layout: BankLayout, levels: tuple[int, ...], slots: Tensor) -> None:
+    def attach(self, layout: BankLayout, levels: tuple[int, ...], state: AnyState) -> None:
         """Make store and outbox for a bank; what banks do when they are given an archive.
 
         Raises:
             ValueError: The archive belongs to another bank, or the budget holds no frame.
             RuntimeError: The file cannot be used; the message says why.
         """
-        if self._box is not None:
+        if self._way is not None:
             raise ValueError("archive: expected one that no bank has yet, got one in use")
         self.layout, self.levels = layout, levels
-        box = Outbox(max(self.outbox, slots.shape[0]), layout, slots)
-        rows = box.tokens.shape[1] if self.keep == "frames" else max(layout.cells, default=1)
-        tag = f"{layout.grid} {layout.dim} {layout.grids} {slots.dtype} {self.keep}"
-        size = rows * (layout.dim * slots.element_size() + 4)
-        self._store = self._make(self.budget, size, "" if self.path is None else str(self.path), tag)
-        self._box = box
+        H, W = layout.grid
+        whole_frame = H * W if self.keep == "frames" else 0
+        box = Outbox(max(self.outbox, state.slots.shape[0]), max(whole_frame, *layout.cells, 1), layout, state)
+        tag = f"{layout.grid} {layout.dim} {layout.grids} {state.slots.dtype} {self.keep}"
+        self._widths = [math.prod(part.shape[2:]) * part.element_size() for part in box.parts]
+        path = "" if self.path is None else str(self.path)
+        self._store = self._make(self.budget, [whole_frame, *layout.cells], self._widths, path, tag)
+        self._way = Handover(box, self._store)
+        self.branch(state.counter[:, SEEN])
 
-    def moved(self, slots: Tensor) -> None:
+    def moved(self, state: AnyState) -> None:
         """Follow a bank whose tensors went to another device or dtype."""
-        if self._box is not None and slots.device != self._box.tokens.device:
-            self.drain()
-            self._box = Outbox(self._box.room, self.layout, slots)
-        if self._box is not None and slots.dtype != self._box.tokens.dtype:
-            raise ValueError(f"archive: expected a bank of {self._box.tokens.dtype}, got {slots.dtype}")
+        if self._way is None:
+            return
+        old = self._way.box
+        if state.slots.dtype != old.parts[0].dtype:
+            raise ValueError(f"archive: expected a bank of {old.parts[0].dtype}, got {state.slots.dtype}")
+        if state.slots.device != old.device:
+            self._way.settle()
+            box = Outbox(old.room, old.parts[0].shape[1], self.layout, state)
+            box.count.copy_(old.count)
+            self._way = Handover(box, self._store)
+
+    @property
+    def _handover(self) -> Handover:
+        if self._way is None:
+            raise ValueError("archive: expected one that a bank has, got one without")
+        return self._way
 
     @property
     def box(self) -> Outbox:
         """The outbox on the device."""
-        if self._box is None:
-            raise ValueError("archive: expected one that a bank has, got one without")
-        return self._box
+        return self._handover.box
 
     def counts(self) -> dict[str, int]:
-        """Entries `held`, `capacity`, and `lost`: found the outbox or the thread's queue full. Synchronises."""
-        return {
-            "held": self._store.held(),
-            "capacity": self._store.capacity,
-            "lost": int(self.box.count[1]) + self._refused,
-        }
+        """Entries `held`, `capacity`, and `lost`: found the outbox full. Synchronises."""
+        self._handover.settle()
+        return {"held": self._store.held(), "capacity": self._store.capacity, "lost": int(self.box.count[1])}
 
     def drain(self) -> None:
-        """Hand the outbox to the thread; synchronises the host."""
-        box = self.box
-        filled = int(box.count[0])
-        self._pending = 0
-        if not filled:
-            return
-        tokens, mass, numbers, clock = (t[:filled].cpu() for t in box.tensors()[:4])
-        H, W = self.layout.grid
-        for i, (facts, when) in enumerate(zip(numbers.tolist(), clock.tolist(), strict=True)):
-            n = self.layout.cells[facts[LEVEL]] if facts[LEVEL] >= 0 else H * W
-            payload = np.concatenate([_bytes(tokens[i, :n]), _bytes(mass[i, :n])])
-            self._refused += not self._store.put(payload, facts, when, self.block)
-        box.clear()
+        """Send what the outbox holds on to the thread, unless the batch before is still on its way.
+
+        On the CPU this reads the outbox at once; on a CUDA device it queues a copy and does not wait for it.
+        """
+        if self._handover.step():
+            self._pending = 0
 
     def pushed(self, streams: int) -> None:
-        """After each frame of a push: drain where that costs no waiting for a device, or is asked for."""
+        """After each frame of a push: send on what the outbox holds, where it is time and nobody waits for it."""
         if self._paused or torch.compiler.is_compiling():
             return
+        box = self.box
+        if box.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return
         self._pending += streams
-        on_host = self.box.tokens.device.type == "cpu"
-        if on_host or (self.block and self._pending + streams > self.box.room):
+        full = self._pending + streams > box.room
+        if self.block and full:
+            self._handover.settle()
+            self._pending = 0
+        elif full or box.device.type == "cpu":
             self.drain()
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """What is pushed within the block reaches neither outbox nor store."""
-        self.drain()
+        self._handover.settle()
         lost, self._paused = self.box.count[1].clone(), True
         try:
             yield
@@ -145,14 +162,28 @@ class Archive:
             self.box.count[1] = lost
 
     def flush(self) -> None:
-        """Wait until all that left the memory is stored, in a file also on disk."""
-        self.drain()
-        self._store.flush()
+        """Wait until all that left the memory is stored, in a file also on disk.
+
+        Raises:
+            RuntimeError: The disk does not take it.
+        """
+        self._handover.settle()
+        self._store.sync()
 
     def close(self) -> None:
         """Flush, and let go of the file; the archive cannot be used afterwards."""
         self.flush()
-        self._store = self._box = None
+        self._store = self._way = None
+
+    def branch(self, seen: Tensor) -> None:
+        """Streams go on after `seen [S]` frames: what is stored of later ones is recalled, but repeats no past."""
+        if self._paused:
+            return
+        self._handover.settle()
+        sequence = self._store.next()
+        for stream, number in enumerate(seen.tolist()):
+            earlier = [branch for branch in self._branches.get(stream, []) if branch[1] < number]
+            self._branches[stream] = [*earlier, (sequence, number)]
 
     def check_times(self, stream: int) -> None:
         """Every entry of the stream has a time.
@@ -160,7 +191,7 @@ class Archive:
         Raises:
             ValueError: One came in without.
         """
-        self.flush()
+        self._handover.settle()
         found: list[_Found] = self._store.find(stream, 0.0, 0.0, True)
         timeless = sum(any(t != t for t in clock) for _, _, clock in found)
         if timeless:
@@ -169,23 +200,40 @@ class Archive:
             )
 
     def erase(self, t0: float, t1: float, stream: int = 0) -> int:
-        """Overwrite every entry with a part in [t0, t1] seconds by zeros; the number of entries."""
-        self.flush()
-        # also the place that takes what finds no room
-        self.box.clear()
-        return int(self._store.erase(stream, t0, t1))
+        """Overwrite every entry with a part in [t0, t1] seconds by zeros; the number of entries.
+
+        Raises:
+            RuntimeError: The disk does not take it; no entry can be recalled all the same.
+        """
+        gone = self.forget(stream, (t0, t1))
+        self._store.sync()
+        return gone
+
+    def forget(self, stream: int, span: tuple[float, float] | None) -> int:
+        """`erase`, or with None all of a stream, for every reader; `flush` then brings it to the disk."""
+        if self._paused:
+            return 0
+        self._handover.settle()
+        self._handover.clear()
+        if span is None:
+            self._branches.pop(stream, None)
+        return int(self._store.erase(stream, *(span or (0.0, 0.0)), span is None))
 
     def _load(self, found: _Found) -> tuple[Tensor, Tensor] | None:
         sequence, numbers, _ = found
         cells = self.layout.cells[numbers[LEVEL]] if numbers[LEVEL] >= 0 else self.layout.grid[0] * self.layout.grid[1]
-        like = self.box.tokens
-        split = cells * self.layout.dim * like.element_size()
-        payload = np.empty(split + 4 * cells, dtype=np.uint8)
-        if not self._store.read(sequence, payload):
+        box = self.box
+        payload = torch.empty(cells * sum(self._widths), dtype=torch.uint8)
+        if not self._store.read(sequence, payload.numpy()):
             return None
-        data = torch.from_numpy(payload)
-        tokens = data[:split].clone().view(like.dtype).reshape(cells, self.layout.dim)
-        return tokens.to(like.device), data[split:].clone().view(torch.float32).to(like.device)
+        pieces = payload.split([cells * width for width in self._widths])
+        parts = [
+            piece.clone().view(part.dtype).view(cells, *part.shape[2:]).to(box.device)
+            for piece, part in zip(pieces, box.parts, strict=True)
+        ]
+        if box.bits is not None:
+            parts[0] = dequantize_slots(parts[0], parts[1], dim=self.layout.dim)
+        return parts[0], parts[-1]
 
     def recall(self, t0: float, t1: float, stream: int = 0) -> MemoryTokens:
         """The entries with a part in [t0, t1] seconds, in stream order: fields as in `MemoryTokens`.
@@ -197,7 +245,7 @@ class Archive:
         """
         if not t0 <= t1:
             raise ValueError(f"t0: expected at most t1 ({t1} s), got {t0}")
-        self.flush()
+        self._handover.settle()
         latest = {found[1][1]: found for found in sorted(self._store.find(stream, t0, t1, False))}
         H, W = self.layout.grid
         owned = row_tables(self.layout, self.levels)
@@ -217,22 +265,40 @@ class Archive:
             times = [torch.full(cell.shape, t, dtype=torch.float64, device=cell.device) for t in clock]
             parts.append((tokens[live], frame, times[0], cell, level, mass[live], number * H * W + cell, *times[1:]))
         if not parts:
-            none = torch.zeros(0, dtype=torch.int64, device=self.box.tokens.device)
+            none = torch.zeros(0, dtype=torch.int64, device=self.box.device)
             when = none.double()
-            empty = self.box.tokens.new_zeros((0, self.layout.dim))
+            kind = self.box.parts[0].dtype if self.box.bits is None else torch.float32
+            empty = torch.zeros((0, self.layout.dim), dtype=kind, device=self.box.device)
             return MemoryTokens(empty, none, when, none, none, none.float(), none, when, when)
         return MemoryTokens(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
-    def whole_frames(self, stream: int, held: set[int], taken: int | None) -> dict[int, Frame]:
-        """Frames not `held`, neither reduced nor merged when they left; none where with those it is not all `taken`."""
-        self.flush()
+    def _whole(self, stream: int) -> dict[int, _Found]:
+        """Entries of the past the bank has now, by number, that were neither reduced nor merged when they left."""
+        self._handover.settle()
         grids, grid = self.layout.grids, self.layout.grid
-        found = {
-            f[1][1]: f
-            # a number given again, after a reset or a restore, means the frame that came last
-            for f in sorted(self._store.find(stream, 0.0, 0.0, True))
-            if f[1][4] == 1 and (f[1][LEVEL] < 0 or grids[f[1][LEVEL]] == grid)
+        branches = self._branches.get(stream, [])
+        latest = {
+            numbers[1]: (sequence, numbers, clock)
+            for sequence, numbers, clock in sorted(self._store.find(stream, 0.0, 0.0, True))
+            if not any(sequence < mark and numbers[1 + LAST] >= number for mark, number in branches)
         }
+        return {
+            number: found
+            for number, found in latest.items()
+            if found[1][1 + FRAMES] == 1 and (found[1][LEVEL] < 0 or grids[found[1][LEVEL]] == grid)
+        }
+
+    def whole_numbers(self, stream: int) -> set[int]:
+        """Numbers of the frames that `whole_frames` would find."""
+        return set(self._whole(stream))
+
+    def whole_frames(self, stream: int, held: set[int], taken: int | None) -> dict[int, Frame]:
+        """Frames not `held`, neither reduced nor merged when they left; none where with those it is not all `taken`.
+
+        Raises:
+            RuntimeError: A block was altered from outside.
+        """
+        found = self._whole(stream)
         if taken is not None and len(held | found.keys()) < taken:
             return {}
         frames = {}
@@ -242,17 +308,20 @@ class Archive:
                 frames[number] = whole(number, found[number][2][0], *loaded, self.layout)
         return frames
 
-    def put_frames(self, stream: int, frames: list[Frame]) -> None:
-        """Store whole frames that a repeated past no longer holds."""
-        like = self.box.tokens
+    def rows_of(self, stream: int, frames: list[Frame]) -> list[tuple[Tensor, ...]]:
+        """Copies of whole frames, as `put` stores them."""
         level = -1 if self.keep == "frames" or not frames else self.layout.grids.index(self.layout.grid)
+        bits, kind = self.box.bits, self.box.parts[0].dtype
+        rows = []
         for frame in frames:
-            there = torch.ones(self.layout.grid) if frame.valid is None else frame.valid.float().cpu()
-            payload = np.concatenate([_bytes(frame.tokens.to(like.dtype).cpu()), _bytes(there)])
-            numbers = [stream, frame.number, frame.number, frame.number, 1, level]
-            self._store.put(payload, numbers, [frame.time] * 3, True)
-        self._store.flush()
+            tokens = frame.tokens.flatten(0, 1)
+            there = tokens.new_ones(tokens.shape[0]) if frame.valid is None else frame.valid.flatten()
+            numbers = torch.tensor([stream, frame.number, frame.number, frame.number, 1, level])
+            clock = torch.full((3,), frame.time, dtype=torch.float64)
+            held = (tokens.to(kind, copy=True),) if bits is None else quantize_slots(tokens, bits)
+            rows.append((*held, there.float(), numbers, clock))
+        return rows
 
-
-def _bytes(x: Tensor) -> Any:
-    return x.contiguous().flatten().view(torch.uint8).numpy()
+    def put(self, rows: list[tuple[Tensor, ...]]) -> None:
+        """Store what `rows_of` made of frames that a repeated past no longer holds."""
+        self._handover.put(rows)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vmemory.banks.archive import Archive
+from vmemory.banks.past import PastModule
 from vmemory.banks.quantized import (
     QuantizedState,
     check_quantized_push,
@@ -17,7 +18,6 @@ from vmemory.banks.quantized import (
     push_quantized_,
     read_tokens,
 )
-from vmemory.banks.state import StateModule
 from vmemory.banks.tiers import clamped, make_layout
 from vmemory.banks.times import Times, as_times
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved, compact_tokens, padded_tokens, row_tables
@@ -40,7 +40,7 @@ from vmemory.reference.bank_layout import (
 )
 
 
-class Bank(StateModule):
+class Bank(PastModule):
     """A bounded memory of a frame stream, or of many streams that share a launch.
 
     State is device tensors of fixed shape, allocated here and changed in place: pushes never synchronise the host,
@@ -125,7 +125,7 @@ class Bank(StateModule):
         if self._archive is None:
             self._write(frames, times, valid, streams)
         else:
-            check_push(self._plain_state(), self.layout, frames, times, valid, streams)
+            self._check(frames, times, valid, streams)
             for t in range(frames.shape[1]):
                 when, there = (None if x is None else x[:, t : t + 1] for x in (times, valid))
                 self._part(self._archive, frames[:, t], when, there, streams)
@@ -141,14 +141,21 @@ class Bank(StateModule):
             when, there = (None if x is None else x[:, 0] for x in (times, valid))
             archive.box.add_frames(frames, when, there, stream, self.counter[stream.clamp_min(0), SEEN])
         elif self.layout.slots:
-            state = self._plain_state()
-            archive.box.add_slots(state, *archive.box.leaving(state, self._keys(), streams))
+            state = self.state
+            archive.box.add_slots(state, *archive.box.leaving(state, streams))
 
-    def _write(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
+    def _check(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
         state = self.state
         if isinstance(state, QuantizedState):
             rows = self.streams if streams is None else streams.shape[0]
             check_quantized_push(self.layout, rows, frames, times, valid)
+        else:
+            check_push(state, self.layout, frames, times, valid, streams)
+
+    def _write(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
+        state = self.state
+        if isinstance(state, QuantizedState):
+            self._check(frames, times, valid, streams)
             assert self._decider is not None
             push_quantized_(state, self.layout, self._decider, frames.detach(), times, streams)
         else:

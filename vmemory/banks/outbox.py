@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vmemory.banks.quantized import AnyState, QuantizedState
 from vmemory.ops.bank import bank_push_, layout_maps
+from vmemory.ops.quantize_slots import quantize_slots
 from vmemory.reference.bank_layout import (
     FIRST,
     FRAME,
@@ -27,18 +29,20 @@ class Outbox:
     """Room for n frames of a bank's layout, and one place more that takes what finds no room.
 
     Attributes:
-        tokens: `[n + 1, rows, D]`; mass: `[n + 1, rows]` float32, the cells each token stands for.
+        parts: What a frame's cells hold, as the bank does: tokens `[n + 1, rows, D]`, of a bank in 8 or 4 bits codes
+            `[n + 1, rows, stored]` and scale `[n + 1, rows]` float32; last mass `[n + 1, rows]` float32, the cells each
+            token stands for.
         numbers: `[n + 1, 6]` int64 stream, frame, first, last, frames, tier (−1 = as it came in).
         clock: `[n + 1, 3]` float64 seconds: time, start, stop.
         count: `[2]` int64 frames held, frames that found no room.
     """
 
-    def __init__(self, room: int, layout: BankLayout, slots: Tensor) -> None:
-        self.room, self.layout, device = room, layout, slots.device
-        H, W = layout.grid
-        rows = max(H * W, *layout.cells) if layout.cells else H * W
-        self.tokens = slots.new_zeros((room + 1, rows, layout.dim))
-        self.mass = torch.zeros((room + 1, rows), device=device)
+    def __init__(self, room: int, rows: int, layout: BankLayout, state: AnyState) -> None:
+        self.room, self.layout, self.device = room, layout, state.slots.device
+        device, held = self.device, state.slots
+        self.bits = (8 if held.dtype == torch.int8 else 4) if isinstance(state, QuantizedState) else None
+        flat = [torch.zeros((room + 1, rows), device=device) for _ in range(1 if self.bits is None else 2)]
+        self.parts = (held.new_zeros((room + 1, rows, held.shape[2])), *flat)
         self.numbers = torch.zeros((room + 1, 6), dtype=torch.int64, device=device)
         self.clock = torch.zeros((room + 1, 3), dtype=torch.float64, device=device)
         self.count = torch.zeros(2, dtype=torch.int64, device=device)
@@ -48,47 +52,48 @@ class Outbox:
         # decisions need neither tokens nor more than one descriptor: a shadow of the memory makes them beforehand
         K, one = layout.key_dim, ((1, 1),) * layout.tiers
         self._shadow = BankLayout((1, 1), K, K, layout.capacities, one, layout.rule, layout.intervals, layout.entries)
-        self._maps = layout_maps(self._shadow, slots)
+        self._maps = layout_maps(self._shadow, state.descriptor)
+        self._rows = torch.arange(rows, device=device)
+        self._streams = torch.arange(state.counter.shape[0], device=device)
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.tokens, self.mass, self.numbers, self.clock, self.count
+    def frames(self) -> tuple[Tensor, ...]:
+        """What is kept for each frame: the parts, numbers, clock."""
+        return *self.parts, self.numbers, self.clock
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        return sum(t.numel() * t.element_size() for t in self.tensors())
+    def release(self) -> None:
+        """Take the places of all frames held for free; what lies there stays until it is written over."""
+        self.count[:1].zero_()
 
     def clear(self) -> None:
         """Zero every byte but the count of what found no room."""
-        for t in self.tensors()[:4]:
+        for t in self.frames():
             t.zero_()
-        self.count[0] = 0
+        self.release()
 
-    def add(self, tokens: Tensor, mass: Tensor, numbers: Tensor, clock: Tensor, there: Tensor) -> None:
-        """Take in the rows that are `there [n]` bool of `tokens [n, rows, D]` and so on."""
+    def add(self, parts: tuple[Tensor, ...], numbers: Tensor, clock: Tensor, there: Tensor) -> None:
+        """Take in the rows that are `there [n]` bool of parts `[n, rows, ...]` and so on."""
         place = self.count[0] + there.cumsum(0) - 1
         fits = there & (place < self.room)
         at = torch.where(fits, place, self.room)
-        self.tokens[:, : tokens.shape[1]].index_copy_(0, at, tokens)
-        self.mass[:, : mass.shape[1]].index_copy_(0, at, mass)
+        for held, new in zip(self.parts, parts, strict=True):
+            held[:, : new.shape[1]].index_copy_(0, at, new)
         self.numbers.index_copy_(0, at, numbers)
         self.clock.index_copy_(0, at, clock)
         self.count += torch.stack([fits.sum(), (there & ~fits).sum()])
 
-    def add_slots(self, state: BankState, slot: Tensor, there: Tensor) -> None:
+    def add_slots(self, state: AnyState, slot: Tensor, there: Tensor) -> None:
         """Take in what the streams hold in `slot [S]`, where they are `there [S]`."""
         if not self.layout.slots:
             return
-        at, S = slot.clamp_min(0), slot.shape[0]
-        stream = torch.arange(S, device=slot.device)
-        rows = torch.arange(self.tokens.shape[1], device=slot.device)
-        own = rows < self._cells[at][:, None]
-        index = torch.where(own, self._row[at][:, None] + rows, 0)
-        tokens = state.slots.gather(1, index[..., None].expand(-1, -1, self.layout.dim))
-        mass = torch.where(own, state.mass.gather(1, index), 0)
+        at, stream = slot.clamp_min(0), self._streams
+        own = self._rows < self._cells[at][:, None]
+        index = torch.where(own, self._row[at][:, None] + self._rows, 0) + stream[:, None] * self.layout.rows
+        held = (state.slots, state.mass) if self.bits is None else (state.slots, *_scale_and_mass(state))
+        parts = [x.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *x.shape[2:]) for x in held]
+        parts[-1] = torch.where(own, parts[-1], 0)
         entry = state.entry[stream, at][:, [FRAME, FIRST, LAST, FRAMES]]
         numbers = torch.cat([stream[:, None], entry, self._tier[at][:, None]], 1)
-        self.add(tokens, mass, numbers, state.clock[stream, at][:, [TIME, START, STOP]], there)
+        self.add(tuple(parts), numbers, state.clock[stream, at][:, [TIME, START, STOP]], there)
 
     def add_frames(
         self, frames: Tensor, time: Tensor | None, valid: Tensor | None, stream: Tensor, seen: Tensor
@@ -100,28 +105,29 @@ class Outbox:
         when = mass.new_full((S,), torch.nan, dtype=torch.float64) if time is None else time
         numbers = torch.stack([stream, seen, seen, seen, torch.ones_like(seen), torch.full_like(seen, -1)], 1)
         clock = when[:, None].expand(-1, 3)
-        self.add(tokens.flatten(1, 2), mass.flatten(1), numbers, clock, stream >= 0)
+        held = (tokens.flatten(1, 2),) if self.bits is None else quantize_slots(tokens.flatten(1, 2), self.bits)
+        self.add((*held, mass.flatten(1)), numbers, clock, stream >= 0)
 
-    def leaving(self, state: BankState, keys: Tensor, streams: Tensor | None) -> tuple[Tensor, Tensor]:
+    def leaving(self, state: AnyState, streams: Tensor | None) -> tuple[Tensor, Tensor]:
         """The slot `[S]` that the next frame of each stream makes leave, and whether there is one, `[S]` bool.
 
         Args:
             state: Before the frame.
-            keys: `[S, M, K]` each slot's mean as its own tier sees it.
             streams: As in `bank_push_`.
         """
         S, M = state.order.shape
-        slot = torch.arange(M, device=keys.device)
-        norm = state.norm[:, slot, self._tier if state.norm.shape[2] > 1 else slot * 0]
+        slot = torch.arange(M, device=self.device)
+        own = self._tier if state.norm.shape[2] > 1 else slot * 0
+        means, norm = state.descriptor[:, slot, own], state.norm[:, slot, own]
         shadow = BankState(
-            slots=state.slots.new_zeros((S, M, self.layout.key_dim)),
+            slots=torch.zeros_like(means),
             mass=state.mass.new_zeros((S, M)),
-            descriptor=keys[:, :, None].clone(),
-            norm=norm[..., None].clone(),
+            descriptor=means[:, :, None],
+            norm=norm[..., None],
             **{name: getattr(state, name).clone() for name in ("link", "entry", "clock", "order", "counter")},
         )
         rows = S if streams is None else streams.shape[0]
-        frames = state.slots.new_zeros((rows, 1, 1, 1, self.layout.key_dim))
+        frames = means.new_zeros((rows, 1, 1, 1, self.layout.key_dim))
         bank_push_(shadow, self._shadow, frames, streams=streams, maps=self._maps)
         before, after = state.entry[..., FRAME], shadow.entry[..., FRAME]
         new = state.counter[:, SEEN]
@@ -130,3 +136,8 @@ class Outbox:
         missing = before.clamp_min(0).sum(1) + torch.where(entered, new, 0) - after.clamp_min(0).sum(1)
         there = (before >= 0).sum(1) + entered.long() > (after >= 0).sum(1)
         return (before == missing[:, None]).long().argmax(1), there
+
+
+def _scale_and_mass(state: AnyState) -> tuple[Tensor, Tensor]:
+    assert isinstance(state, QuantizedState)
+    return state.scale, state.mass

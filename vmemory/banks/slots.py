@@ -9,13 +9,12 @@ from vmemory.banks.archive import Archive
 from vmemory.banks.quantized import (
     AnyState,
     QuantizedState,
-    check_quantized_push,
     rows_of_streams,
     slot_rows,
     write_tokens,
 )
 from vmemory.banks.single import SingleTierBank
-from vmemory.ops.bank import BankPlan, check_frames, check_push
+from vmemory.ops.bank import BankPlan, check_frames
 from vmemory.ops.grid_pool import grid_pool
 from vmemory.ops.ring import ring_push_
 from vmemory.reference.bank_layout import DROPPED, FRAME, LENGTH, SEEN, SKIPPED, BankLayout, BankState
@@ -56,10 +55,7 @@ class SlotBank(SingleTierBank):
 
     def _write(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
         state = self.state
-        if isinstance(state, QuantizedState):
-            check_quantized_push(self.layout, self.streams if streams is None else len(streams), frames, times, valid)
-        else:
-            check_push(state, self.layout, frames, times, valid, streams)
+        self._check(frames, times, valid, streams)
         if frames.shape[0]:
             self._replay(state, self.layout, frames, times, valid, streams, moves=True)
 
@@ -113,12 +109,7 @@ class SlotBank(SingleTierBank):
                 state, taken, held, fed, _rows(means[:, t], row, streams),
                 _rows(tokens, row, streams) if tokens is not None and self.reads_tokens else None,
             )  # fmt: skip
-            if (
-                self._archive is not None
-                and self._archive.keep == "evicted"
-                and state.entry is self.entry
-                and isinstance(state, BankState)
-            ):
+            if self._archive is not None and self._archive.keep == "evicted" and state.entry is self.entry:
                 self._archive.box.add_slots(state, slot, fed & (held == layout.slots))
             clock = torch.stack([when[:, t]] * 3 + [mass[:, t]], 1)
             norm = means[:, t].norm(dim=-1, keepdim=True)

@@ -1,0 +1,46 @@
+"""Small memories of every policy but the dual one, videos for them, and how two states are compared."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmemory import banks
+from vmemory.banks.hierarchical import split
+from vmemory.reference.bank_layout import SEEN, SKIPPED
+
+GRID, DIM, ENTRIES = (4, 6), 8, 6
+POLICIES = sorted(set(banks.POLICIES) - {"dual"})
+
+
+def make(policy: str, entries: int = ENTRIES, **arguments) -> banks.Bank:
+    size = {"capacities": split(entries, 3)} if policy == "hierarchical" else {"capacity": entries}
+    return banks.make(policy, **({"dim": DIM, "grid": GRID} | size | arguments))
+
+
+def roomy(policy: str, entries: int, **arguments) -> banks.Bank:
+    """A bank whose first tier holds so many frames as they come."""
+    return make(policy, entries, **({"capacities": (entries, 2)} if policy == "hierarchical" else {}), **arguments)
+
+
+def clip(frames: int, seed: int = 0) -> Tensor:
+    return torch.randn(frames, *GRID, DIM, generator=torch.Generator().manual_seed(seed)).cumsum(0)
+
+
+def seconds(frames: int) -> Tensor:
+    return torch.arange(frames, dtype=torch.float64)
+
+
+def same(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:
+    """Two states are equal to the bit."""
+    for name, x, y in zip(a._fields, a, b, strict=True):
+        assert torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0)), name
+
+
+def skip(bank: banks.Bank, frames: int, stream: int = 0) -> None:
+    """Number on, as if frames had been left out of the stream."""
+    bank.counter[stream, [SEEN, SKIPPED]] += frames
+
+
+def holds(pattern: bytes, tensors) -> bool:
+    return any(pattern in t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in tensors)
