@@ -5,18 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmemory.banks.quantized import AnyState, QuantizedState
+from vmemory.banks.quantized import AnyState, QuantizedState, words
 from vmemory.ops.bank import bank_push_, layout_maps
 from vmemory.ops.quantize_slots import quantize_slots
 from vmemory.reference.bank_layout import (
-    FIRST,
     FRAME,
-    FRAMES,
-    LAST,
     SEEN,
-    START,
-    STOP,
-    TIME,
     BankLayout,
     BankState,
 )
@@ -47,7 +41,6 @@ class Outbox:
         self.clock = torch.zeros((room + 1, 3), dtype=torch.float64, device=device)
         self.count = torch.zeros(2, dtype=torch.int64, device=device)
         self._tier = torch.tensor(layout.tier_of, dtype=torch.int64, device=device)
-        self._cells = torch.tensor([layout.cells[t] for t in layout.tier_of], dtype=torch.int64, device=device)
         self._row = torch.tensor([layout.row_of(m) for m in range(layout.slots)], dtype=torch.int64, device=device)
         # decisions need neither tokens nor more than one descriptor: a shadow of the memory makes them beforehand
         K, one = layout.key_dim, ((1, 1),) * layout.tiers
@@ -55,6 +48,8 @@ class Outbox:
         self._maps = layout_maps(self._shadow, state.descriptor)
         self._rows = torch.arange(rows, device=device)
         self._streams = torch.arange(state.counter.shape[0], device=device)
+        self._first_row, self._first_slot = self._streams * layout.rows, self._streams * layout.slots
+        self._last_row = len(self._streams) * layout.rows - 1
 
     def frames(self) -> tuple[Tensor, ...]:
         """What is kept for each frame: the parts, numbers, clock."""
@@ -75,25 +70,31 @@ class Outbox:
         place = self.count[0] + there.cumsum(0) - 1
         fits = there & (place < self.room)
         at = torch.where(fits, place, self.room)
-        for held, new in zip(self.parts, parts, strict=True):
+        pairs = list(zip(self.parts, parts, strict=True))
+        if self.bits is not None:
+            pairs[0] = words(self.parts[0]), words(parts[0])
+        for held, new in pairs:
             held[:, : new.shape[1]].index_copy_(0, at, new)
         self.numbers.index_copy_(0, at, numbers)
         self.clock.index_copy_(0, at, clock)
-        self.count += torch.stack([fits.sum(), (there & ~fits).sum()])
+        self.count += torch.stack([fits, there ^ fits]).sum(1)
 
     def add_slots(self, state: AnyState, slot: Tensor, there: Tensor) -> None:
         """Take in what the streams hold in `slot [S]`, where they are `there [S]`."""
         if not self.layout.slots:
             return
-        at, stream = slot.clamp_min(0), self._streams
-        own = self._rows < self._cells[at][:, None]
-        index = torch.where(own, self._row[at][:, None] + self._rows, 0) + stream[:, None] * self.layout.rows
+        at = slot.clamp_min(0)
+        # past the cells of its tier a frame reads on among its neighbours; nobody looks at those rows
+        index = (self._row[at] + self._first_row)[:, None] + self._rows
+        index = index.clamp_max_(self._last_row).flatten()
         held = (state.slots, state.mass) if self.bits is None else (state.slots, *_scale_and_mass(state))
-        parts = [x.flatten(0, 1).index_select(0, index.flatten()).view(*index.shape, *x.shape[2:]) for x in held]
-        parts[-1] = torch.where(own, parts[-1], 0)
-        entry = state.entry[stream, at][:, [FRAME, FIRST, LAST, FRAMES]]
-        numbers = torch.cat([stream[:, None], entry, self._tier[at][:, None]], 1)
-        self.add(tuple(parts), numbers, state.clock[stream, at][:, [TIME, START, STOP]], there)
+        parts = tuple(x.flatten(0, 1).index_select(0, index).unflatten(0, (len(slot), -1)) for x in held)
+        entry = at + self._first_slot
+        numbers = torch.cat(
+            [self._streams[:, None], state.entry.flatten(0, 1).index_select(0, entry), self._tier[at][:, None]], 1
+        )
+        clock = state.clock.flatten(0, 1).index_select(0, entry)[:, : self.clock.shape[1]]
+        self.add(parts, numbers, clock, there)
 
     def add_frames(
         self, frames: Tensor, time: Tensor | None, valid: Tensor | None, stream: Tensor, seen: Tensor
@@ -116,26 +117,25 @@ class Outbox:
             streams: As in `bank_push_`.
         """
         S, M = state.order.shape
-        slot = torch.arange(M, device=self.device)
-        own = self._tier if state.norm.shape[2] > 1 else slot * 0
-        means, norm = state.descriptor[:, slot, own], state.norm[:, slot, own]
+        means, norm = state.descriptor, state.norm
+        if norm.shape[2] > 1:
+            slot = torch.arange(M, device=self.device)
+            means, norm = means[:, slot, self._tier][:, :, None], norm[:, slot, self._tier][..., None]
         shadow = BankState(
-            slots=torch.zeros_like(means),
+            slots=means.new_empty((S, M, self.layout.key_dim)),
             mass=state.mass.new_zeros((S, M)),
-            descriptor=means[:, :, None],
-            norm=norm[..., None],
+            **{name: x.clone() for name, x in (("descriptor", means), ("norm", norm))},
             **{name: getattr(state, name).clone() for name in ("link", "entry", "clock", "order", "counter")},
         )
         rows = S if streams is None else streams.shape[0]
         frames = means.new_zeros((rows, 1, 1, 1, self.layout.key_dim))
         bank_push_(shadow, self._shadow, frames, streams=streams, maps=self._maps)
         before, after = state.entry[..., FRAME], shadow.entry[..., FRAME]
-        new = state.counter[:, SEEN]
-        entered = (after == new[:, None]).any(1)
-        # one frame at most is missing: its number is the difference of two sums
-        missing = before.clamp_min(0).sum(1) + torch.where(entered, new, 0) - after.clamp_min(0).sum(1)
-        there = (before >= 0).sum(1) + entered.long() > (after >= 0).sum(1)
-        return (before == missing[:, None]).long().argmax(1), there
+        # one frame came, numbered as seen, and at most one left, a free slot counting as −1: what left is a difference
+        # of sums, −1 for a slot that was free; nothing changes where no frame came
+        change = (before - after).sum(1)
+        missing = change + state.counter[:, SEEN]
+        return (before == missing[:, None]).int().argmax(1), (change < 0) & (missing >= 0)
 
 
 def _scale_and_mass(state: AnyState) -> tuple[Tensor, Tensor]:

@@ -207,9 +207,16 @@ def write_tokens(state: QuantizedState, rows: Tensor, there: Tensor, tokens: Ten
     """Store `tokens [S, n, D]` in rows `[S, n]` of the streams `there [S]`; the others keep what they hold."""
     values, scale = quantize_slots(tokens, 8 if state.slots.dtype == torch.int8 else 4)
     S = rows.shape[0]
-    flat = (rows + state.mass.shape[1] * torch.arange(S, device=rows.device)[:, None]).flatten()
-    for buffer, new in ((state.slots, values), (state.scale, scale), (state.mass, mass)):
+    flat = rows.flatten()
+    if S > 1:
+        flat = (rows + state.mass.shape[1] * torch.arange(S, device=rows.device)[:, None]).flatten()
+    for buffer, new in ((words(state.slots), words(values)), (state.scale, scale), (state.mass, mass)):
         held = buffer.flatten(0, 1)
         keep = there.view(S, *[1] * (new.dim() - 1))
         old = held.index_select(0, flat).view(new.shape)
         held.index_copy_(0, flat, torch.where(keep, new, old).flatten(0, 1))
+
+
+def words(codes: Tensor) -> Tensor:
+    """Contiguous codes, eight bytes an element where their number allows: what only moves bytes moves them faster."""
+    return codes.view(torch.int64) if codes.shape[-1] % 8 == 0 else codes

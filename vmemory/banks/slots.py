@@ -17,7 +17,7 @@ from vmemory.banks.single import SingleTierBank
 from vmemory.ops.bank import BankPlan, check_frames
 from vmemory.ops.grid_pool import grid_pool
 from vmemory.ops.ring import ring_push_
-from vmemory.reference.bank_layout import DROPPED, FRAME, LENGTH, SEEN, SKIPPED, BankLayout, BankState
+from vmemory.reference.bank_layout import FRAME, LENGTH, SEEN, SKIPPED, BankLayout, BankState
 
 
 class SlotBank(SingleTierBank):
@@ -94,46 +94,48 @@ class SlotBank(SingleTierBank):
         fed = row >= 0
         means, mass = self._describe(frames, valid)
         means = means.to(state.descriptor.dtype)
+        norms = means.norm(dim=-1, keepdim=True)
         when = mass.new_full(mass.shape, torch.nan) if times is None else times
+        clocks = torch.stack([when, when, when, mass], -1)
+        ones = torch.ones_like(row)
         chosen = [row.new_empty((S, 0))]
         for t in range(frames.shape[1]):
-            seen, held = state.counter[:, SEEN].clone(), state.counter[:, LENGTH:].sum(1)
-            taken = seen - state.counter[:, SKIPPED]
-            state.counter[:, SEEN] += fed
+            seen = state.counter[:, SEEN]
             if layout.slots == 0:
-                state.counter[:, SKIPPED] += fed
+                state.counter[:, : SKIPPED + 1] += fed[:, None]
                 chosen.append(torch.full_like(row, -1)[:, None])
                 continue
+            held = state.counter[:, LENGTH]
             tokens, cells = self._enter(frames[:, t], None if valid is None else valid[:, t]) if moves else (None, None)
             slot = self.choose(
-                state, taken, held, fed, _rows(means[:, t], row, streams),
+                state, seen - state.counter[:, SKIPPED], held, fed, _rows(means[:, t], row, streams),
                 _rows(tokens, row, streams) if tokens is not None and self.reads_tokens else None,
             )  # fmt: skip
+            replaces = fed & (held == layout.slots)
             if self._archive is not None and self._archive.keep == "evicted" and state.entry is self.entry:
-                self._archive.box.add_slots(state, slot, fed & (held == layout.slots))
-            clock = torch.stack([when[:, t]] * 3 + [mass[:, t]], 1)
-            norm = means[:, t].norm(dim=-1, keepdim=True)
-            written = [(state.descriptor, means[:, t]), (state.norm, norm), (state.clock, clock)]
+                self._archive.box.add_slots(state, slot, replaces)
+            at = slot.clamp_min(0)
+            written = [(state.descriptor, means[:, t]), (state.norm, norms[:, t]), (state.clock, clocks[:, t])]
             if tokens is not None and cells is not None:
                 if isinstance(state, QuantizedState):
-                    rows = slot_rows(layout, 0, slot.clamp_min(0))
+                    rows = slot_rows(layout, 0, at)
                     write_tokens(state, rows, fed, _rows(tokens, row, streams), _rows(cells, row, streams))
                 else:
                     written += [(state.slots, tokens), (state.mass, cells)]
             for buffer, value in written:
-                # a ring writes where its counter points to, and skips the rows without a stream
+                # a ring writes where its counter points to and moves it on, and skips the rows without a stream
                 flat = value.flatten(1)[:, None, None]
-                ring_push_(buffer.view(S, layout.slots, 1, -1), slot.clamp_min(0), flat, streams)
-            frame = torch.stack([seen, seen, seen, torch.ones_like(seen)], 1)
-            at = slot.clamp_min(0)
-            state.entry[stream, at] = torch.where(fed[:, None], frame, state.entry[stream, at])
+                ring_push_(buffer.view(S, layout.slots, 1, -1), at.clone(), flat, streams)
+            frame = torch.stack([seen, seen, seen, ones], 1)
+            if streams is not None:
+                frame = torch.where(fed[:, None], frame, state.entry[stream, at])
+            state.entry[stream, at] = frame
             chosen.append(slot[:, None])
-            state.counter[:, LENGTH] = (held + fed).clamp_max(layout.slots)
-            state.counter[:, DROPPED] += fed & (held == layout.slots)
+            # seen, skipped, dropped, held
+            state.counter.add_(torch.stack([fed, torch.zeros_like(fed), replaces, fed ^ replaces], 1))
         if layout.slots:
-            held = state.counter[:, LENGTH]
             place = torch.arange(layout.slots, device=frames.device)
-            state.order.copy_(torch.where(place < held[:, None], place, -1))
+            state.order.copy_(torch.where(place < state.counter[:, LENGTH:], place, -1))
         return torch.cat(chosen, 1)
 
     def _describe(self, frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
