@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vmemory.banks.archive import Archive
 from vmemory.banks.past import PastModule
 from vmemory.banks.quantized import (
+    AnyState,
     QuantizedState,
     check_quantized_push,
     decider_of,
@@ -125,7 +126,7 @@ class Bank(PastModule):
         if self._archive is None:
             self._write(frames, times, valid, streams)
         else:
-            self._check(frames, times, valid, streams)
+            self._check(self.state, frames, times, valid, streams)
             for t in range(frames.shape[1]):
                 when, there = (None if x is None else x[:, t : t + 1] for x in (times, valid))
                 self._part(self._archive, frames[:, t], when, there, streams)
@@ -144,8 +145,9 @@ class Bank(PastModule):
             state = self.state
             archive.box.add_slots(state, *archive.box.leaving(state, streams))
 
-    def _check(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
-        state = self.state
+    def _check(
+        self, state: AnyState, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None
+    ) -> None:
         if isinstance(state, QuantizedState):
             rows = self.streams if streams is None else streams.shape[0]
             check_quantized_push(self.layout, rows, frames, times, valid)
@@ -155,7 +157,7 @@ class Bank(PastModule):
     def _write(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
         state = self.state
         if isinstance(state, QuantizedState):
-            self._check(frames, times, valid, streams)
+            self._check(state, frames, times, valid, streams)
             assert self._decider is not None
             push_quantized_(state, self.layout, self._decider, frames.detach(), times, streams)
         else:

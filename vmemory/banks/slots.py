@@ -55,7 +55,7 @@ class SlotBank(SingleTierBank):
 
     def _write(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
         state = self.state
-        self._check(frames, times, valid, streams)
+        self._check(state, frames, times, valid, streams)
         if frames.shape[0]:
             self._replay(state, self.layout, frames, times, valid, streams, moves=True)
 

@@ -50,7 +50,9 @@ class StateModule(nn.Module):
     @property
     def state(self) -> AnyState:
         """The state tensors themselves, not copies."""
-        return self._state_type(*(getattr(self, name) for name in self._state_type._fields))
+        # attributes of modules are looked up slowly, and every push asks for ten
+        held = self._buffers
+        return self._state_type(*[held[name] for name in self._state_type._fields])  # type: ignore[arg-type]
 
     @property
     def quantized(self) -> bool:

@@ -74,9 +74,13 @@ class Backends:
 
     def best(self, tensor: torch.Tensor) -> str:
         """What `impl="auto"` takes: an implementation that is passed over still comes before the reference."""
-        able = [impl for impl in IMPLEMENTATIONS if not self.why_not(impl, tensor.device.type, tensor.dtype)]
-        fit = [impl for impl in able if not self.passed_over(impl, tensor)]
-        return able[0] if fit == ["reference"] else fit[0]
+        able = ""
+        for impl in IMPLEMENTATIONS[:-1]:
+            if not self.why_not(impl, tensor.device.type, tensor.dtype):
+                if not self.passed_over(impl, tensor):
+                    return impl
+                able = able or impl
+        return able or IMPLEMENTATIONS[-1]
 
     def pick(self, tensor: torch.Tensor, impl: Impl = "auto") -> str:
         """The implementation to run; raises RuntimeError when an explicitly named one cannot."""
