@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vmemory import banks
-from vmemory.banks import dual
+from vmemory.banks import dual_state
 from vmemory.banks.hierarchical import split
 
 GRID, DIM, ENTRIES = (4, 6), 8, 6
@@ -21,7 +21,7 @@ STORES = [policy for policy in POLICIES if policy != "dual"]
 
 
 def make(policy: str, entries: int = ENTRIES, **arguments) -> banks.Bank | banks.DualMemory:
-    sizes = {"hierarchical": split(entries, 3), "dual": dual.split(entries)}
+    sizes = {"hierarchical": split(entries, 3), "dual": dual_state.split(entries)}
     size = {"capacities": sizes[policy]} if policy in sizes else {"capacity": entries}
     # equal weights for all that are made
     torch.manual_seed(0)

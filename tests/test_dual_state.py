@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vmemory import banks
-from vmemory.banks.dual import split
 from vmemory.banks.dual_rules import bridged_slot
+from vmemory.banks.dual_state import split
 from vmemory.eval import compare_overwrites
 from vmemory.testing import random_tensor
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,31 +16,22 @@ from vmemory.banks.quantized import (
     decider_of,
     new_state,
     push_quantized_,
-    read_tokens,
 )
+from vmemory.banks.reads import BankReads
 from vmemory.banks.tiers import clamped, make_layout
 from vmemory.banks.times import Times, as_times
-from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved, compact_tokens, padded_tokens, row_tables
+from vmemory.banks.tokens import MemoryTokens, compact_tokens, padded_tokens, row_tables
 from vmemory.ops._checks import check_int, check_tensor, shape_of
 from vmemory.ops.bank import BankPlan, bank_gather, bank_plan, bank_push_, check_push, layout_maps
-from vmemory.ops.similarity_topk import similarity_topk
 from vmemory.reference.bank_layout import (
-    DROPPED,
-    FIRST,
     FRAME,
-    FRAMES,
-    LAST,
-    LENGTH,
     SEEN,
-    SKIPPED,
-    START,
     STOP,
-    TIME,
     BankLayout,
 )
 
 
-class Bank(PastModule):
+class Bank(PastModule, BankReads):
     """A bounded memory of a frame stream, or of many streams that share a launch.
 
     State is device tensors of fixed shape, allocated here and changed in place: pushes never synchronise the host,
@@ -199,29 +189,6 @@ class Bank(PastModule):
 
     # reading
 
-    def read(self, stream: int = 0, *, padded: bool = False) -> MemoryTokens:
-        """Everything held, in stream order, with provenance.
-
-        Args:
-            stream: Which stream; ignored by a padded read.
-            padded: `[S, Nmax, ...]` of all streams with `count [S]`, without host synchronisation; else one stream,
-                compact, at the price of one synchronisation.
-        """
-        state, tables = self.state, self._tables()
-        read = partial(read_tokens, state, dim=self.layout.dim) if isinstance(state, QuantizedState) else None
-        tokens = padded_tokens(state.slots, state.mass, state.entry, state.clock, tables, self._cells, read)
-        if padded:
-            return tokens
-        check_int("stream", stream, low=0, high=self.streams - 1)
-        return compact_tokens(tokens, stream)
-
-    @property
-    def _cells(self) -> int:
-        return self.layout.grid[0] * self.layout.grid[1]
-
-    def _tables(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("row_slot", "row_cell", "row_level")}
-
     def compress(self, clip: Tensor, time: Times = None, *, valid: Tensor | None = None) -> MemoryTokens:
         """What a fresh bank would hold after `clip`, without touching this one; gradients reach the clip.
 
@@ -246,84 +213,3 @@ class Bank(PastModule):
         )
         tokens = padded_tokens(slots, mass, plan.entry, plan.clock, tables, self._cells)
         return compact_tokens(tokens, 0) if clip.dim() == 4 else tokens
-
-    def retrieve(self, query: Tensor, k: int, *, threshold: float | None = None, stream: int = 0) -> Retrieved:
-        """The entries most similar to each query, by cosine with their means. No host synchronisation.
-
-        Args:
-            query: `[Q, D]` or `[Q, key_dim]`.
-            k: Entries per query.
-            threshold: Entries below this cosine are left out.
-            stream: Which stream is searched.
-        """
-        check_tensor("query", query, "[Q, D]")
-        if query.shape[1] not in (self.layout.dim, self.layout.key_dim):
-            raise ValueError(f"query: expected [Q, {self.layout.key_dim}], got shape {shape_of(query)}")
-        check_int("stream", stream, low=0, high=self.streams - 1)
-        keys = self._keys()[stream]
-        found = similarity_topk(
-            query[None, :, : self.layout.key_dim].to(keys.dtype),
-            keys[None],
-            k,
-            where=(self.entry[stream, :, FRAME] >= 0)[None],
-        )
-        values, slot = found.values[0], found.indices[0]
-        if threshold is not None:
-            slot = torch.where(values >= threshold, slot, -1)
-            values = torch.where(values >= threshold, values, -torch.inf)
-        there, at = slot >= 0, slot.clamp_min(0)
-        levels = self.row_level_of_slot.to(slot.device)
-        if self.layout.slots == 0:
-            missing = torch.full_like(slot, -1)
-            nan = torch.full(slot.shape, torch.nan, dtype=torch.float64, device=slot.device)
-            return Retrieved(values, missing, nan, missing, nan, nan)
-        clock = torch.where(there[..., None], self.clock[stream][at], torch.nan)
-        return Retrieved(
-            values,
-            torch.where(there, self.entry[stream, :, FRAME][at], -1),
-            clock[..., TIME],
-            torch.where(there, levels[at], -1),
-            clock[..., START],
-            clock[..., STOP],
-        )
-
-    @property
-    def row_level_of_slot(self) -> Tensor:
-        return torch.tensor([self.levels[t] for t in self.layout.tier_of], dtype=torch.int64)
-
-    def _keys(self) -> Tensor:
-        """Each slot's mean as its own tier sees it, `[S, M, K]`."""
-        if self.descriptor.shape[2] == 1:
-            return self.descriptor[:, :, 0]
-        slot = torch.arange(self.layout.slots, device=self.descriptor.device)
-        return self.descriptor[:, slot, torch.tensor(self.layout.tier_of, device=self.descriptor.device)]
-
-    def entries(self, stream: int = 0) -> Entries:
-        """What a stream holds, entry by entry in stream order; synchronises the host once."""
-        check_int("stream", stream, low=0, high=self.streams - 1)
-        entry, clock = self.entry[stream], self.clock[stream]
-        slots = torch.nonzero(entry[:, FRAME] >= 0).flatten()
-        slots = slots[entry[slots, FRAME].argsort()]
-        entry, clock = entry[slots], clock[slots]
-        level = self.row_level_of_slot.to(slots.device)[slots]
-        return Entries(
-            frame=entry[:, FRAME],
-            first=entry[:, FIRST],
-            last=entry[:, LAST],
-            frames=entry[:, FRAMES],
-            time=clock[:, TIME],
-            start=clock[:, START],
-            stop=clock[:, STOP],
-            level=level,
-            descriptor=self._keys()[stream, slots],
-        )
-
-    def counts(self, stream: int = 0) -> dict[str, int]:
-        """Frames `seen`, `skipped` (taken by no interval, or erased), `dropped` and entries `held`; synchronises."""
-        counter = self.counter[stream].tolist()
-        return {
-            "seen": counter[SEEN],
-            "skipped": counter[SKIPPED],
-            "dropped": counter[DROPPED],
-            "held": sum(counter[LENGTH:]),
-        }

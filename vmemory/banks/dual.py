@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vmemory.banks.budget import largest_entries
 from vmemory.banks.dual_read import DualReads
-from vmemory.banks.dual_state import DualState, new_state
+from vmemory.banks.dual_state import DualState, new_state, split
 from vmemory.banks.dual_step import DualStep
 from vmemory.banks.files import BankFile
 from vmemory.banks.tiers import make_layout
@@ -20,12 +20,6 @@ from vmemory.banks.tokens import MemoryTokens, compact_tokens, padded_tokens, ro
 from vmemory.ops._checks import check_device, check_int, check_same, check_tensor, shape_of
 
 _WEIGHTS = "weights."
-
-
-def split(entries: int) -> tuple[int, int]:
-    """Slots of the working and the episodic memory out of so many: one to four, as in the paper's best setting."""
-    working = max(entries // 5, min(entries, 1))
-    return working, entries - working
 
 
 class DualMemory(DualStep, DualReads):

@@ -83,6 +83,12 @@ Holder = TypeVar("Holder", bound="DualStateHolder")
 KEPT = ("working_means", "episodic_means", "mass", "clock")
 
 
+def split(entries: int) -> tuple[int, int]:
+    """Slots of the working and the episodic memory out of so many: one to four, as in the paper's best setting."""
+    working = max(entries // 5, min(entries, 1))
+    return working, entries - working
+
+
 def new_state(
     streams: int,
     capacities: tuple[int, int],
