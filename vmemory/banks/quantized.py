@@ -110,7 +110,7 @@ def decider_of(layout: BankLayout) -> BankLayout:
     )
     # what layouts keep is worked out here, where no compiler watches
     for each in (layout, decider):
-        for name in ("first_slot", "first_row", "cells", "tier_of", "packed_maps", "descriptors"):
+        for name in ("first_slot", "first_row", "cells", "tier_of", "packed_maps", "descriptors", "entered"):
             getattr(each, name)
     return decider
 
@@ -170,7 +170,9 @@ def _move(state: QuantizedState, layout: BankLayout, tier: int, before: Tensor, 
         grown = (new[..., LAST] != old[..., LAST]) & ~arrived & (new[..., FRAME] >= 0)
         _merge(state, layout, tier, grown.int().argmax(1), slot, grown.any(1))
     (H, W), (h, w) = layout.grid, layout.grids[tier]
-    tokens = (frame if (h, w) == (H, W) else grid_pool(frame, (h, w))).flatten(1, 2)
+    enters = tier == 0 or tier in layout.entered
+    if enters:
+        tokens = (frame if (h, w) == (H, W) else grid_pool(frame, (h, w))).flatten(1, 2)
     if tier > 0:
         number = new[..., FRAME].gather(1, slot[:, None])
         above, size = layout.first_slot[tier - 1], layout.capacities[tier - 1]
@@ -178,7 +180,7 @@ def _move(state: QuantizedState, layout: BankLayout, tier: int, before: Tensor, 
         shape = (len(slot), *layout.grids[tier - 1], layout.dim)
         held = read_tokens(state, slot_rows(layout, tier - 1, source), layout.dim).view(shape)
         demoted = grid_pool(held, (h, w), _demote(layout)).flatten(1, 2)
-        tokens = torch.where((number == seen[:, None])[..., None], tokens.float(), demoted)
+        tokens = torch.where((number == seen[:, None])[..., None], tokens.float(), demoted) if enters else demoted
     mass = torch.full(tokens.shape[:2], H * W / (h * w), device=tokens.device)
     write_tokens(state, slot_rows(layout, tier, slot), there, tokens, mass)
 
