@@ -229,31 +229,37 @@ class VideoSession(Watching):
         Args:
             path: Where it was written.
             model, processor: As at the start.
-            settings: Further arguments of `VideoSession`; what was saved is the default.
+            settings: Further arguments of `VideoSession`; rate, frame size and origin of time are those saved.
 
         Raises:
             BankFileError: The file cannot be used, or holds no session.
         """
-        device = next(model.parameters()).device
-        memory, file = load(path, device)
+        session = cls(model, processor, **settings)
+        session.resume(path)
+        return session
+
+    def resume(self, path: str | Path) -> None:
+        """Go on from where `save` wrote; what this session held is forgotten.
+
+        Raises:
+            BankFileError: As in `load`; nothing has changed then.
+        """
+        memory, file = load(path, next(self.model.parameters()).device)
         if "session" not in file.notes:
             raise BankFileError(f"{path}: holds a memory without a session")
         notes = file.notes["session"]
-        size = notes["frame_size"]
-        saved = {"fps": notes["fps"], "time_origin": notes["time_origin"], "frame_size": size and tuple(size)}
-        session = cls(model, processor, memory, **{**saved, **settings})
-        session._frames, session._tail = notes["frames"], file.extra.get("tail")
-        session._last = notes["last"]
-        if notes["waiting"]:
-            session._waiting = list(zip(file.extra["waiting"], notes["waiting"], strict=True))
-        session._grid = (notes["grid"][0], notes["grid"][1])
-        session._output = session._blank(session._grid)
-        return session
+        waiting = list(zip(file.extra["waiting"], notes["waiting"], strict=True)) if notes["waiting"] else []
+        grid, size = (notes["grid"][0], notes["grid"][1]), notes["frame_size"]
+        output = self._blank(grid, size and tuple(size))
+        self.memory, self._grid, self._output, self._waiting = memory, grid, output, waiting
+        self._frames, self._last, self._tail = notes["frames"], notes["last"], file.extra.get("tail")
+        self.fps, self.time_origin, self.frame_size = notes["fps"], notes["time_origin"], size and tuple(size)
+        self._prefix, self._pushes = None, self._pushes + 1
 
     @torch.no_grad()
-    def _blank(self, grid: tuple[int, int]) -> Any:
+    def _blank(self, grid: tuple[int, int], size: tuple[int, int] | None) -> Any:
         """The tower's output for a blank frame, which prompts imitate."""
-        size = self.frame_size or self.adapter.size_of(self.model, grid)
+        size = size or self.adapter.size_of(self.model, grid)
         frames = torch.zeros(self.adapter.frames_together(self.model), 3, *size, dtype=torch.uint8)
         inputs = self.adapter.prepare(self.model, frames, self.processor, size)
         return self.adapter.encode(self.model, self._moved(inputs)).output
