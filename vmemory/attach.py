@@ -73,6 +73,10 @@ class Handle:
         """What the memory makes of one video, given piece by piece."""
         return remember(pieces, self.config, self.memory)
 
+    def record(self, kept: list[Kept]) -> None:
+        """Keep what became of the videos."""
+        self.kept = [k.provenance() for k in kept]
+
     def wants(self, inputs: Inputs) -> bool:
         """Whether these inputs hold a video for the memory.
 
@@ -83,18 +87,22 @@ class Handle:
             return False
         if inputs.get("input_ids") is None:
             raise ValueError(f"input_ids: expected ids beside {self.adapter.pixels}, got none")
-        cache = inputs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(
-                f"past_key_values: expected an empty cache with a new video, got one of {cache.get_seq_length()} "
-                "tokens; vmemory.VideoSession takes frames in one after the other"
-            )
+        self.check_cache(inputs.get("past_key_values"))
         if self.adapter.speaks and inputs.get("output_hidden_states"):
             raise ValueError(
                 "output_hidden_states: expected False with a memory, got True; speech is made from the hidden states "
                 "of the whole prompt (return_audio=False)"
             )
         return True
+
+    def check_cache(self, cache: Any) -> None:
+        """Raise ValueError where a cache already holds something."""
+        held = 0 if cache is None else cache.get_seq_length()
+        if held > 0:
+            raise ValueError(
+                f"past_key_values: expected an empty cache with a new video, got one of {held} "
+                "tokens; vmemory.VideoSession takes frames in one after the other"
+            )
 
     def rewritten(self, inputs: Inputs, generating: bool) -> Rewritten:
         """A prompt with the videos that the memory made of its own; see `rewrite`."""
@@ -104,7 +112,7 @@ class Handle:
     def shrunk(self, inputs: Inputs, generating: bool) -> Inputs:
         """The inputs for the model, and the model told where its prompt ends."""
         new = self.rewritten(inputs, generating)
-        self.kept = [kept.provenance() for kept in new.kept]
+        self.record(new.kept)
         self.adapter.located(self.model, new.rope_deltas)
         return new.inputs
 
@@ -175,10 +183,11 @@ def attach(model: nn.Module, memory: Any = None, config: Any = None) -> Handle:
         ValueError: An unknown family or setting, a memory already there, or a transformers that is too old; nothing has
             changed then.
     """
-    model = base_of(model) if isinstance(model, nn.Module) else model
+    if isinstance(model, nn.Module):
+        model = base_of(model)
+        if attached(model) is not None:
+            raise ValueError("model: expected one without a memory, got one that has one; detach it first")
     adapter = adapter_of(model)
-    if attached(model) is not None:
-        raise ValueError("model: expected one without a memory, got one that has one; detach it first")
     handle = _handle(model, adapter, memory, config)
     memory = handle.memory
     if isinstance(memory, nn.Module) and next(memory.parameters(), None) is not None:

@@ -1,9 +1,9 @@
-"""A forward pre-hook and a `generate` of the instance: both shrink a prompt before the unchanged model sees it."""
+"""A forward pre-hook and methods of the instance, which take the place of its class's until they are taken out."""
 
 from __future__ import annotations
 
 import inspect
-import types
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 HANDLE = "_vmemory"
+_BEFORE = "_vmemory_methods"
 
 
 class Rewrites(Protocol):
@@ -23,6 +24,25 @@ class Rewrites(Protocol):
     def shrunk(self, inputs: dict[str, Any], generating: bool) -> dict[str, Any]: ...
 
 
+class Method:
+    """A function of one model under the name of its method; copies and pickles go with their model.
+
+    A bound function would be pickled as the attribute of that name, which is the method it replaces.
+    """
+
+    def __init__(self, function: Callable[..., Any], model: nn.Module, name: str) -> None:
+        self.function, self.model, self.name = function, model, name
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        if hasattr(type(self.model), self.name):
+            return inspect.signature(original(self.model, self.name))
+        return inspect.signature(partial(self.function, self.model))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.model, *args, **kwargs)
+
+
 def install_prompt_hook(model: nn.Module, handle: Rewrites) -> None:
     """Hook `forward` and `generate` of one instance.
 
@@ -31,23 +51,37 @@ def install_prompt_hook(model: nn.Module, handle: Rewrites) -> None:
     """
     hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
     handle.undo.append(partial(_remove_hook, key=hook.id))
-    former = model.__dict__.get("generate")
-    model.__dict__["_vmemory_generate"] = former
-    model.__dict__["generate"] = types.MethodType(generate, model)
-    handle.undo.append(_restore_generate)
+    install_methods(model, handle, {"generate": generate})
+
+
+def install_methods(model: nn.Module, handle: Rewrites, functions: Mapping[str, Callable[..., Any]]) -> None:
+    """Give one instance methods, each a module-level function of the model and the method's arguments.
+
+    `original` finds the method that one of them replaces.
+    """
+    model.__dict__[_BEFORE] = {name: model.__dict__[name] for name in functions if name in model.__dict__}
+    for name, function in functions.items():
+        model.__dict__[name] = Method(function, model, name)
+    handle.undo.append(partial(_restore_methods, names=tuple(functions)))
+
+
+def original(model: nn.Module, name: str) -> Any:
+    """A method as it was before `install_methods`."""
+    before = model.__dict__[_BEFORE]
+    return before[name] if name in before else getattr(type(model), name).__get__(model)
+
+
+def _restore_methods(model: nn.Module, names: tuple[str, ...]) -> None:
+    before = model.__dict__.pop(_BEFORE)
+    for name in names:
+        del model.__dict__[name]
+        if name in before:
+            model.__dict__[name] = before[name]
 
 
 def _remove_hook(model: nn.Module, key: int) -> None:
     model._forward_pre_hooks.pop(key)
     model._forward_pre_hooks_with_kwargs.pop(key)
-
-
-def _restore_generate(model: nn.Module) -> None:
-    former = model.__dict__.pop("_vmemory_generate")
-    if former is None:
-        del model.__dict__["generate"]
-    else:
-        model.__dict__["generate"] = former
 
 
 def before_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
@@ -64,16 +98,15 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, An
 def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
     """`generate` with a prompt shrunk beforehand; the caller gets back the prompt that was given."""
     handle: Rewrites = self.__dict__[HANDLE]
-    former = self.__dict__["_vmemory_generate"]
-    original = type(self).generate.__get__(self) if former is None else former
+    former = original(self, "generate")
     if inputs is not None:
         kwargs["input_ids"] = inputs
     if not handle.wants(kwargs):
-        return original(*args, **kwargs)
+        return former(*args, **kwargs)
     ids = kwargs["input_ids"]
     new = handle.shrunk(kwargs, generating=True)
     length = new["input_ids"].shape[1]
-    out = original(*args, **new)
+    out = former(*args, **new)
     sequences = out if isinstance(out, torch.Tensor) else out.sequences
     prompt = ids.repeat_interleave(len(sequences) // len(ids), 0).to(sequences.device)
     whole = torch.cat([prompt, sequences[:, length:]], 1)
