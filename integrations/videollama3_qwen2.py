@@ -1,0 +1,286 @@
+"""VideoLLaMA3's original remote code, `Videollama3Qwen2ForCausalLM`: videos shrink where it drops tokens itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vmemory.models.adapter import Clip, register_adapter
+from vmemory.models.frame_text import dead_spans
+from vmemory.models.hook import original
+from vmemory.models.inside import InsideAdapter, arguments_of, handle_of
+from vmemory.models.remember import Kept
+
+
+class Visual(NamedTuple):
+    """A picture or a video among the tokens of a prompt: its tokens start at `first`."""
+
+    first: int
+    grid: tuple[int, int, int]
+    video: bool
+
+    @property
+    def tokens(self) -> int:
+        T, H, W = self.grid
+        return T * H * W
+
+
+@dataclass
+class Call:
+    """One prompt on its way.
+
+    Attributes:
+        visuals: In the order of their tokens.
+        own: The model drops tokens by pixel difference, too.
+        here: `[n]` int64, tokens that have a placeholder; None = all. Long prompts are cut in training.
+    """
+
+    visuals: list[Visual]
+    own: bool
+    here: Tensor | None = None
+
+
+def visuals_of(grid_sizes: Tensor, merge_sizes: Tensor, modals: Sequence[str] | None) -> list[Visual]:
+    """What the tower's output holds; pixels of text-only samples (`"text"`) are no visual."""
+    found, first = [], 0
+    for place, ((t, h, w), m) in enumerate(zip(grid_sizes.tolist(), merge_sizes.tolist(), strict=True)):
+        modal = ("video" if t > 1 else "image") if modals is None else modals[place]
+        if modal != "text":
+            found.append(Visual(first, (t, h // m, w // m), modal == "video"))
+            first += found[-1].tokens
+    return found
+
+
+def prepare_inputs_labels_for_multimodal(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's own, on its way through the branch that drops tokens."""
+    name = "prepare_inputs_labels_for_multimodal"
+    handle, prepare = handle_of(model), original(model, name)
+    given = arguments_of(model, name, args, kwargs)
+    ids, modals = given["input_ids"], given["modals"]
+    silent = not handle.enabled or given["pixel_values"] is None or ids.shape[1] == 1
+    if silent or "video" not in (modals or ()):
+        return prepare(*args, **kwargs)
+    handle.check_cache(given["past_key_values"])
+    if ids.shape[0] != 1:
+        raise ValueError(
+            f"input_ids: expected one row [1, L], into which several prompts are packed, got {list(ids.shape)}; this "
+            "model's prompts shrink in rows of one"
+        )
+    own = bool(model.config.use_token_compression)
+    handle.adapter.call = Call(visuals_of(given["grid_sizes"], given["merge_sizes"], modals), own)
+    model.config.use_token_compression = True
+    try:
+        return prepare(*args, **kwargs)
+    finally:
+        model.config.use_token_compression = own
+        handle.adapter.call = None
+
+
+def encode_images(model: Any, pixel_values: Tensor, grid_sizes: Tensor, merge_sizes: Tensor) -> Tensor:
+    """The model's own, `memory_chunk_frames` of a video at a time; frames do not see each other in this tower."""
+    handle, encode = handle_of(model), original(model, "encode_images")
+    chunk = handle.config.memory_chunk_frames
+    if chunk is None or not handle.enabled:
+        tokens: Tensor = encode(pixel_values, grid_sizes, merge_sizes)
+        return tokens
+    made = []
+    rows = pixel_values.split(grid_sizes.prod(-1).tolist())
+    for place, (t, h, w) in enumerate(grid_sizes.tolist()):
+        for first in range(0, t, chunk):
+            frames = min(chunk, t - first)
+            piece = rows[place][first * h * w : (first + frames) * h * w]
+            made.append(encode(piece, grid_sizes.new_tensor([[frames, h, w]]), merge_sizes[place : place + 1]))
+    return torch.cat(made)
+
+
+def _get_compression_mask(model: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """The model's own where it drops tokens anyway, else all."""
+    mask: Tensor = original(model, "_get_compression_mask")(*args, **kwargs)
+    call = handle_of(model).adapter.call
+    return mask if call is None or call.own else torch.ones_like(mask)
+
+
+def _maybe_truncate_visual_tokens(model: Any, features: Tensor, mask: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The model's own, which is asked which tokens stay."""
+    truncate, call = original(model, "_maybe_truncate_visual_tokens"), handle_of(model).adapter.call
+    if call is None:
+        return truncate(features, mask, *args, **kwargs)
+    call.here, mask = truncate(torch.arange(len(features), device=features.device), mask, *args, **kwargs)
+    return features[call.here], mask
+
+
+def _compress_visual_tokens(
+    model: Any,
+    compression_mask: Tensor,
+    mm_features: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Features `[N, D]` and what goes with them `[L]`, of which the memory keeps fewer."""
+    handle = handle_of(model)
+    call: Call | None = handle.adapter.call
+    if call is None:
+        compress = original(model, "_compress_visual_tokens")
+        made: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None] = compress(
+            compression_mask, mm_features, input_ids, attention_mask, position_ids, labels
+        )
+        return made
+    total = sum(visual.tokens for visual in call.visuals)
+    here = torch.arange(total, device=mm_features.device) if call.here is None else call.here
+    places = (input_ids == model.config.image_token_index).nonzero().flatten()
+    if len(places) != len(here):
+        raise ValueError(f"input_ids: expected {len(here)} placeholders for the visual tokens, got {len(places)}")
+    features, valid = mm_features, compression_mask
+    if len(here) < total:
+        features = mm_features.new_zeros(total, mm_features.shape[1]).index_copy(0, here, mm_features)
+        valid = compression_mask.new_zeros(total).index_copy(0, here, compression_mask)
+
+    kept, tokens, held = [], [], torch.zeros_like(valid)
+    for visual in call.visuals:
+        span = slice(visual.first, visual.first + visual.tokens)
+        if visual.video:
+            k = handle.remember(iter([_clip(features[span], visual, valid[span])]))
+            held[visual.first + k.source] = True
+            kept.append(k)
+            tokens.append(k.tokens)
+        else:
+            held[span] = valid[span]
+            tokens.append(features[span][valid[span]])
+    handle.record(kept)
+
+    keep = torch.ones_like(input_ids, dtype=torch.bool)
+    keep[places] = held[here]
+    for visual in call.visuals:
+        if visual.video:
+            mine = places[(here >= visual.first) & (here < visual.first + visual.tokens)]
+            for start, stop in dead_spans(input_ids, keep, mine, visual.grid[0]):
+                keep[start:stop] = False
+    if bool(keep.all()):
+        return torch.cat(tokens), input_ids, attention_mask, position_ids, labels
+    mask, targets = (None if x is None else x[keep] for x in (attention_mask, labels))
+    return torch.cat(tokens), input_ids[keep], mask, _renumbered(position_ids, keep), targets
+
+
+def _clip(tokens: Tensor, visual: Visual, valid: Tensor | None = None, time: Tensor | None = None) -> Clip:
+    T, H, W = visual.grid
+    whole = valid is None or bool(valid.all())
+    exists = None if whole or valid is None else valid.view(T, H, W)
+    return Clip(tokens.reshape(T, H, W, -1), tokens.shape[-1], exists, time=time)
+
+
+def _renumbered(position_ids: Tensor | None, keep: Tensor) -> Tensor | None:
+    """Positions `[L]` of packed prompts, each of which starts at 0, without what is gone."""
+    if position_ids is None:
+        return None
+    prompt = (position_ids == 0).cumsum(0)[keep]
+    return torch.arange(len(prompt), device=prompt.device) - torch.searchsorted(prompt, prompt)
+
+
+def encode_images_with_memory(
+    model: Any,
+    pixel_values: Tensor,
+    grid_sizes: Tensor,
+    merge_sizes: Tensor,
+    modals: Sequence[str] | None = None,
+    timestamps: Any = None,
+) -> Tensor:
+    """Visual tokens `[N, D]` as `encode_images` gives them, fewer where a video went through the memory.
+
+    `handle.kept` tells where each comes from, and `get_memory_bank` afterwards holds the last video.
+
+    Args:
+        model: With a memory attached.
+        pixel_values, grid_sizes, merge_sizes: As `encode_images` takes them.
+        modals: `"video"`, `"image"` or `"text"` for each; None = a video where it has several frames.
+        timestamps: Seconds of the videos' frames, one after the other; None = unknown.
+
+    Raises:
+        ValueError: Times do not fit the frames or do not increase within a video.
+    """
+    handle = handle_of(model)
+    features = model.encode_images(pixel_values, grid_sizes, merge_sizes)
+    visuals = visuals_of(grid_sizes, merge_sizes, modals)
+    frames = [visual.grid[0] for visual in visuals if visual.video]
+    times: Iterator[Tensor | None] = iter([None] * len(frames))
+    if timestamps is not None:
+        seconds = torch.as_tensor(timestamps, dtype=torch.float64)
+        if seconds.shape != (sum(frames),):
+            raise ValueError(f"timestamps: expected [{sum(frames)}] seconds, got shape {list(seconds.shape)}")
+        times = iter(seconds.split(frames))
+    tokens: list[Tensor] = []
+    kept: list[Kept] = []
+    for visual in visuals:
+        own = features[visual.first : visual.first + visual.tokens]
+        if not (visual.video and handle.enabled):
+            tokens.append(own)
+            continue
+        clip = _clip(own, visual, time=next(times))
+        kept.append(handle.remember(iter([clip])))
+        tokens.append(kept[-1].tokens)
+        handle.adapter.bank = _holding(handle, clip)
+    handle.record(kept)
+    return torch.cat(tokens) if tokens else features
+
+
+def _holding(handle: Any, clip: Clip) -> Any:
+    """A bank that holds a video; None where the memory holds nothing."""
+    (H, W), C = clip.frames.shape[1:3], clip.frames.shape[3]
+    like = {"key_dim": clip.key_dim, "device": clip.frames.device, "dtype": clip.frames.dtype}
+    bank = handle.memory
+    if bank is None:
+        bank = handle.config.make(C, (H, W), **like)
+    elif not hasattr(bank, "compress"):
+        bank = bank(dim=C, grid=(H, W), **like)
+    if not hasattr(bank, "push"):
+        return None
+    bank.reset()
+    bank.push(clip.frames.detach().contiguous(), clip.time)
+    return bank
+
+
+def get_memory_bank(model: Any) -> Any:
+    """The bank that holds the last video of `encode_images_with_memory`; before, the memory given to `attach`."""
+    handle = handle_of(model)
+    given = handle.memory if hasattr(handle.memory, "compress") else None
+    return given if handle.adapter.bank is None else handle.adapter.bank
+
+
+def has_memory_bank(model: Any) -> bool:
+    """Whether videos go through a memory now."""
+    return bool(handle_of(model).enabled)
+
+
+@register_adapter("videollama3_qwen2", detect=lambda model: Videollama3Qwen2.fits(model))
+class Videollama3Qwen2(InsideAdapter):
+    """Real placeholders, times as text in front of frames, plain positions, prompts packed into one row.
+
+    The class is written for transformers 4.46 and is known by its methods alone.
+    """
+
+    pixels = "pixel_values"
+    frame_text = True
+    methods = ("get_model",)
+    functions: ClassVar = {
+        function.__name__: function
+        for function in (
+            prepare_inputs_labels_for_multimodal, encode_images, _get_compression_mask, _maybe_truncate_visual_tokens,
+            _compress_visual_tokens,
+        )
+    }  # fmt: skip
+    optional = ("_maybe_truncate_visual_tokens",)
+    added: ClassVar = {
+        function.__name__: function for function in (encode_images_with_memory, get_memory_bank, has_memory_bank)
+    }
+
+    def __init__(self) -> None:
+        self.call: Call | None = None
+        self.bank: Any = None
+
+    def width(self, model: nn.Module) -> int:
+        return int(model.config.hidden_size)  # type: ignore[arg-type, union-attr]

@@ -1,0 +1,69 @@
+"""Families that put their prompt together inside the model: methods of the instance reduce videos on the way."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NoReturn
+
+from torch import nn
+
+from vmemory.models.adapter import Adapter, Inputs
+from vmemory.models.hook import HANDLE, install_methods, original
+
+
+class InsideAdapter(Adapter):
+    """Remote code: recognised by its methods, of which some are replaced in one instance.
+
+    Attributes:
+        methods: What tells the family, besides the `functions` that every release has.
+        functions: Functions of the model and a method's arguments, by the name of the method that each stands for.
+        optional: Those of `functions` that older releases lack; without them nothing is replaced there.
+        added: Further ones, under names the model does not have.
+    """
+
+    methods: ClassVar[tuple[str, ...]] = ()
+    functions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+    optional: ClassVar[tuple[str, ...]] = ()
+    added: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+
+    @classmethod
+    def fits(cls, model: nn.Module) -> bool:
+        """Whether the model has all of the family's methods."""
+        return not cls.missing(model)
+
+    @classmethod
+    def missing(cls, model: nn.Module) -> list[str]:
+        """Methods of the family that the model does not have."""
+        wanted = dict.fromkeys((*cls.methods, *cls.functions))
+        return [name for name in wanted if name not in cls.optional and not callable(getattr(model, name, None))]
+
+    def check(self, model: nn.Module) -> None:
+        missing = self.missing(model)
+        if missing:
+            raise ValueError(f"model: expected the methods {', '.join(missing)}, got {type(model).__name__} without")
+        taken = [name for name in self.added if hasattr(model, name)]
+        if taken:
+            raise ValueError(f"model: expected no {', '.join(taken)} of its own, got {type(model).__name__} with")
+
+    def install(self, model: nn.Module, handle: Any) -> None:
+        there = {name: function for name, function in self.functions.items() if hasattr(model, name)}
+        install_methods(model, handle, {**there, **self.added})
+
+    def encode(self, model: nn.Module, inputs: Inputs) -> NoReturn:
+        raise ValueError(
+            f"model: expected one whose forward takes mm_encoder_outputs, got {type(model).__name__}, which puts its "
+            "prompt together inside; attach reduces videos there"
+        )
+
+
+def arguments_of(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a replaced method by name, those left out None."""
+    signature = inspect.signature(original(model, name))
+    given = dict.fromkeys(signature.parameters)
+    return {**given, **signature.bind(*args, **kwargs).arguments}
+
+
+def handle_of(model: nn.Module) -> Any:
+    """The handle that `attach` left in the model."""
+    return model.__dict__[HANDLE]
