@@ -14,6 +14,7 @@ from torch import nn
 import vmemory.integrations
 from vmemory.banks import DualMemory, MemoryConfig
 from vmemory.models.adapter import Adapter, Clip, Inputs, find_adapter, supported_types
+from vmemory.models.geometry import GeometryFusion
 from vmemory.models.hook import HANDLE
 from vmemory.models.remember import Kept, Provenance, remember
 from vmemory.models.residual import ResidualMemory
@@ -172,7 +173,8 @@ def attach(model: nn.Module, memory: Any = None, config: Any = None) -> Handle:
         model: A model of a family in `integrations/`, also inside PEFT's wrapper.
         memory: A policy's name (`"merging"`), a memory (with `compress(clip, time, valid=…)` giving `MemoryTokens`; a
             bank fits videos of its own grid alone), or a callable that makes one from `dim`, `grid`, `key_dim`,
-            `device` and `dtype`. None = what `config` says. A `DualMemory` comes in as `ResidualMemory`.
+            `device` and `dtype`. None = what `config` says. A `DualMemory` comes in as `ResidualMemory`. LLaVA-Qwen
+            also takes a `GeometryFusion`.
         config: A `MemoryConfig`, a dict, or an object with such attributes; None = `model.config`.
 
     Returns:
@@ -236,7 +238,15 @@ def _handle(model: Any, adapter: Adapter, memory: Any, config: Any) -> Handle:
         memory = settings.make(adapter.width(model), (1, 1), device=like.device, dtype=like.dtype)
     if isinstance(memory, DualMemory):
         memory = ResidualMemory(memory)
-    if memory is not None and not callable(getattr(memory, "compress", memory)):
+    if isinstance(memory, GeometryFusion):
+        if not adapter.geometry:
+            raise ValueError(
+                f"memory: expected one without geometry, whose frames {type(model).__name__} does not hand over, got "
+                "GeometryFusion"
+            )
+        if memory.memory is None and settings.memory_policy == DualMemory.policy:
+            raise ValueError("memory: expected a DualMemory inside GeometryFusion for the policy 'dual', got none")
+    elif memory is not None and not callable(getattr(memory, "compress", memory)):
         raise TypeError(f"memory: expected a name, a memory with compress, or a callable, got {type(memory).__name__}")
     return Handle(model, adapter, memory, settings)
 

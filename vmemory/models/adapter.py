@@ -59,6 +59,7 @@ class Adapter:
         frame_text: Every frame has a run of placeholders of its own, with its time as text in front.
         three_rows: Positions are rows for time, height and width.
         speaks: The model also makes speech from hidden states of the prompt as it was.
+        geometry: Frames may be joined with what a geometry encoder says of them (`GeometryFusion`).
     """
 
     modality = "video"
@@ -71,6 +72,7 @@ class Adapter:
     frame_text = False
     three_rows = False
     speaks = False
+    geometry = False
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError where the model cannot be hooked."""

@@ -19,6 +19,9 @@ class ResidualMemory(nn.Module):
     Source: ReZero (arXiv 2003.04887).
     """
 
+    # as many tokens as came
+    one_to_one = True
+
     def __init__(self, memory: nn.Module) -> None:
         super().__init__()
         self.memory = memory

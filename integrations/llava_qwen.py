@@ -1,0 +1,141 @@
+"""LLaVA-NeXT's `LlavaQwenForCausalLM`: one sentinel a video, of which the model makes tokens and newlines inside."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from vmemory.models.adapter import Clip, register_adapter
+from vmemory.models.geometry import GeometryFusion
+from vmemory.models.hook import original
+from vmemory.models.inside import InsideAdapter, arguments_of, handle_of
+from vmemory.models.remember import Kept, remember
+
+# on tokens that a memory left: the place of each in the flattened T·H·W grid, and the side of the grid
+_SOURCE = "vmemory_source"
+
+
+def memory_of(handle: Any) -> Any:
+    """The memory proper."""
+    return handle.memory.memory if isinstance(handle.memory, GeometryFusion) else handle.memory
+
+
+def prepare_inputs_labels_for_multimodal(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's own."""
+    name = "prepare_inputs_labels_for_multimodal"
+    handle, prepare = handle_of(model), original(model, name)
+    given = arguments_of(model, name, args, kwargs)
+    kinds = given["modalities"] or ()
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if not handle.enabled or given["images"] is None or given["input_ids"].shape[1] == 1 or "video" not in kinds:
+        return prepare(*args, **kwargs)
+    handle.check_cache(given["past_key_values"])
+    handle.adapter.kept = []
+    made = prepare(*args, **kwargs)
+    handle.record(handle.adapter.kept)
+    handle.adapter.kept = []
+    return made
+
+
+def encode_images(model: Any, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Projected tokens `[T, n, D]`, `memory_chunk_frames` frames at a time, with geometry where the memory has it."""
+    handle, encode = handle_of(model), original(model, "encode_images")
+    if not handle.enabled:
+        plain: Tensor = encode(images, *args, **kwargs)
+        return plain
+    chunk = handle.config.memory_chunk_frames or max(len(images), 1)
+    made = []
+    for frames in images.split(chunk):
+        tokens = encode(frames, *args, **kwargs)
+        made.append(handle.memory(tokens, frames) if isinstance(handle.memory, GeometryFusion) else tokens)
+    return made[0] if len(made) == 1 else torch.cat(made)
+
+
+def get_2dPool(model: Any, image_feature: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """A video's tokens `[T, n, D]` pooled, with a memory of as many tokens before and any other behind.
+
+    Where a memory leaves fewer they come as `[1, N, D]`.
+    """
+    handle, pool = handle_of(model), original(model, "get_2dPool")
+    if not handle.enabled:
+        plain: Tensor = pool(image_feature, *args, **kwargs)
+        return plain
+    if getattr(memory_of(handle), "one_to_one", False):
+        whole = _remembered(handle, image_feature).tokens.view_as(image_feature)
+        fused: Tensor = pool(whole, *args, **kwargs)
+        return fused
+    pooled: Tensor = pool(image_feature, *args, **kwargs)
+    kept = _remembered(handle, pooled)
+    if len(kept.tokens) == pooled.shape[0] * pooled.shape[1]:
+        return kept.tokens.view_as(pooled)
+    tokens = kept.tokens[None]
+    setattr(tokens, _SOURCE, (kept.source, kept.grid[1]))
+    return tokens
+
+
+def _remembered(handle: Any, tokens: Tensor) -> Kept:
+    T, n, D = tokens.shape
+    side = math.isqrt(n)
+    kept = remember(iter([Clip(tokens.reshape(T, side, side, D), D)]), handle.config, memory_of(handle))
+    handle.adapter.kept.append(kept)
+    return kept
+
+
+def add_token_per_grid(model: Any, image_feature: Tensor) -> Tensor:
+    """Tokens `[N, D]` with a newline behind each row of a frame that has any."""
+    source, side = getattr(image_feature, _SOURCE, (None, 1))
+    if source is None:
+        plain: Tensor = original(model, "add_token_per_grid")(image_feature)
+        return plain
+    return _with_newlines(image_feature[0], model.model.image_newline, source // side)
+
+
+def add_token_per_frame(model: Any, image_feature: Tensor) -> Tensor:
+    """Tokens `[1, N, D]` with a newline behind each frame that has any."""
+    source, side = getattr(image_feature, _SOURCE, (None, 1))
+    if source is None:
+        plain: Tensor = original(model, "add_token_per_frame")(image_feature)
+        return plain
+    return _with_newlines(image_feature[0], model.model.image_newline, source // side**2)[None]
+
+
+def _with_newlines(tokens: Tensor, newline: Tensor, group: Tensor) -> Tensor:
+    """Tokens `[N, D]` with a newline `[D]` behind the last of each `group [N]`, which ascends."""
+    N = len(group)
+    last = torch.cat([group[1:] != group[:-1], group.new_ones(min(N, 1), dtype=torch.bool)])
+    ends = last.nonzero().flatten()
+    # where a token and its group's newline stand: every group before adds a place
+    at = torch.arange(N, device=group.device) + last.cumsum(0) - last.long()
+    order = torch.cat([at, at[ends] + 1]).argsort()
+    return torch.cat([tokens, newline.to(tokens).expand(len(ends), -1)])[order]
+
+
+@register_adapter("llava_qwen", detect=lambda model: LlavaQwen.fits(model))
+class LlavaQwen(InsideAdapter):
+    """No placeholders to count: each video has its own tokens, and each row of a batch its own videos."""
+
+    pixels = "images"
+    geometry = True
+    methods = ("get_model", "get_vision_tower")
+    functions: ClassVar = {
+        function.__name__: function
+        for function in (
+            prepare_inputs_labels_for_multimodal, encode_images, get_2dPool, add_token_per_grid, add_token_per_frame
+        )
+    }  # fmt: skip
+
+    def __init__(self) -> None:
+        self.kept: list[Kept] = []
+
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        if getattr(model.config, "add_faster_video", False):
+            raise ValueError(
+                "model: expected add_faster_video off in its config, got it on; it takes a whole video, pooled twice"
+            )
+
+    def width(self, model: nn.Module) -> int:
+        return int(model.config.hidden_size)  # type: ignore[arg-type, union-attr]

@@ -1,0 +1,92 @@
+"""Spatial features beside the visual ones: each frame's tokens look at what a geometry encoder says of the frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmemory.banks import DualMemory
+from vmemory.models.residual import ResidualMemory
+from vmemory.ops._checks import check_int, check_tensor, shape_of
+
+
+class GeometryFusion(nn.Module):
+    """Tokens plus a share of what they find among their frame's geometry tokens: x + tanh(g) · attention(x, z).
+
+    g = 0 at first: until trained, a model with it is the model itself. It stands between projector and memory, of
+    pictures as of videos; give it to `vmemory.attach` as the memory, with the memory proper inside.
+
+    Args:
+        dim: Channels D of a visual token.
+        geometry_dim: Channels E of a geometry token.
+        encoder: Frames `[T, 3, h, w]`, as the vision tower gets them, to geometry tokens `[T, P, E]`. Whether it is
+            trained is its own affair.
+        heads: Attention heads, a divisor of `width`.
+        width: Channels of queries, keys and values; None = `dim`.
+        memory: What the tokens go through next, as `attach` takes it but for names; None = what its `config` says.
+        device, dtype: Of the weights.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit; the message names it.
+
+    Source: the cross-attention fusion of VLM-3R (arXiv 2505.20279), without dropout and with a gate in the place of
+    its last norm.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        geometry_dim: int,
+        encoder: Callable[[Tensor], Tensor],
+        *,
+        heads: int = 8,
+        width: int | None = None,
+        memory: Any = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        width = dim if width is None else width
+        for name, value in (("dim", dim), ("geometry_dim", geometry_dim), ("heads", heads), ("width", width)):
+            check_int(name, value, low=1)
+        if width % heads:
+            raise ValueError(f"heads: expected a divisor of width ({width}), got {heads}")
+        if not callable(encoder):
+            raise TypeError(f"encoder: expected a callable of frames [T, 3, h, w], got {type(encoder).__name__}")
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dim, self.geometry_dim, self.heads = dim, geometry_dim, heads
+        self.encoder = encoder
+        self.memory = ResidualMemory(memory) if isinstance(memory, DualMemory) else memory
+        self.norm, self.geometry_norm = nn.LayerNorm(dim, **like), nn.LayerNorm(geometry_dim, **like)
+        self.query = nn.Linear(dim, width, **like)
+        self.key_value = nn.Linear(geometry_dim, 2 * width, **like)
+        self.out = nn.Linear(width, dim, **like)
+        self.gate = nn.Parameter(torch.zeros((), **like))
+
+    def forward(self, tokens: Tensor, frames: Tensor) -> Tensor:
+        """Tokens `[T, n, D]` of the frames `[T, 3, h, w]` with their geometry.
+
+        Raises:
+            TypeError, ValueError: `tokens`, or what the encoder makes of `frames`, has another form.
+        """
+        check_tensor("tokens", tokens, "[T, n, D]")
+        if tokens.shape[-1] != self.dim:
+            raise ValueError(f"tokens: expected [T, n, {self.dim}], got shape {shape_of(tokens)}")
+        geometry = self.encoder(frames)
+        check_tensor("geometry", geometry, "[T, P, E]")
+        if geometry.shape[0] != tokens.shape[0] or geometry.shape[-1] != self.geometry_dim:
+            want = f"[{tokens.shape[0]}, P, {self.geometry_dim}]"
+            raise ValueError(f"geometry: expected {want} from the encoder, got shape {shape_of(geometry)}")
+        kind = self.query.weight.dtype
+        key, value = self._split(self.key_value(self.geometry_norm(geometry.to(kind)))).chunk(2, 1)
+        found = F.scaled_dot_product_attention(self._split(self.query(self.norm(tokens.to(kind)))), key, value)
+        joined = self.out(found.transpose(1, 2).flatten(2))
+        return tokens + (self.gate.tanh() * joined).to(tokens.dtype)
+
+    def _split(self, x: Tensor) -> Tensor:
+        width = self.query.out_features // self.heads
+        return x.unflatten(-1, (-1, width)).transpose(1, 2)
