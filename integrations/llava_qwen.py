@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from vmemory.banks import DualMemory, MemoryConfig
 from vmemory.models.adapter import Clip, register_adapter
 from vmemory.models.geometry import GeometryFusion
 from vmemory.models.hook import original
@@ -118,7 +119,6 @@ class LlavaQwen(InsideAdapter):
     """No placeholders to count: each video has its own tokens, and each row of a batch its own videos."""
 
     pixels = "images"
-    geometry = True
     methods = ("get_model", "get_vision_tower")
     functions: ClassVar = {
         function.__name__: function
@@ -136,6 +136,14 @@ class LlavaQwen(InsideAdapter):
             raise ValueError(
                 "model: expected add_faster_video off in its config, got it on; it takes a whole video, pooled twice"
             )
+
+    def take(self, model: nn.Module, memory: Any, settings: MemoryConfig) -> Any:
+        if not isinstance(memory, GeometryFusion):
+            return super().take(model, memory, settings)
+        if memory.memory is None and settings.memory_policy == DualMemory.policy:
+            raise ValueError("memory: expected a DualMemory inside GeometryFusion for the policy 'dual', got none")
+        super().take(model, memory.memory, settings)
+        return memory
 
     def width(self, model: nn.Module) -> int:
         return int(model.config.hidden_size)  # type: ignore[arg-type, union-attr]

@@ -12,12 +12,10 @@ from typing import Any
 from torch import nn
 
 import vmemory.integrations
-from vmemory.banks import DualMemory, MemoryConfig
+from vmemory.banks import MemoryConfig
 from vmemory.models.adapter import Adapter, Clip, Inputs, find_adapter, supported_types
-from vmemory.models.geometry import GeometryFusion
 from vmemory.models.hook import HANDLE
 from vmemory.models.remember import Kept, Provenance, remember
-from vmemory.models.residual import ResidualMemory
 from vmemory.models.rewrite import Rewritten, rewrite
 
 _ABSENT = "(absent)"
@@ -166,15 +164,17 @@ def _load_families() -> None:
 def attach(model: nn.Module, memory: Any = None, config: Any = None) -> Handle:
     """Put a memory into a model: from now on its videos go through it, in `forward` and in `generate`.
 
-    Only this instance changes: a forward pre-hook and a `generate` of its own, `model.vmemory` where the memory has
-    weights, and the settings in `model.config`. `Handle.detach` takes all of it back.
+    Only this instance changes: a forward pre-hook and a `generate` of its own (remote code: its methods that prepare a
+    prompt; CLIP: `encode_video`), `model.vmemory` where the memory has weights, which train or evaluate as the model
+    does, and the settings in `model.config`. `Handle.detach` takes all of it back.
 
     Args:
         model: A model of a family in `integrations/`, also inside PEFT's wrapper.
         memory: A policy's name (`"merging"`), a memory (with `compress(clip, time, valid=…)` giving `MemoryTokens`; a
-            bank fits videos of its own grid alone), or a callable that makes one from `dim`, `grid`, `key_dim`,
+            bank fits videos of its own grid alone), or a function that makes one from `dim`, `grid`, `key_dim`,
             `device` and `dtype`. None = what `config` says. A `DualMemory` comes in as `ResidualMemory`. LLaVA-Qwen
-            also takes a `GeometryFusion`.
+            also takes a `GeometryFusion`, CLIP a `TempMe` or a frame compressor, and with neither memory nor settings
+            it pools all frames.
         config: A `MemoryConfig`, a dict, or an object with such attributes; None = `model.config`.
 
     Returns:
@@ -191,11 +191,11 @@ def attach(model: nn.Module, memory: Any = None, config: Any = None) -> Handle:
             raise ValueError("model: expected one without a memory, got one that has one; detach it first")
     adapter = adapter_of(model)
     handle = _handle(model, adapter, memory, config)
-    memory = handle.memory
-    if isinstance(memory, nn.Module) and next(memory.parameters(), None) is not None:
+    learned = adapter.learned(handle.memory)
+    if learned is not None:
         if hasattr(model, "vmemory"):
             raise ValueError("model: expected no attribute 'vmemory', where the memory's weights go, got one")
-        model.add_module("vmemory", memory)
+        model.add_module("vmemory", learned.train(model.training))
         handle.undo.append(_remove_memory)
     _write_config(model, handle)
     adapter.install(model, handle)
@@ -232,23 +232,8 @@ def compress_inputs(
 def _handle(model: Any, adapter: Adapter, memory: Any, config: Any) -> Handle:
     settings = MemoryConfig.of(getattr(model, "config", None) if config is None else config)
     if isinstance(memory, str):
-        settings, memory = MemoryConfig.of({**settings.written(), "memory_policy": memory}), None
-    if memory is None and settings.memory_policy == DualMemory.policy:
-        like = next(model.parameters())
-        memory = settings.make(adapter.width(model), (1, 1), device=like.device, dtype=like.dtype)
-    if isinstance(memory, DualMemory):
-        memory = ResidualMemory(memory)
-    if isinstance(memory, GeometryFusion):
-        if not adapter.geometry:
-            raise ValueError(
-                f"memory: expected one without geometry, whose frames {type(model).__name__} does not hand over, got "
-                "GeometryFusion"
-            )
-        if memory.memory is None and settings.memory_policy == DualMemory.policy:
-            raise ValueError("memory: expected a DualMemory inside GeometryFusion for the policy 'dual', got none")
-    elif memory is not None and not callable(getattr(memory, "compress", memory)):
-        raise TypeError(f"memory: expected a name, a memory with compress, or a callable, got {type(memory).__name__}")
-    return Handle(model, adapter, memory, settings)
+        settings = MemoryConfig.of({**settings.written(), "memory_policy": memory})
+    return Handle(model, adapter, adapter.take(model, memory, settings), settings)
 
 
 def _remove_memory(model: nn.Module) -> None:

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vmemory.banks import DualMemory, MemoryConfig
+from vmemory.models.geometry import GeometryFusion
 from vmemory.models.hook import install_prompt_hook
 from vmemory.models.pixels import CLIP_MEAN, CLIP_STD, normalisation, patch_rows, scaled, size_for, square_size
+from vmemory.models.residual import ResidualMemory
 
 Inputs = dict[str, Any]
 
@@ -59,7 +62,6 @@ class Adapter:
         frame_text: Every frame has a run of placeholders of its own, with its time as text in front.
         three_rows: Positions are rows for time, height and width.
         speaks: The model also makes speech from hidden states of the prompt as it was.
-        geometry: Frames may be joined with what a geometry encoder says of them (`GeometryFusion`).
     """
 
     modality = "video"
@@ -72,7 +74,6 @@ class Adapter:
     frame_text = False
     three_rows = False
     speaks = False
-    geometry = False
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError where the model cannot be hooked."""
@@ -87,6 +88,43 @@ class Adapter:
     def install(self, model: nn.Module, handle: Any) -> None:
         """Hook the model; what is put in is undone by functions of the model appended to `handle.undo`."""
         install_prompt_hook(model, handle)
+
+    def take(self, model: nn.Module, memory: Any, settings: MemoryConfig) -> Any:
+        """The memory as it goes to work; None = what `settings` says.
+
+        Args:
+            model: The model it is for.
+            memory: As given to `attach`.
+            settings: With the policy that was named there.
+
+        Raises:
+            TypeError: It is none.
+            ValueError: It is none for this family.
+        """
+        if isinstance(memory, str):
+            memory = None
+        if memory is None and settings.memory_policy == DualMemory.policy:
+            like = next(model.parameters())
+            memory = settings.make(self.width(model), (1, 1), device=like.device, dtype=like.dtype)
+        if isinstance(memory, DualMemory):
+            return ResidualMemory(memory)
+        if isinstance(memory, GeometryFusion):
+            raise ValueError(
+                f"memory: expected one without geometry, whose frames {type(model).__name__} does not hand over, got "
+                "GeometryFusion"
+            )
+        makes = callable(memory) and not isinstance(memory, nn.Module)
+        if memory is not None and not makes and not callable(getattr(memory, "compress", None)):
+            raise TypeError(
+                "memory: expected a name, a memory with compress, or a function that makes one, got "
+                f"{type(memory).__name__}"
+            )
+        return memory
+
+    def learned(self, memory: Any) -> nn.Module | None:
+        """What of a memory is trained with the model, as `model.vmemory`."""
+        has = isinstance(memory, nn.Module) and next(memory.parameters(), None) is not None
+        return memory if has else None
 
     def owner(self, model: nn.Module) -> Any:
         """The module with `get_video_features`; which one it is changed between releases."""

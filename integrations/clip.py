@@ -1,0 +1,142 @@
+"""CLIP: one embedding a video, with fewer frames before the tower, fewer tokens inside it, or a memory behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vmemory.banks import MemoryConfig
+from vmemory.compress import TempMe
+from vmemory.compress.tempme_tower import vision_tower
+from vmemory.models.adapter import Clip, Inputs, register_adapter
+from vmemory.models.inside import InsideAdapter, handle_of
+from vmemory.models.remember import Kept
+from vmemory.ops._checks import check_device, check_tensor, shape_of
+
+
+class AllFrames:
+    """Nothing between the frames and their mean."""
+
+
+def encode_video(model: Any, pixel_values: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One embedding a video, of norm 1: the mean of its frames' directions. Differentiable.
+
+    Args:
+        model: CLIP, with or without a memory at work.
+        pixel_values: `[B, T, 3, H, W]`, as the model's processor makes each frame; T at least 1.
+        mask: `[B, T]` bool, frames that exist; what stands elsewhere is not read. None = all.
+
+    Returns:
+        `[B, D]` in the dtype of the model's embeddings; a video without a frame gets zeros.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit, or not the compressor; the message names it.
+
+    Source: mean pooling of CLIP4Clip (arXiv 2104.08860).
+    """
+    check_tensor("pixel_values", pixel_values, "[B, T, 3, H, W]")
+    B, T = pixel_values.shape[:2]
+    if T < 1:
+        raise ValueError(f"pixel_values: expected at least 1 frame, got shape {shape_of(pixel_values)}")
+    if mask is not None:
+        check_tensor("mask", mask, "[B, T]")
+        if mask.dtype != torch.bool or mask.shape != (B, T):
+            raise ValueError(f"mask: expected bool [{B}, {T}], got {mask.dtype} of shape {shape_of(mask)}")
+        check_device("mask", mask, "pixel_values", pixel_values)
+        pixel_values = pixel_values.masked_fill(~mask[:, :, None, None, None], 0)
+    handle = handle_of(model)
+    memory = handle.memory
+    if not handle.enabled or isinstance(memory, AllFrames):
+        return _mean(_embedded(model, pixel_values), mask)
+    if isinstance(memory, TempMe):
+        return _mean(memory(pixel_values, mask).frames, mask)
+    if _reduces_frames(memory):
+        made = memory(pixel_values, mask)
+        return _mean(_embedded(model, made.frames), made.mask)
+    exists = torch.ones(B, T, dtype=torch.bool, device=pixel_values.device) if mask is None else mask
+    kept = _remembered(model, handle, pixel_values, exists)
+    handle.record([k for k in kept if k is not None])
+    D = model.config.projection_dim
+    zeros = torch.zeros(D, dtype=next(model.parameters()).dtype, device=pixel_values.device)
+    return torch.stack([zeros if k is None else _mean(k.tokens[None])[0] for k in kept])
+
+
+def _embedded(model: Any, frames: Tensor) -> Tensor:
+    """Embeddings `[B, T, D]` of frames `[B, T, 3, H, W]`, `memory_chunk_frames` at a time."""
+    flat = frames.flatten(0, 1)
+    chunk = handle_of(model).config.memory_chunk_frames or len(flat)
+    made = [model.get_image_features(part.contiguous()).pooler_output for part in flat.split(max(chunk, 1))]
+    embedded: Tensor = torch.cat(made) if len(made) > 1 else made[0]
+    return embedded.unflatten(0, frames.shape[:2])
+
+
+def _mean(frames: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Embeddings `[B, T, D]` to one of norm 1 a video."""
+    wide = torch.promote_types(frames.dtype, torch.float32)
+    directions = F.normalize(frames.to(wide), dim=-1)
+    if mask is None:
+        return F.normalize(directions.mean(1), dim=-1).to(frames.dtype)
+    there = mask[..., None]
+    total = directions.masked_fill(~there, 0).sum(1) / there.sum(1).clamp(min=1)
+    return F.normalize(total, dim=-1).to(frames.dtype)
+
+
+def _remembered(model: Any, handle: Any, pixel_values: Tensor, exists: Tensor) -> list[Kept | None]:
+    """What the memory leaves of each video's embeddings; None of a video without frames."""
+    chunk = handle.config.memory_chunk_frames
+    whole = _embedded(model, pixel_values) if chunk is None else None
+    kept: list[Kept | None] = []
+    for video, there in enumerate(exists):
+        held = int(there.sum())
+        if held == 0:
+            kept.append(None)
+        elif whole is not None:
+            kept.append(handle.remember(iter([_clip(whole[video][there])])))
+        else:
+            kept.append(handle.remember(_pieces(model, pixel_values[video][there], chunk)))
+    return kept
+
+
+def _pieces(model: Any, frames: Tensor, chunk: int) -> Iterator[Clip]:
+    for part in frames.split(chunk):
+        yield _clip(_embedded(model, part[None])[0])
+
+
+def _clip(embeddings: Tensor) -> Clip:
+    return Clip(embeddings[:, None, None], embeddings.shape[-1])
+
+
+def _reduces_frames(memory: Any) -> bool:
+    return isinstance(memory, nn.Module) and callable(getattr(memory, "count", None))
+
+
+@register_adapter("clip")
+class ClipVideos(InsideAdapter):
+    """`encode_video` beside `get_image_features`, which stays as it is; a memory sees frames of 1 × 1 tokens."""
+
+    pixels = "pixel_values"
+    methods = ("get_image_features",)
+    added: ClassVar = {"encode_video": encode_video}
+
+    def width(self, model: Any) -> int:
+        return int(model.config.projection_dim)
+
+    def take(self, model: nn.Module, memory: Any, settings: MemoryConfig) -> Any:
+        if memory is None and settings == MemoryConfig():
+            return AllFrames()
+        if isinstance(memory, TempMe):
+            own = vision_tower(model)[0]
+            if own is not memory.tower or memory.projection is None:
+                raise ValueError("memory: expected a TempMe of the model's own tower, TempMe(model)")
+            return memory
+        return memory if _reduces_frames(memory) else super().take(model, memory, settings)
+
+    def learned(self, memory: Any) -> nn.Module | None:
+        return super().learned(memory.positions if isinstance(memory, TempMe) else memory)
+
+    def encode(self, model: nn.Module, inputs: Inputs) -> NoReturn:
+        raise ValueError("model: expected one with a prompt that shrinks, got CLIP; see its encode_video")
