@@ -190,7 +190,7 @@ def test_texts_find_their_videos_after_training_through_a_selector():
 
 def test_what_does_not_fit_is_named():
     model = clip()
-    with pytest.raises(TypeError, match="memory: expected a name, a memory with compress, .* got Linear"):
+    with pytest.raises(TypeError, match=r"memory: expected a name, a memory with compress, .* got Linear"):
         vmemory.attach(model, torch.nn.Linear(2, 2))
     with vmemory.attach(model):
         with pytest.raises(ValueError, match=r"pixel_values: expected .*\[B, T, 3, H, W\]"):

@@ -27,14 +27,15 @@ class Handle:
     Attributes:
         model: The model it is in.
         adapter: What is known of the model's family.
-        memory: What reduces videos; None = a memory that `config` makes for each video's grid.
+        given: What reduces videos; None = a memory that `config` makes for each video's grid.
         config: The settings.
         enabled: Off lets everything pass untouched.
         kept: What became of each video of the last prompt: sources, and tokens before and after.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, memory: Any, config: MemoryConfig) -> None:
-        self.model, self.adapter, self.memory, self.config = model, adapter, memory, config
+        self.model, self.adapter, self.config = model, adapter, config
+        self.given = memory
         self.enabled = config.enable_memory_bank
         self.kept: list[Provenance] = []
         self.undo: list[Callable[[nn.Module], None]] = []
@@ -45,6 +46,12 @@ class Handle:
     def __exit__(self, *exception: object) -> None:
         if attached(self.model) is self:
             self.detach()
+
+    @property
+    def memory(self) -> Any:
+        """What reduces videos now: `given`, or what others (PEFT's `modules_to_save`) put around it in the model."""
+        inside = attached(self.model) is self and self.adapter.learned(self.given) is self.given
+        return self.model.vmemory if inside and self.given is not None else self.given
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
@@ -191,7 +198,7 @@ def attach(model: nn.Module, memory: Any = None, config: Any = None) -> Handle:
             raise ValueError("model: expected one without a memory, got one that has one; detach it first")
     adapter = adapter_of(model)
     handle = _handle(model, adapter, memory, config)
-    learned = adapter.learned(handle.memory)
+    learned = adapter.learned(handle.given)
     if learned is not None:
         if hasattr(model, "vmemory"):
             raise ValueError("model: expected no attribute 'vmemory', where the memory's weights go, got one")

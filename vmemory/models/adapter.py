@@ -104,8 +104,9 @@ class Adapter:
         if isinstance(memory, str):
             memory = None
         if memory is None and settings.memory_policy == DualMemory.policy:
-            like = next(model.parameters())
-            memory = settings.make(self.width(model), (1, 1), device=like.device, dtype=like.dtype)
+            memory = settings.make(
+                self.width(model), (1, 1), device=device_of(model), dtype=next(model.parameters()).dtype
+            )
         if isinstance(memory, DualMemory):
             return ResidualMemory(memory)
         if isinstance(memory, GeometryFusion):
@@ -190,6 +191,15 @@ class Adapter:
         for module in (self.owner(model), model):
             if rope_deltas is not None and hasattr(module, "rope_deltas"):
                 module.rope_deltas = rope_deltas
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes; weights that accelerate has put elsewhere are on no device."""
+    for module in model.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(model.parameters()).device
 
 
 def as_pooling(tokens: Any) -> Any:

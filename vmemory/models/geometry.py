@@ -65,7 +65,8 @@ class GeometryFusion(nn.Module):
         self.query = nn.Linear(dim, width, **like)
         self.key_value = nn.Linear(geometry_dim, 2 * width, **like)
         self.out = nn.Linear(width, dim, **like)
-        self.gate = nn.Parameter(torch.zeros((), **like))
+        # one element, not none: FSDP shards no scalars
+        self.gate = nn.Parameter(torch.zeros(1, **like))
 
     def forward(self, tokens: Tensor, frames: Tensor) -> Tensor:
         """Tokens `[T, n, D]` of the frames `[T, 3, h, w]` with their geometry.

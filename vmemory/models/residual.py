@@ -26,7 +26,8 @@ class ResidualMemory(nn.Module):
         super().__init__()
         self.memory = memory
         like = next(memory.parameters())
-        self.alpha = nn.Parameter(torch.zeros((), device=like.device, dtype=like.dtype))
+        # one element, not none: FSDP shards no scalars
+        self.alpha = nn.Parameter(torch.zeros(1, device=like.device, dtype=like.dtype))
 
     def compress(self, clip: Tensor, time: Any = None, *, valid: Tensor | None = None) -> Any:
         """The memory's tokens, their provenance, and `tokens` as above; channels behind the memory's pass unchanged."""
