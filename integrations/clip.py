@@ -49,13 +49,12 @@ def encode_video(model: Any, pixel_values: Tensor, mask: Tensor | None = None) -
         check_device("mask", mask, "pixel_values", pixel_values)
         pixel_values = pixel_values.masked_fill(~mask[:, :, None, None, None], 0)
     handle = handle_of(model)
-    memory = handle.memory
-    if not handle.enabled or isinstance(memory, AllFrames):
+    if not handle.enabled or isinstance(handle.given, AllFrames):
         return _mean(_embedded(model, pixel_values), mask)
-    if isinstance(memory, TempMe):
-        return _mean(memory(pixel_values, mask).frames, mask)
-    if _reduces_frames(memory):
-        made = memory(pixel_values, mask)
+    if isinstance(handle.given, TempMe):
+        return _mean(handle.memory(pixel_values, mask).frames, mask)
+    if _reduces_frames(handle.given):
+        made = handle.memory(pixel_values, mask)
         return _mean(_embedded(model, made.frames), made.mask)
     exists = torch.ones(B, T, dtype=torch.bool, device=pixel_values.device) if mask is None else mask
     kept = _remembered(model, handle, pixel_values, exists)

@@ -21,7 +21,7 @@ _SOURCE = "vmemory_source"
 
 def memory_of(handle: Any) -> Any:
     """The memory proper."""
-    return handle.memory.memory if isinstance(handle.memory, GeometryFusion) else handle.memory
+    return handle.memory.memory if isinstance(handle.given, GeometryFusion) else handle.memory
 
 
 def prepare_inputs_labels_for_multimodal(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -51,7 +51,7 @@ def encode_images(model: Any, images: Tensor, *args: Any, **kwargs: Any) -> Tens
     made = []
     for frames in images.split(chunk):
         tokens = encode(frames, *args, **kwargs)
-        made.append(handle.memory(tokens, frames) if isinstance(handle.memory, GeometryFusion) else tokens)
+        made.append(handle.memory(tokens, frames) if isinstance(handle.given, GeometryFusion) else tokens)
     return made[0] if len(made) == 1 else torch.cat(made)
 
 

@@ -101,7 +101,7 @@ def test_merging_happens_inside_the_tower():
         assert all(w.grad.abs().sum() > 0 for w in model.vmemory.values())
         other = copy.deepcopy(model)
         assert torch.equal(other.encode_video(pixels), model.encode_video(pixels))
-        assert vmemory.attached(other).memory.tower is other.vision_model
+        assert vmemory.attached(other).given.tower is other.vision_model
     assert [*model.state_dict()] == before
     with vmemory.attach(model):
         plain = model.encode_video(pixels)
@@ -142,6 +142,17 @@ def test_a_dual_memory_learns():
     with vmemory.attach(model, DualMemory(24, (1, 1), (2, 3), heads=4)):
         model.encode_video(pixels)[:, 0].sum().backward()
         assert model.vmemory.alpha.grad.abs() > 0
+
+
+def test_lora_saves_and_trains_a_selector_with_it():
+    peft = pytest.importorskip("peft")
+    model, pixels = clip(), videos()
+    vmemory.attach(model, FrameSelector(0.5, 16))
+    settings = peft.LoraConfig(r=2, target_modules=r".*vision_model.*q_proj", modules_to_save=["vmemory"])
+    outer = peft.get_peft_model(model, settings).train()
+    outer.encode_video(pixels, PADDED)[:, 0].sum().backward()
+    grads = {name: w.grad for name, w in outer.named_parameters() if "modules_to_save" in name and w.requires_grad}
+    assert sum(float(g.abs().sum()) for g in grads.values()) > 0
 
 
 def test_detached_it_leaves_no_trace():

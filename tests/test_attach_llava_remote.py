@@ -187,6 +187,17 @@ def test_geometry_stands_before_the_memory(inner):
     assert [*model.state_dict()] == before
 
 
+def test_lora_saves_and_trains_geometry_with_it():
+    peft = pytest.importorskip("peft")
+    model, inputs = llava_qwen(T=6)
+    vmemory.attach(model, geometry(), SMALL)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["vmemory"])
+    outer = peft.get_peft_model(model, settings).train()
+    outer(**inputs, labels=inputs["input_ids"]).loss.backward()
+    gate = next(w for name, w in outer.named_parameters() if name.endswith("modules_to_save.default.gate"))
+    assert gate.grad.abs() > 0
+
+
 def test_geometry_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"heads: expected a divisor of width \(32\), got 5"):
         GeometryFusion(32, 6, Depth(), heads=5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import types
 from collections.abc import Iterator
@@ -462,6 +463,22 @@ def test_a_speaking_model_is_sent_to_its_thinker():
             thinker.generate(**inputs, **GREEDY, output_hidden_states=True)
         with pytest.raises(ValueError, match="output_hidden_states: expected False"):
             thinker(**inputs, output_hidden_states=True)
+
+
+def test_inside_the_wrapper_of_compile(small):
+    model, inputs, logits, answer = small
+    wrapped = torch.compile(model, backend="eager")
+    with vmemory.attach(wrapped, config=SMALL) as handle:
+        assert handle.model is model
+        assert vmemory.attached(wrapped) is handle
+        assert remembers(model, inputs, logits, answer)
+
+
+def test_signatures_are_the_model_s_own(small):
+    model = small[0]
+    plain = inspect.signature(model.generate), inspect.signature(model.forward)
+    with vmemory.attach(model, config=SMALL):
+        assert (inspect.signature(model.generate), inspect.signature(model.forward)) == plain
 
 
 def test_a_prompt_through_another_memory_than_the_one_attached():

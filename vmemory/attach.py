@@ -130,7 +130,10 @@ def attached(model: nn.Module) -> Handle | None:
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The model inside PEFT's wrapper, or the model."""
+    """The model inside the wrappers of `torch.compile` and PEFT, or the model."""
+    compiled = model._modules.get("_orig_mod")
+    if compiled is not None:
+        return base_of(compiled)
     inner = getattr(model, "get_base_model", None)
     found: nn.Module = inner() if callable(inner) else model
     return found
@@ -176,7 +179,7 @@ def attach(model: nn.Module, memory: Any = None, config: Any = None) -> Handle:
     does, and the settings in `model.config`. `Handle.detach` takes all of it back.
 
     Args:
-        model: A model of a family in `integrations/`, also inside PEFT's wrapper.
+        model: A model of a family in `integrations/`, also inside the wrappers of PEFT and `torch.compile`.
         memory: A policy's name (`"merging"`), a memory (with `compress(clip, time, valid=…)` giving `MemoryTokens`; a
             bank fits videos of its own grid alone), or a function that makes one from `dim`, `grid`, `key_dim`,
             `device` and `dtype`. None = what `config` says. A `DualMemory` comes in as `ResidualMemory`. LLaVA-Qwen
