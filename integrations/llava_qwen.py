@@ -42,12 +42,16 @@ def prepare_inputs_labels_for_multimodal(model: Any, *args: Any, **kwargs: Any) 
 
 
 def encode_images(model: Any, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Projected tokens `[T, n, D]`, `memory_chunk_frames` frames at a time, with geometry where the memory has it."""
+    """Projected tokens `[T, n, D]`, `memory_chunk_frames` frames at a time, with geometry where the memory has it.
+
+    What forks hand over beside the images belongs to all of them, which then are encoded at once.
+    """
     handle, encode = handle_of(model), original(model, "encode_images")
     if not handle.enabled:
         plain: Tensor = encode(images, *args, **kwargs)
         return plain
-    chunk = handle.config.memory_chunk_frames or max(len(images), 1)
+    chunk = None if args or kwargs else handle.config.memory_chunk_frames
+    chunk = chunk or max(len(images), 1)
     made = []
     for frames in images.split(chunk):
         tokens = encode(frames, *args, **kwargs)

@@ -20,6 +20,7 @@ from vmemory.banks import DualMemory, RingBank
 SMALL = {"memory_capacities": (2, 2, 1), "memory_chunk_frames": None}
 FITS = {"memory_policy": "recent", "memory_capacities": (100,)}
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+ARGUMENTS = ("pixel_values", "grid_sizes", "merge_sizes", "modals")
 
 
 def length(model: Any, inputs: dict[str, Any]) -> int:
@@ -97,6 +98,26 @@ def test_packed_prompts_shrink_each_by_itself_with_their_positions_and_labels():
         assert int((labels == PLACE).sum()) == kept + 2 * 4
 
 
+def test_samples_without_a_picture_bring_pixels_that_are_nothing():
+    model, inputs = video_llama(T=8)
+    ids = torch.cat([inputs["input_ids"], torch.full((1, 6), 33)], 1)
+    inputs |= {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids),
+        "position_ids": torch.cat([inputs["position_ids"], torch.arange(6)[None]], 1),
+        "pixel_values": torch.cat([inputs["pixel_values"], torch.full((4, 12), 1e3)]),
+        "grid_sizes": torch.cat([inputs["grid_sizes"], torch.tensor([[1, 2, 2]])]),
+        "merge_sizes": torch.tensor([2, 2]), "modals": ["video", "text"],
+    }  # fmt: skip
+    plain = model(**inputs).logits
+    with vmemory.attach(model, config=FITS):
+        assert torch.equal(model(**inputs).logits, plain)
+    with vmemory.attach(model, config=SMALL) as handle:
+        short = length(model, inputs)
+        gone = 8 * 16 - len(handle.kept[0].source)
+        assert 0 < gone <= plain.shape[1] - short
+        assert model.encode_images_with_memory(*(inputs[k] for k in ARGUMENTS)).shape[0] == 8 * 16 - gone
+
+
 def test_prompts_cut_in_training_lose_the_tokens_that_have_no_place():
     model, inputs = video_llama(T=8)
     cut = 4 + 5 * (3 + 16 + 1) + 10
@@ -137,7 +158,7 @@ def test_chunks_of_frames_give_the_same_tokens_and_smaller_calls():
 
 def test_the_accessors_that_the_sources_promise():
     model, inputs = video_llama(T=8, picture=True)
-    arguments = [inputs[name] for name in ("pixel_values", "grid_sizes", "merge_sizes", "modals")]
+    arguments = [inputs[name] for name in ARGUMENTS]
     everything = model.encode_images(*arguments[:3])
     handle = vmemory.attach(model, config=SMALL)
     assert model.has_memory_bank()
