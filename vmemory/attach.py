@@ -176,7 +176,8 @@ def attach(model: nn.Module, memory: Any = None, config: Any = None) -> Handle:
 
     Only this instance changes: a forward pre-hook and a `generate` of its own (remote code: its methods that prepare a
     prompt; CLIP: `encode_video`), `model.vmemory` where the memory has weights, which train or evaluate as the model
-    does, and the settings in `model.config`. `Handle.detach` takes all of it back.
+    does, and the settings in `model.config`. `Handle.detach` takes all of it back. Where `generate` itself is sharded
+    (`register_fsdp_forward_method`) the memory comes first.
 
     Args:
         model: A model of a family in `integrations/`, also inside the wrappers of PEFT and `torch.compile`.

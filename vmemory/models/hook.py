@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 HANDLE = "_vmemory"
-_BEFORE = "_vmemory_methods"
+_METHODS = "_vmemory_methods"
 
 
 class Rewrites(Protocol):
@@ -25,21 +25,29 @@ class Rewrites(Protocol):
 
 
 class Method:
-    """A function of one model under the name of its method; copies and pickles go with their model.
+    """A function of one model in the place of its method, for as long as a memory is in it.
 
-    A bound function would be pickled as the attribute of that name, which is the method it replaces.
+    Copies and pickles go with their model: a bound function would be pickled as the attribute of its name, which is the
+    method it replaces. Others may wrap it and still hold it when the memory is gone; then it is that method.
     """
 
     def __init__(self, function: Callable[..., Any], model: nn.Module, name: str) -> None:
         self.function, self.model, self.name = function, model, name
+        self.former: Any = model.__dict__.get(name)
+
+    def original(self) -> Any:
+        """The method as it was."""
+        return getattr(type(self.model), self.name).__get__(self.model) if self.former is None else self.former
 
     @property
     def __signature__(self) -> inspect.Signature:
-        if hasattr(type(self.model), self.name):
-            return inspect.signature(original(self.model, self.name))
-        return inspect.signature(partial(self.function, self.model))
+        if self.former is None and not hasattr(type(self.model), self.name):
+            return inspect.signature(partial(self.function, self.model))
+        return inspect.signature(self.original())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if HANDLE not in self.model.__dict__:
+            return self.original()(*args, **kwargs)
         return self.function(self.model, *args, **kwargs)
 
 
@@ -59,24 +67,27 @@ def install_methods(model: nn.Module, handle: Rewrites, functions: Mapping[str, 
 
     `original` finds the method that one of them replaces.
     """
-    model.__dict__[_BEFORE] = {name: model.__dict__[name] for name in functions if name in model.__dict__}
-    for name, function in functions.items():
-        model.__dict__[name] = Method(function, model, name)
-    handle.undo.append(partial(_restore_methods, names=tuple(functions)))
+    methods = {name: Method(function, model, name) for name, function in functions.items()}
+    model.__dict__[_METHODS] = methods
+    model.__dict__.update(methods)
+    handle.undo.append(_restore_methods)
 
 
 def original(model: nn.Module, name: str) -> Any:
     """A method as it was before `install_methods`."""
-    before = model.__dict__[_BEFORE]
-    return before[name] if name in before else getattr(type(model), name).__get__(model)
+    method: Method = model.__dict__[_METHODS][name]
+    return method.original()
 
 
-def _restore_methods(model: nn.Module, names: tuple[str, ...]) -> None:
-    before = model.__dict__.pop(_BEFORE)
-    for name in names:
-        del model.__dict__[name]
-        if name in before:
-            model.__dict__[name] = before[name]
+def _restore_methods(model: nn.Module) -> None:
+    methods: dict[str, Method] = model.__dict__.pop(_METHODS)
+    for name, method in methods.items():
+        if model.__dict__.get(name) is not method:
+            continue
+        if method.former is None:
+            del model.__dict__[name]
+        else:
+            model.__dict__[name] = method.former
 
 
 def _remove_hook(model: nn.Module, key: int) -> None:
