@@ -198,6 +198,19 @@ def test_lora_saves_and_trains_geometry_with_it():
     assert gate.grad.abs() > 0
 
 
+def test_geometry_under_autocast():
+    model, inputs = llava_qwen(T=6)
+    fusion = geometry(DualMemory(32, (8, 8), (2, 3), heads=4))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(**inputs).logits
+        with vmemory.attach(model, fusion):
+            out = model(**inputs, labels=inputs["input_ids"])
+            assert torch.equal(out.logits, plain)
+            out.loss.backward()
+            assert fusion.gate.grad.abs() > 0
+            assert fusion.memory.alpha.grad.abs() > 0
+
+
 def test_geometry_that_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"heads: expected a divisor of width \(32\), got 5"):
         GeometryFusion(32, 6, Depth(), heads=5)

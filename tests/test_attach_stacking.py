@@ -241,6 +241,21 @@ def test_bfloat16(small, memory):
         assert torch.equal(out.logits, plain) if memory else out.logits.shape[1] < plain.shape[1]
 
 
+@pytest.mark.parametrize("family", [*FAMILIES, "llava_onevision", "qwen3_vl"])
+@pytest.mark.parametrize("memory", ["hierarchical", "dual"])
+def test_autocast_whose_features_are_narrower_than_the_weights(family, memory):
+    model, inputs = tiny(family, T=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = model(**inputs).logits
+        with vmemory.attach(model, memory):
+            assert torch.equal(model(**inputs).logits, plain)
+            loss = model.train()(**inputs, labels=inputs["input_ids"]).loss
+            loss.backward()
+            if memory == "dual":
+                assert model.vmemory.alpha.grad.abs() > 0
+                assert model.vmemory.alpha.dtype == torch.float32
+
+
 def test_inside_the_wrapper_of_compile(small):
     model, inputs, logits, answer = small
     wrapped = torch.compile(model, backend="eager")

@@ -32,8 +32,12 @@ class ResidualMemory(nn.Module):
     def compress(self, clip: Tensor, time: Any = None, *, valid: Tensor | None = None) -> Any:
         """The memory's tokens, their provenance, and `tokens` as above; channels behind the memory's pass unchanged."""
         dim: int = self.memory.dim  # type: ignore[assignment]  # a module's attribute
-        made = self.memory.transform(clip[..., :dim].contiguous(), time, valid=valid)  # type: ignore[operator]
+        # under autocast features have another dtype than weights
+        frames = clip[..., :dim].to(self.alpha.dtype).contiguous()
+        with torch.autocast(clip.device.type, enabled=False):
+            made = self.memory.transform(frames, time, valid=valid)  # type: ignore[operator]
         own = clip.flatten(0, 2)[made.source]
         head = own[:, :dim]
-        mixed = head + self.alpha * (made.tokens - head)
+        # what is added is rounded, never the tokens themselves
+        mixed = head + (self.alpha * (made.tokens - head)).to(head.dtype)
         return made._replace(tokens=torch.cat([mixed, own[:, dim:]], -1) if own.shape[1] > dim else mixed)
