@@ -46,6 +46,21 @@ def test_every_way_of_generating(small):
     assert torch.equal(beams.sequences[:, L:], expected[:, short["input_ids"].shape[1] :])
 
 
+def test_lengths_count_the_prompt_that_the_caller_gave(small):
+    model, inputs, _, answer = small
+    L = inputs["input_ids"].shape[1]
+    with vmemory.attach(model, config=SMALL):
+        out = model.generate(**inputs, max_length=L + 4, do_sample=False, pad_token_id=0, eos_token_id=None)
+        assert torch.equal(out, answer)
+        stop = int(answer[0, L])
+        short = model.generate(**inputs, max_length=L + 4, do_sample=False, pad_token_id=0, eos_token_id=stop)
+        assert short.shape == (1, L + 1)
+        long = model.generate(
+            **inputs, max_length=L + 4, min_length=L + 3, do_sample=False, pad_token_id=0, eos_token_id=stop
+        )
+        assert L + 3 <= long.shape[1] <= L + 4
+
+
 def test_arguments_by_position(small):
     model, inputs, logits, _ = small
     names = ("input_ids", "attention_mask")

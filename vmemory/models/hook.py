@@ -117,6 +117,10 @@ def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any)
     ids = kwargs["input_ids"]
     new = handle.shrunk(kwargs, generating=True)
     length = new["input_ids"].shape[1]
+    for name in ("max_length", "min_length"):
+        # both count the prompt, which the caller gets back whole
+        if new.get(name) is not None:
+            new[name] -= ids.shape[1] - length
     out = former(*args, **new)
     sequences = out if isinstance(out, torch.Tensor) else out.sequences
     prompt = ids.repeat_interleave(len(sequences) // len(ids), 0).to(sequences.device)
