@@ -85,7 +85,7 @@ def test_every_newline_mode_marks_what_is_left(newline):
         body = embeds[row][mask[row].bool()][4:-5]
         assert len(body) == len(k.source) + rows_of(k.source, newline)
         is_newline = (body == model.model.image_newline).all(-1)
-        assert torch.equal(body[~is_newline], k.tokens)
+        assert int((~is_newline).sum()) == k.tokens
         if newline in ("grid", "frame"):
             group = k.source // (4 if newline == "grid" else 16)
             ends = (group != torch.cat([group[1:], group[:1] - 1])).nonzero().flatten()
@@ -183,7 +183,7 @@ def test_geometry_stands_before_the_memory(inner):
         assert not torch.equal(out.logits, plain)
         out.loss.backward()
         assert model.vmemory.encoder.linear.weight.grad.abs().sum() > 0
-        assert len(handle.kept[0].tokens) == {"dual": 8 * 64, "recent": 3 * 16}.get(inner, 2 * 16 + 2 * 4 + 1)
+        assert handle.kept[0].tokens == {"dual": 8 * 64, "recent": 3 * 16}.get(inner, 2 * 16 + 2 * 4 + 1)
     assert [*model.state_dict()] == before
 
 

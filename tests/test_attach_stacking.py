@@ -233,10 +233,11 @@ def test_bfloat16(small, memory):
     model = model.bfloat16()
     inputs = {k: v.bfloat16() if v.is_floating_point() and "pixel" in k else v for k, v in inputs.items()}
     plain = model(**inputs).logits
-    with vmemory.attach(model, memory, SMALL if memory is None else None) as handle:
+    with vmemory.attach(model, memory, SMALL if memory is None else None):
         out = model(**inputs)
         assert out.logits.dtype == torch.bfloat16
-        assert handle.kept[0].tokens.dtype == torch.bfloat16
+        made = vmemory.compress_inputs(model, inputs)["mm_encoder_outputs"]["video"].pooler_output[0]
+        assert made.dtype == torch.bfloat16
         assert model.generate(**inputs, **GREEDY).shape[1] == inputs["input_ids"].shape[1] + 4
         assert torch.equal(out.logits, plain) if memory else out.logits.shape[1] < plain.shape[1]
 
