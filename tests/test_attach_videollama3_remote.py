@@ -41,6 +41,25 @@ def test_a_model_of_that_type_without_the_methods_is_refused_by_name():
         vmemory.attach(model)
 
 
+def test_the_model_s_own_config_switches_it():
+    model, inputs = video_llama(T=8)
+    plain = model(**inputs).logits
+    model.config.enable_memory_bank = False
+    model.config.memory_capacities, model.config.memory_reduced_sizes = [2, 2, 1], [16, 4, 1]
+    with vmemory.attach(model) as handle:
+        assert not model.has_memory_bank()
+        assert torch.equal(model(**inputs).logits, plain)
+        assert handle.config.memory_capacities == (2, 2, 1)
+    model.config.enable_memory_bank, model.config.max_frames_before_compression = True, 8
+    with vmemory.attach(model):
+        assert model.has_memory_bank()
+        assert torch.equal(model(**inputs).logits, plain)
+    model.config.max_frames_before_compression = 7
+    with vmemory.attach(model) as handle:
+        assert length(model, inputs) < plain.shape[1]
+        assert handle.kept[0].tokens == 2 * 16 + 2 * 4 + 1
+
+
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize(("prompts", "picture"), [(1, False), (2, True)])
 def test_what_fits_changes_nothing_to_the_bit(own, prompts, picture):
