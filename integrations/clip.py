@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from vmemory.banks import MemoryConfig
 from vmemory.compress import TempMe
 from vmemory.compress.tempme_tower import vision_tower
-from vmemory.models.adapter import Clip, Inputs, register_adapter
+from vmemory.models.adapter import Clip, Inputs
 from vmemory.models.inside import InsideAdapter, handle_of
+from vmemory.models.registry import register_adapter
 from vmemory.models.remember import Kept
 from vmemory.ops._checks import check_device, check_tensor, shape_of
 

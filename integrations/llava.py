@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmemory.models.adapter import Adapter, Clip, Encoded, Inputs, known_arguments, register_adapter
+from vmemory.models.adapter import Adapter, Clip, Encoded, Inputs, known_arguments
 from vmemory.models.pixels import CLIP_MEAN, CLIP_STD, normalisation, scaled, square_size
+from vmemory.models.registry import register_adapter
 
 
 @register_adapter("llava", "vipllava")

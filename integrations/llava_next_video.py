@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from vmemory.models.adapter import SquareFrameAdapter, register_adapter
+from vmemory.models.families import SquareFrameAdapter
+from vmemory.models.registry import register_adapter
 
 
 @register_adapter("llava_next_video")

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmemory.models.adapter import SquareFrameAdapter, as_pooling, register_adapter
+from vmemory.models.adapter import as_pooling
+from vmemory.models.families import SquareFrameAdapter
+from vmemory.models.registry import register_adapter
 
 
 @register_adapter("llava_onevision")

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from vmemory.banks import DualMemory, MemoryConfig
-from vmemory.models.adapter import Clip, register_adapter
+from vmemory.models.adapter import Clip
 from vmemory.models.geometry import GeometryFusion
 from vmemory.models.hook import original
 from vmemory.models.inside import InsideAdapter, arguments_of, handle_of
+from vmemory.models.registry import register_adapter
 from vmemory.models.remember import Kept, remember
 
 # on tokens that a memory left: the place of each in the flattened T·H·W grid, and the side of the grid

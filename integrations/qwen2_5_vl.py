@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from vmemory.integrations.qwen2_vl import Qwen2VL
-from vmemory.models.adapter import Inputs, register_adapter
+from vmemory.models.adapter import Inputs
+from vmemory.models.registry import register_adapter
 
 
 @register_adapter("qwen2_5_vl")

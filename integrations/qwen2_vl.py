@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vmemory.models.adapter import Inputs, PatchRowAdapter, known_arguments, register_adapter
+from vmemory.models.adapter import Inputs, known_arguments
+from vmemory.models.families import PatchRowAdapter
+from vmemory.models.registry import register_adapter
 
 
 @register_adapter("qwen2_vl")

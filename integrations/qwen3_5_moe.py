@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vmemory.integrations.qwen3_5 import Qwen35
-from vmemory.models.adapter import register_adapter
+from vmemory.models.registry import register_adapter
 
 
 @register_adapter("qwen3_5_moe")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vmemory.integrations.qwen2_5_omni_thinker import Qwen25OmniThinker
-from vmemory.models.adapter import register_adapter
+from vmemory.models.registry import register_adapter
 
 
 @register_adapter("qwen3_omni_moe_thinker")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vmemory.integrations.qwen2_vl import Qwen2VL
-from vmemory.models.adapter import register_adapter
+from vmemory.models.registry import register_adapter
 
 
 @register_adapter("qwen3_vl")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vmemory.integrations.qwen3_vl import Qwen3VL
-from vmemory.models.adapter import register_adapter
+from vmemory.models.registry import register_adapter
 
 
 @register_adapter("qwen3_vl_moe")

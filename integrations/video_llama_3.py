@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from vmemory.models.adapter import Encoded, Inputs, PatchRowAdapter, register_adapter
+from vmemory.models.adapter import Encoded, Inputs
+from vmemory.models.families import PatchRowAdapter
+from vmemory.models.registry import register_adapter
 
 
 @register_adapter("video_llama_3")

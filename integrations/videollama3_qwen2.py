@@ -9,10 +9,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vmemory.models.adapter import Clip, register_adapter
+from vmemory.models.adapter import Clip
 from vmemory.models.frame_text import dead_spans
 from vmemory.models.hook import original
 from vmemory.models.inside import InsideAdapter, arguments_of, handle_of
+from vmemory.models.registry import register_adapter
 from vmemory.models.remember import Kept
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from vmemory import banks, compress, ops
 from vmemory.attach import attach, attached, compress_inputs
-from vmemory.models.adapter import register_adapter
+from vmemory.models.registry import register_adapter
 from vmemory.ops._select import explain
 
 __version__ = "0.1.0"

@@ -13,8 +13,9 @@ from torch import nn
 
 import vmemory.integrations
 from vmemory.banks import MemoryConfig
-from vmemory.models.adapter import Adapter, Clip, Inputs, find_adapter, supported_types
+from vmemory.models.adapter import Adapter, Clip, Inputs
 from vmemory.models.hook import HANDLE
+from vmemory.models.registry import find_adapter, supported_types
 from vmemory.models.remember import Kept, Provenance, remember
 from vmemory.models.rewrite import Rewritten, rewrite
 

@@ -1,0 +1,118 @@
+"""What families have in common: pixels as rows of patches, or square frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmemory.models.adapter import Adapter, Clip, Encoded, Inputs, as_pooling, known_arguments
+from vmemory.models.pixels import CLIP_MEAN, CLIP_STD, normalisation, patch_rows, scaled, size_for, square_size
+
+
+class PatchRowAdapter(Adapter):
+    """Families whose pixels are rows of patches, `[T·h·w, …]`, with `video_grid_thw` beside them: Qwen, VideoLLaMA3."""
+
+    side = 2  # patches along each axis that become one token, where the inputs do not say
+    mean, std = CLIP_MEAN, CLIP_STD
+
+    def merge(self, model: Any, inputs: Inputs, video: int) -> int:
+        """Patches along each axis that become one token."""
+        return int(self.owner(model).visual.spatial_merge_size)
+
+    def patch(self, model: Any) -> int:
+        """Pixels along each axis of a patch."""
+        return int(model.config.vision_config.patch_size)
+
+    def frames_together(self, model: Any) -> int:
+        return int(getattr(model.config.vision_config, "temporal_patch_size", 1))
+
+    def frame_size(self, model: nn.Module, size: tuple[int, int], tokens: int) -> tuple[int, int]:
+        return size_for(size, self.patch(model) * self.side, tokens)
+
+    def size_of(self, model: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
+        unit = self.patch(model) * self.side
+        return grid[0] * unit, grid[1] * unit
+
+    def prepare(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+        mean, std = normalisation(processor, self.mean, self.std)
+        pixels = scaled(frames, size, mean, std)
+        rows, grid = patch_rows(pixels, self.patch(model), self.side, self.frames_together(model))
+        return {"pixel_values_videos": rows, "video_grid_thw": torch.tensor([grid])}
+
+    def features(self, model: nn.Module, inputs: Inputs) -> Any:
+        """The tower's output for all videos."""
+        return self.owner(model).get_video_features(
+            inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+        )
+
+    def seconds(self, inputs: Inputs, video: int) -> float | None:
+        """Seconds between two of a video's frames, where the inputs tell."""
+        return None
+
+    def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
+        output, clips = self.features(model, inputs), []
+        deep = getattr(output, "deepstack_features", None) or []
+        for video, (t, h, w) in enumerate(inputs["video_grid_thw"].tolist()):
+            main = output.pooler_output[video]
+            tokens = torch.cat([main, *(layer[video] for layer in deep)], -1) if deep else main
+            m, step = self.merge(model, inputs, video), self.seconds(inputs, video)
+            time = None if step is None else torch.arange(t, dtype=torch.float64) * step
+            clips.append(Clip(tokens.reshape(t, h // m, w // m, -1), main.shape[-1], time=time))
+        return Encoded(clips, output)
+
+    def pieces(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
+        grids = inputs["video_grid_thw"]
+        rows = inputs["pixel_values_videos"].split(grids.prod(-1).tolist())
+        for video in range(len(grids)):
+            yield self._pieces(inputs, video, rows[video], chunk)
+
+    def _pieces(self, inputs: Inputs, video: int, rows: Tensor, chunk: int) -> Iterator[Inputs]:
+        t, h, w = inputs["video_grid_thw"][video].tolist()
+        for first in range(0, t, chunk):
+            stop = min(first + chunk, t)
+            grid = inputs["video_grid_thw"].new_tensor([[stop - first, h, w]])
+            yield {"pixel_values_videos": rows[first * h * w : stop * h * w], "video_grid_thw": grid}
+
+    def pack(self, output: Any, tokens: Sequence[Tensor]) -> Any:
+        deep = getattr(output, "deepstack_features", None) or []
+        if not deep:
+            return as_pooling(list(tokens))
+        parts = [t.split(output.pooler_output[0].shape[-1], -1) for t in tokens]
+        layers = [[part[1 + layer] for part in parts] for layer in range(len(deep))]
+        return type(output)(pooler_output=[part[0] for part in parts], deepstack_features=layers)
+
+
+class SquareFrameAdapter(Adapter):
+    """Families with `pixel_values_videos [B, T, 3, h, w]` and square grids of tokens: LLaVA."""
+
+    newline = 0  # rows the tower's output has behind each video's frames
+    mean, std = CLIP_MEAN, CLIP_STD
+
+    def frame_size(self, model: nn.Module, size: tuple[int, int], tokens: int) -> tuple[int, int]:
+        return square_size(model)
+
+    def prepare(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+        return {"pixel_values_videos": scaled(frames, size, *normalisation(processor, self.mean, self.std))[None]}
+
+    def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
+        get = self.owner(model).get_video_features
+        output = get(**known_arguments(get, inputs), return_dict=True)
+        T, clips = inputs["pixel_values_videos"].shape[1], []
+        for tokens in output.pooler_output:
+            tokens = tokens.reshape(-1, tokens.shape[-1])
+            body = tokens[: len(tokens) - self.newline]
+            side = round((len(body) // T) ** 0.5)
+            tail = tokens[len(body) :] if self.newline else None
+            clips.append(Clip(body.reshape(T, side, side, -1), tokens.shape[-1], tail=tail))
+        return Encoded(clips, output)
+
+    def pieces(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
+        for video in inputs["pixel_values_videos"]:
+            # the towers view these as rows, which takes contiguous ones
+            yield (
+                {**inputs, "pixel_values_videos": video[None, first : first + chunk].contiguous()}
+                for first in range(0, len(video), chunk)
+            )
