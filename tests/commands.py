@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.colours import BLUE, GREEN, RED, Colours, write_clip
-from vmemory.cli import app, ask, demo, localize, stream
+from vmemory.cli import app, ask, demo, inspect, localize, stream
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -23,7 +23,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def colours(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (ask, demo, localize, stream):
+    for module in (ask, demo, inspect, localize, stream):
         monkeypatch.setattr(module, "make_encoder", lambda name=None: Colours())
 
 

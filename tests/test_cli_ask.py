@@ -54,3 +54,25 @@ def test_a_memory_of_another_encoder(clip: Path, tmp_path: Path, run: Run, monke
     monkeypatch.setattr(Colours, "name", "shapes")
     monkeypatch.setattr(ask, "make_encoder", make_encoder)
     expect_error(run("ask", saved, "red"), "written with encoder 'colours', this vmemory has 'shapes'")
+
+
+def test_inspect_opens_the_report_of_what_was_watched(
+    run: Run, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("typer.launch", opened.append)
+    saved, bare = tmp_path / "clip.vmem", tmp_path / "bare.vmem"
+    run("stream", clip, "--entries", 9, "--save", saved)
+    code, told, err = run("inspect", saved)
+    assert (code, err) == (0, "")
+    assert "colours" in told
+    check_page(tmp_path / "clip-report")
+    assert opened == [str(tmp_path / "clip-report" / "report.html")]
+    assert run("inspect", saved, "--no-open", "--out", tmp_path / "there")[0] == 0
+    check_page(tmp_path / "there")
+    video_bank("recent", 9, 4, entries=2).save(bare)
+    code, told, _ = run("inspect", bare)
+    assert code == 0
+    assert "a memory alone" in told
+    assert len(opened) == 1
+    expect_error(run("inspect", tmp_path / "none.vmem"), "no such file")

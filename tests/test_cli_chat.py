@@ -67,6 +67,10 @@ def test_chat_answers_typed_questions_and_saves(capsys, monkeypatch, tmp_path, f
     session = VideoSession.load(saved, model, processor)
     assert session.memory.counts()["seen"] == 15
     assert isinstance(session.ask("what happens?", max_new_tokens=3), str)
+    assert run(["inspect", str(saved)]) == 0
+    told = capsys.readouterr().out
+    assert "15 seen" in told
+    assert "a video session" in told
 
 
 def test_chat_asks_what_the_command_line_asks(capsys, film, folder):

@@ -12,6 +12,7 @@ from vmemory.cli.chat import chat
 from vmemory.cli.demo import demo
 from vmemory.cli.errors import Interrupted, UserError, one_line
 from vmemory.cli.info import info
+from vmemory.cli.inspect import inspect
 from vmemory.cli.localize import localize
 from vmemory.cli.stream import stream
 from vmemory.data import FetchError
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Watch video through a bounded memory, and ask the memory about it.",
 )
-for command in (stream, ask, chat, demo, localize, info):
+for command in (stream, ask, inspect, chat, demo, localize, info):
     app.command()(command)
 
 
