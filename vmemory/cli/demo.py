@@ -27,6 +27,7 @@ from vmemory.cli.errors import Interrupted
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.scores import Scores, measure, print_scores
 from vmemory.cli.stream import summary
+from vmemory.cli.tiny_model import chat_text, chatted
 from vmemory.cli.watch import origin_of, watch
 from vmemory.data import fetch_film, fetch_trailer, trailer_to_film
 from vmemory.data.film import ATTRIBUTION
@@ -99,6 +100,8 @@ def demo(
     scores = None if watched.interrupted else _scores(recorder, between, times, trailer, encoder)
     if scores is not None:
         print_scores(console, scores)
+        console.print(chat_text(chatted(trailer)), highlight=False, markup=False)
+        console.print()
     report = Report(memory, questions, watched=watched, warning=source.warning, scores=scores)
     console.print(f"report: {write_report(out, report)}", highlight=False, soft_wrap=True)
     if watched.interrupted:
