@@ -100,7 +100,7 @@ def demo(
     scores = None if watched.interrupted else _scores(recorder, between, times, trailer, encoder)
     if scores is not None:
         print_scores(console, scores)
-        console.print(chat_text(chatted(trailer)), highlight=False, markup=False)
+        console.print(chat_text(chatted(trailer)), highlight=False, markup=False, soft_wrap=True)
         console.print()
     report = Report(memory, questions, watched=watched, warning=source.warning, scores=scores)
     console.print(f"report: {write_report(out, report)}", highlight=False, soft_wrap=True)
