@@ -1,5 +1,6 @@
 """Memory for streaming video models: fused kernels, bounded memory banks, drop-in integrations."""
 
+import importlib
 from typing import Any
 
 from vmemory import banks, compress, ops
@@ -12,10 +13,10 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     # what reads video comes with an extra, and only when it is asked for
+    if name == "stream":
+        return importlib.import_module("vmemory.stream")
     if name == "VideoSession":
-        from vmemory.stream.session import VideoSession
-
-        return VideoSession
+        return importlib.import_module("vmemory.stream.session").VideoSession
     raise AttributeError(f"module 'vmemory' has no attribute {name!r}")
 
 
