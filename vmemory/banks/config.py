@@ -28,6 +28,7 @@ class MemoryConfig:
             number for memories of one tier. None = (24, 24, 144), 192 entries, or (8, 32).
         memory_reduced_sizes: Tokens of a frame in each tier, square numbers or None; larger than the model's own grid
             means the grid as it is. None = the first tier as it is, each further one halved along both axes.
+        memory_downsample_ratios: Instead of sizes, how many times smaller along each axis a tier's grid is: (1, 2, 4).
         memory_intervals: As in `HierarchicalBank`.
         memory_budget: `"64MiB"` or bytes instead of capacities.
         memory_similarity_threshold: The least cosine at which a search of the memory returns an entry.
@@ -45,6 +46,7 @@ class MemoryConfig:
     memory_rule: str | None = None
     memory_capacities: tuple[int, ...] | None = None
     memory_reduced_sizes: tuple[int | None, ...] | None = None
+    memory_downsample_ratios: tuple[int, ...] | None = None
     memory_intervals: tuple[int, ...] | None = None
     memory_budget: str | int | None = None
     memory_similarity_threshold: float | None = None
@@ -61,6 +63,10 @@ class MemoryConfig:
         for size in self.memory_reduced_sizes or ():
             if size is not None and (size < 1 or math.isqrt(size) ** 2 != size):
                 raise ValueError(f"memory_reduced_sizes: expected square numbers of tokens, got {size}")
+        for ratio in self.memory_downsample_ratios or ():
+            check_int("memory_downsample_ratios", ratio, low=1)
+        if self.memory_reduced_sizes is not None and self.memory_downsample_ratios is not None:
+            raise ValueError("memory_downsample_ratios: expected either ratios or memory_reduced_sizes, got both")
         threshold = self.memory_similarity_threshold
         if threshold is not None and not -1 <= threshold <= 1:
             raise ValueError(f"memory_similarity_threshold: expected a cosine between -1 and 1, got {threshold}")
@@ -121,8 +127,8 @@ class MemoryConfig:
             )
         elif not several:
             arguments["capacity"] = 192
-        if self.memory_reduced_sizes is not None:
-            sizes = [_side(size, grid) for size in self.memory_reduced_sizes]
+        sizes = self._grids(grid)
+        if sizes is not None:
             if tiered:
                 arguments["grids"] = sizes
             elif not several:
@@ -130,6 +136,13 @@ class MemoryConfig:
         if self.memory_intervals is not None:
             arguments["intervals"] = self.memory_intervals
         return make(self.memory_policy, dim=dim, grid=grid, **arguments)
+
+    def _grids(self, grid: tuple[int, int]) -> list[tuple[int, int] | None] | None:
+        if self.memory_reduced_sizes is not None:
+            return [_side(size, grid) for size in self.memory_reduced_sizes]
+        if self.memory_downsample_ratios is not None:
+            return [(max(grid[0] // ratio, 1), max(grid[1] // ratio, 1)) for ratio in self.memory_downsample_ratios]
+        return None
 
 
 def _side(tokens: int | None, grid: tuple[int, int]) -> tuple[int, int] | None:
@@ -158,7 +171,7 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
         check_choice("compression_strategy", strategy, tuple(_STRATEGIES))
         if _STRATEGIES[strategy] is not None:
             settings.setdefault("memory_policy", _STRATEGIES[strategy])
-    for name in ("memory_capacities", "memory_reduced_sizes", "memory_intervals"):
+    for name in ("memory_capacities", "memory_reduced_sizes", "memory_downsample_ratios", "memory_intervals"):
         value = settings.get(name)
         if value is not None:
             settings[name] = tuple(value) if isinstance(value, (list, tuple)) else (value,)

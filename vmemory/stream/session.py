@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmemory.banks import BankFileError, MemoryTokens, load
+from vmemory.banks import BankFileError, MemoryTokens, Retrieved, load
 from vmemory.models.adapter import Inputs
 from vmemory.models.stream_prompt import HeldFrame, held_frames, positions
 from vmemory.stream.watching import Watching
@@ -71,6 +71,21 @@ class VideoSession(Watching):
         """Bytes of the memory, and of the cache kept between questions."""
         cache = 0 if self._prefix is None else _cache_bytes(self._prefix[1])
         return cache + (0 if self.memory is None else int(self.memory.nbytes))
+
+    def retrieve(self, query: Tensor, k: int = 5) -> Retrieved:
+        """The entries most similar to each query, by cosine; see `Bank.retrieve`.
+
+        Args:
+            query: `[Q, D]`, in the space of the model's visual tokens.
+            k: Entries a query; those below the setting `memory_similarity_threshold` are left out.
+
+        Raises:
+            ValueError: Nothing has been pushed, or the query's size does not fit.
+        """
+        if self.memory is None:
+            raise ValueError("session: expected frames before a question, got none")
+        found: Retrieved = self.memory.retrieve(query, k, threshold=self.config.memory_similarity_threshold)
+        return found
 
     def prompt(
         self, text: str | None = None, *, input_ids: Tensor | None = None, video_ids: VideoIds | None = None
