@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-import transformers
+
+transformers = pytest.importorskip("transformers", minversion="5.18")
 
 from tests.tiny_vlms import tiny
 from vmemory import attach

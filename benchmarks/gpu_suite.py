@@ -1,7 +1,8 @@
 """Everything a machine with a GPU can tell, in one call and one folder.
 
 `python -m benchmarks.gpu_suite --out FOLDER` builds the native library for the device, runs the tests marked `gpu`
-(and a few under compute-sanitizer), tries other warps and stages for the Triton kernels, times every benchmark on the
+(and a few under compute-sanitizer), tries other warps and stages for the Triton kernels, runs a 7B model
+with and without a memory (transformers 5.18 or later), times every benchmark on the
 device, and writes the report. Each part has its share of the time and leaves its log, whatever happens to the others.
 """
 
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-SHARES = {"build": 0.30, "tests": 0.25, "sanitizer": 0.10, "tune": 0.10, "bench": 0.25}
+SHARES = {"build": 0.30, "tests": 0.25, "sanitizer": 0.08, "tune": 0.08, "model": 0.09, "bench": 0.20}
 
 
 def run(name: str, command: list[str], seconds: float, out: Path, **environment: str) -> dict[str, object]:
@@ -95,6 +96,7 @@ def main() -> None:
             "-q",
         ],
         "tune": [python, "-m", "benchmarks.tune", "--out", str(out / "tune.json")],
+        "model": [python, "-m", "benchmarks.attach_memory", "--device", "cuda", "--large"],
         "bench": [python, "-m", "pytest", "benchmarks", "-q", "--bench-device", "cuda", f"--benchmark-json={results}"],
     }
     state: dict[str, object] = {"machine": machine(given.commit), "parts": (done := {})}
