@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", minversion="5.18")
+pytest.importorskip("transformers", minversion="5.18")
 
 from tests.tiny_vlms import tiny
 from vmemory import attach
@@ -45,6 +45,8 @@ def test_rewrite(measure, family):
 
 @pytest.mark.benchmark(group="attach and detach")
 def test_attach(measure):
+    import transformers
+
     with torch.device("meta"):
         config = transformers.Qwen2_5_VLConfig(text_config={
             "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
