@@ -1,0 +1,332 @@
+"""A memory at the level of keys and values: a language model's cache that reads for ever and stays within its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vmemory.banks.budget import parse_bytes
+from vmemory.models.kv_attention import observed_queries
+from vmemory.models.kv_rules import SHARES, Attention, KeyDifference, Recent, Reservoir, RowRule, Rows
+from vmemory.models.kv_spans import SpanRule
+from vmemory.ops._checks import check_choice, check_int, shape_of
+
+Rule = RowRule | SpanRule
+
+POLICIES: dict[str, Callable[..., Rule]] = {
+    "attention": Attention,
+    "keys": KeyDifference,
+    "recent": Recent,
+    "reservoir": Reservoir,
+    "uniform": partial(SpanRule, rule="uniform"),
+    "similar": partial(SpanRule, rule="paper"),
+    "hierarchical": partial(SpanRule, rule="paper", thin=(1, 4, 16)),
+}
+
+
+class Prefill(NamedTuple):
+    """A cache that has read its input, and what the model gave for the last chunk (`output.logits`, with a head)."""
+
+    cache: Any
+    output: Any
+
+
+class KVMemory:
+    """Evicts rows of a `transformers` cache, so that it holds at most `budget` of them after every update.
+
+    Rows keep the keys they were written with and so their true positions; new rows need positions that count what was
+    read, not what is held, which `stream`, `prefill` and `generate` see to. What a query sees is exactly what full
+    attention would show it under a mask of the rows that were held at its time.
+
+    What is evicted together is a choice: `share="cache"` takes the same tokens out of all layers, `"layer"` decides
+    layer by layer, `"head"` for each key head of each layer. The number of rows is the same everywhere, because layers
+    share one mask. Entries of a batch decide on their own, and must all have the same length: there is no padding.
+
+    Args:
+        budget: Rows a layer may hold between two passes of the model, for each entry of the batch, or bytes of all
+            keys and values as text, e.g. `"64MiB"`. During a pass the rows of its chunk come on top.
+        policy: What stays. By the row: `"attention"` what the last queries looked at (H2O, SnapKV), `"keys"` keys
+            unlike the others (KeyDiff), `"recent"` the newest (StreamingLLM), `"reservoir"` a fair sample. By the span,
+            as the bank of that name decides on mean values: `"uniform"`, `"similar"` (the older of the most similar
+            neighbours leaves), `"hierarchical"` (the same, but it is first thinned to every 4th and 16th row).
+        share: `"cache"`, `"layer"` or `"head"`; None = by head for `"attention"` and `"keys"`, else all together.
+        sinks: First rows of the stream that always stay (attention sinks, arXiv 2309.17453).
+        options: `recent` (share of the budget for the newest rows, 0.5) for policies by the row, `half_life` and
+            `window` for `"attention"`, `seed` for `"reservoir"`, `span` (16) and `thin` for policies by the span:
+            see the classes in `POLICIES`.
+
+    Attributes:
+        token: `[L', B, G', n]` int64, number in the stream of each row held; L' and G' are 1 where layers or heads
+            decide together.
+        time: Seconds of each row held, as `token`, float64; NaN where none were given.
+        seen: Rows read so far.
+
+    Raises:
+        TypeError, ValueError: An argument does not fit.
+    """
+
+    token: Tensor
+    time: Tensor
+
+    def __init__(
+        self, budget: int | str, policy: str = "attention", *, share: str | None = None, sinks: int = 4, **options: Any
+    ) -> None:
+        check_choice("policy", policy, tuple(POLICIES))
+        if share is not None:
+            check_choice("share", share, SHARES)
+        check_int("sinks", sinks, low=0)
+        self._bytes = parse_bytes(budget) if isinstance(budget, str) else None
+        if self._bytes is None:
+            check_int("budget", budget, low=1)
+        self.budget, self.policy, self.sinks = budget, policy, sinks
+        self._options = options
+        # rows that a budget in bytes comes to are known with the first cache
+        probe = self._rule(2**31 if self._bytes else int(budget))
+        self.share = share or probe.share
+        self._last = probe.observes
+        self.reset()
+
+    def _rule(self, rows: int) -> Rule:
+        try:
+            return POLICIES[self.policy](rows, self.sinks, **self._options)
+        except TypeError as error:
+            raise TypeError(f"options: {self.policy!r} does not take {sorted(self._options)}: {error}") from error
+
+    def reset(self) -> None:
+        """Forget everything; the next cache may be another one."""
+        self.rule: Rule | None = None
+        self.seen = 0
+        self._queries: dict[int, Tensor] = {}
+        self._next: Tensor | None = None
+
+    def observing(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within this block passes of `model` show their queries, which `"attention"` needs; not a change to it.
+
+        `stream`, `prefill` and `generate` do it themselves; it is for loops of your own, around model and `update`.
+        """
+        return observed_queries(model, self._queries, self._last)
+
+    @torch.no_grad()
+    def update(self, cache: Any, span: int | None = None, time: float | None = None) -> Tensor:
+        """Take note of the rows that came since the last call and evict what goes beyond the budget.
+
+        Args:
+            cache: A `DynamicCache` whose rows are those of the last call and the new ones behind them; its layers'
+                keys `[B, G, n, E]` and values are replaced by those that stay.
+            span: How many rows are new, where you want that checked.
+            time: Seconds, for new rows that are one frame: policies by the span treat them as one.
+
+        Returns:
+            keep_index `[L', B, G', n']` int64 ascending, the rows of the cache as it came that stayed.
+
+        Raises:
+            ValueError: A layer is no plain attention (linear, sliding, static or shared ones cannot lose rows), the
+                cache is not the one of the last call, or `"attention"` saw no queries. Nothing has changed then.
+        """
+        layers = _layers(cache)
+        keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
+        B, G, n, _ = keys[0].shape
+        L = 1 if self.share == "cache" else len(keys)
+        shape = (L, B, G if self.share == "head" else 1)
+        held = 0 if self.rule is None else self.token.shape[3]
+        if self.rule is not None and shape != self.token.shape[:3]:
+            raise ValueError(f"cache: expected decisions {list(self.token.shape[:3])} as before, got {list(shape)}")
+        new = n - held
+        if new < 0 or (span is not None and span != new):
+            want = "at least 0" if span is None else str(span)
+            raise ValueError(f"cache: expected {held} rows of before and {want} new ones, got {n}")
+        rule = self._rule(self._limit(keys, values)) if self.rule is None else self.rule
+        numbers = torch.arange(self.seen, self.seen + new, device=keys[0].device).expand(*shape, new)
+        seconds = numbers.new_full(numbers.shape, float("nan") if time is None else time, dtype=torch.float64)
+        token = numbers if self.rule is None else torch.cat([self.token, numbers], 3)
+        queries = [self._queries[i] for i in sorted(self._queries)]
+        rows = Rows(keys, values, queries, token, new, self.seen, whole=time is not None)
+        if new == 0:
+            return torch.arange(n, device=keys[0].device).expand(*shape, n)
+        rule.check(rows)
+
+        rule.take(rows)
+        index = rule.keep(rows)
+        if index.shape[3] < n:
+            for i, layer in enumerate(layers):
+                at = index[min(i, L - 1)][..., None]
+                layer.keys, layer.values = (
+                    x.gather(2, at.expand(-1, G, -1, x.shape[3])) for x in (layer.keys, layer.values)
+                )
+            rule.move(index)
+        self.time = (seconds if self.rule is None else torch.cat([self.time, seconds], 3)).gather(3, index)
+        self.token, self.rule, self.seen = token.gather(3, index), rule, self.seen + new
+        self._queries.clear()
+        return index
+
+    def _limit(self, keys: list[Tensor], values: list[Tensor]) -> int:
+        if self._bytes is None:
+            return int(self.budget)
+        row = sum(x[:, :, :1].numel() * x.element_size() for x in (*keys, *values))
+        return self._bytes // row
+
+    def stream(
+        self,
+        model: nn.Module,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Any = None,
+        chunk: int = 64,
+        time: float | None = None,
+        **kwargs: Any,
+    ) -> Iterator[Prefill]:
+        """Read tokens chunk by chunk; after each, rows leave and the model's output is yielded.
+
+        Args:
+            model: A language model of transformers, with or without a head, or a model around one.
+            input_ids: `[B, N]` int64, or
+            inputs_embeds: `[B, N, C]`.
+            position_ids: `[B, N]` or `[3 or 4, B, N]`; omitted = on from the last one.
+            cache: The cache to read on into; omitted = a new one, and the memory is reset.
+            chunk: Tokens a pass. Smaller chunks evict sooner; rows and chunk together bound the memory of a pass.
+            time: Seconds, for tokens that are one frame; they go through the model in one pass.
+            kwargs: For the model's forward.
+
+        Raises:
+            ValueError: Not one of `input_ids` and `inputs_embeds`, or shapes that do not fit.
+        """
+        name, inputs = _one_of(input_ids, inputs_embeds)
+        check_int("chunk", chunk, low=1)
+        B, N = inputs.shape[:2]
+        positions = self._positions(B, N, inputs.device, fresh=cache is None) if position_ids is None else position_ids
+        if tuple(positions.shape[-2:]) != (B, N):
+            raise ValueError(f"position_ids: expected [{B}, {N}] or [3, {B}, {N}], got shape {shape_of(positions)}")
+        if cache is None:
+            cache = new_cache(model)
+            self.reset()
+        step = N if time is not None else chunk
+        for start in range(0, N, max(step, 1)):
+            part = slice(start, start + step)
+            with torch.no_grad(), self.observing(model):
+                output = model(
+                    **{name: inputs[:, part]},
+                    position_ids=positions[..., part],
+                    past_key_values=cache,
+                    use_cache=True,
+                    **kwargs,
+                )
+            self.update(cache, inputs[:, part].shape[1], time)
+            self._next = positions[..., part][..., -1:] + 1
+            yield Prefill(cache, output)
+
+    def prefill(self, model: nn.Module, input_ids: Tensor | None = None, **arguments: Any) -> Prefill:
+        """`stream` to its end: the cache, and the output of the last chunk.
+
+        Raises:
+            ValueError: As `stream`, or no tokens.
+        """
+        last = None
+        for last in self.stream(model, input_ids, **arguments):  # noqa: B007
+            pass
+        if last is None:
+            raise ValueError("input_ids: expected at least one token, got none")
+        return last
+
+    def generate(
+        self, model: Any, cache: Any, input_ids: Tensor, *, position_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
+        """Go on from a cache by the model's own `generate`; rows leave after every token.
+
+        Args:
+            model: A model with `generate`.
+            cache: What `prefill` gave.
+            input_ids: `[B, N]`, the tokens that follow what was read, at least one. They are read in one pass.
+            position_ids: As in `stream`.
+            kwargs: For `generate`; beams and several answers, which copy the cache, are not supported.
+
+        Returns:
+            What `generate` returns: `[B, N + answer]` ids. The last id of the answer is not in the cache.
+
+        Raises:
+            ValueError: No rows or no tokens, or beams.
+        """
+        from transformers import StoppingCriteria, StoppingCriteriaList
+
+        if self.rule is None:
+            raise ValueError("cache: expected one that this memory has filled, got none; prefill comes first")
+        B, N = input_ids.shape
+        if N < 1:
+            raise ValueError(f"input_ids: expected [B, N] with at least one token, got shape {shape_of(input_ids)}")
+        settings = kwargs.get("generation_config") or model.generation_config
+        for name in ("num_beams", "num_return_sequences"):
+            if (kwargs.get(name) or getattr(settings, name, 1) or 1) > 1:
+                raise ValueError(f"{name}: expected 1, because copies of a cache have no memory, got more")
+        positions = self._positions(B, N, input_ids.device) if position_ids is None else position_ids
+        memory, asked = self, kwargs.pop("stopping_criteria", None)
+
+        class Evict(StoppingCriteria):
+            """Called once a step, after the pass that has written the step's rows."""
+
+            def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+                memory.update(cache)
+                return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+        before = self.seen
+        with self.observing(model):
+            out = model.generate(
+                input_ids=input_ids,
+                attention_mask=input_ids.new_ones(B, self.token.shape[3] + N),
+                position_ids=positions,
+                past_key_values=cache,
+                stopping_criteria=StoppingCriteriaList([Evict(), *(asked or [])]),
+                **kwargs,
+            )
+        self._next = positions[..., -1:] + 1 + (self.seen - before - N)
+        return out
+
+    def _positions(self, B: int, N: int, device: torch.device, fresh: bool = False) -> Tensor:
+        steps = torch.arange(N, device=device)
+        if fresh or self._next is None:
+            return (steps + (0 if fresh else self.seen)).expand(B, N)
+        return self._next + steps
+
+
+def new_cache(model: Any) -> Any:
+    """An empty `DynamicCache` for `model`."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def _one_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[str, Tensor]:
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("input_ids: expected either input_ids or inputs_embeds, got both or none")
+    if input_ids is not None:
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids: expected [B, N], got shape {shape_of(input_ids)}")
+        return "input_ids", input_ids
+    assert inputs_embeds is not None
+    if inputs_embeds.dim() != 3:
+        raise ValueError(f"inputs_embeds: expected [B, N, C], got shape {shape_of(inputs_embeds)}")
+    return "inputs_embeds", inputs_embeds
+
+
+def _layers(cache: Any) -> list[Any]:
+    """The cache's layers, all of them plain attention with the same rows."""
+    from transformers.cache_utils import DynamicLayer
+
+    layers = list(getattr(cache, "layers", ()))
+    for i, layer in enumerate(layers):
+        if type(layer) is not DynamicLayer:
+            raise ValueError(
+                f"cache: expected layers of plain attention (DynamicLayer), layer {i} is a {type(layer).__name__}, "
+                "whose state has no rows that could leave one by one"
+            )
+    if not layers or not layers[0].is_initialized or layers[0].keys.dim() != 4:
+        raise ValueError("cache: expected a DynamicCache that a model has written to, got an empty one")
+    shapes = {tuple(layer.keys.shape[:3]) for layer in layers}
+    if len(shapes) > 1:
+        raise ValueError(f"cache: expected the same batch, heads and rows in every layer, got {sorted(shapes)}")
+    return layers
