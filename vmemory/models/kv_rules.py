@@ -145,7 +145,7 @@ class Attention(RowRule):
         self,
         budget: int,
         sinks: int,
-        recent: float = 0.5,
+        recent: float = 0.7,
         half_life: float = 64.0,
         window: int = 64,
         by_value: bool = False,

@@ -1,0 +1,174 @@
+"""`python -m benchmarks.kv_quality`: what a language model loses when its cache is bounded, policy by policy.
+
+Each text is read once with its whole cache and, beside it, with every memory. A token counts once the memory has begun
+to forget. Writes JSON and Markdown after every text; about 12 minutes on two quiet cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from benchmarks.conftest import processor
+from benchmarks.smollm2 import load, texts
+from vmemory import __version__
+from vmemory.models.kv_memory import KVMemory, new_cache
+
+MAIN = ("recent", "attention")
+OTHERS = ("keys", "reservoir", "uniform", "similar", "hierarchical")
+ROOT = Path(__file__).parent.parent
+
+
+@cache
+def _loaded() -> tuple[Any, Any]:
+    transformers.logging.disable_progress_bar()
+    return load()
+
+
+class Score:
+    """Sums over the tokens of a text that come after a memory has begun to forget."""
+
+    def __init__(self) -> None:
+        self.tokens = self.agree = 0
+        self.loss = self.full_loss = self.divergence = 0.0
+
+    def add(self, logits: Tensor, full: Tensor, truth: Tensor) -> None:
+        """Log-probabilities `[N, V]` of memory and full cache, and the tokens that followed `[N]`."""
+        self.tokens += len(truth)
+        self.agree += int((logits.argmax(-1) == full.argmax(-1)).sum())
+        self.loss -= float(logits.gather(1, truth[:, None]).sum())
+        self.full_loss -= float(full.gather(1, truth[:, None]).sum())
+        self.divergence += float(torch.nn.functional.kl_div(logits, full, reduction="sum", log_target=True))
+
+
+@torch.inference_mode()
+def measure(name: str, length: int, shares: list[float], policies: list[str], chunk: int) -> list[dict[str, Any]]:
+    """One text by all memories at all budgets."""
+    model, tokenizer = _loaded()
+    text = next(t for t in texts() if t.name == name)
+    ids = torch.tensor([tokenizer(text.text).input_ids[:length]])
+    whole = new_cache(model)
+    memories = {(p, s): KVMemory(round(s * length), p) for p in policies for s in shares}
+    caches = {key: new_cache(model) for key in memories}
+    scores = {key: Score() for key in memories}
+    for start in range(0, length, chunk):
+        part = ids[:, start : start + chunk]
+        truth = ids[0, start + 1 : start + chunk + 1]
+        at = torch.arange(start, start + part.shape[1])[None]
+        full = model(input_ids=part, position_ids=at, past_key_values=whole, use_cache=True).logits[0]
+        full = full[: len(truth)].log_softmax(-1)
+        for key, memory in memories.items():
+            forgetful = memory.seen > memory.budget
+            step = memory.prefill(model, part, position_ids=at, cache=caches[key], chunk=chunk)
+            if forgetful:
+                scores[key].add(step.output.logits[0, : len(truth)].log_softmax(-1), full, truth)
+    return [
+        {
+            "text": name, "version": text.version, "sha256": text.sha256, "policy": policy, "share": share,
+            "budget": memories[policy, share].budget, "rows": memories[policy, share].token.shape[3],
+            "tokens": score.tokens, "agreement": score.agree / score.tokens, "loss": score.loss / score.tokens,
+            "full_loss": score.full_loss / score.tokens, "divergence": score.divergence / score.tokens,
+        }
+        for (policy, share), score in scores.items()
+    ]  # fmt: skip
+
+
+def _select(rows: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The run as Markdown."""
+    info, rows = results["run"], results["rows"]
+    count = len({row["text"] for row in rows})
+    lines = [
+        f"SmolLM2-135M-Instruct (Q4_1 weights, float32 arithmetic), {count} texts of {info['length']} tokens read in "
+        f"chunks of {info['chunk']}.",
+        f"{info['processor']}, torch {info['torch']}, transformers {info['transformers']}, vmemory {info['vmemory']}, "
+        f"commit {info['commit'][:12]}, {info['date'][:16]}.",
+        "",
+        "Agreement: tokens for which memory and full cache predict the same next token. Perplexity beside the full",
+        "cache's on the same tokens. KL: nats a token, full cache to memory. Wins: texts on which a policy is better",
+        "than `recent` (StreamingLLM: recency and 4 sinks) with the same budget.",
+    ]
+    for share in sorted({row["share"] for row in rows}, reverse=True):
+        budget = _select(rows, share=share)[0]["budget"]
+        lines += ["", f"## {budget} rows, {share:.0%}", ""]
+        lines += ["| policy | texts | rows held | agreement | perplexity (full) | KL | wins: agreement | KL | loss |"]
+        lines += ["|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
+        for policy in dict.fromkeys(row["policy"] for row in rows):
+            mine = _select(rows, share=share, policy=policy)
+            pairs = [(a, _select(rows, share=share, policy="recent", text=a["text"])) for a in mine]
+            beaten = [(a, b[0]) for a, b in pairs if b and policy != "recent"]
+            loss, full = mean(a["loss"] for a in mine), mean(a["full_loss"] for a in mine)
+            lines.append(
+                f"| `{policy}` | {len(mine)} | {mean(a['rows'] for a in mine):.0f} | "
+                f"{mean(a['agreement'] for a in mine):.1%} | {2.718281828**loss:.2f} ({2.718281828**full:.2f}) | "
+                f"{mean(a['divergence'] for a in mine):.3f} | "
+                + (
+                    f"{sum(a['agreement'] > b['agreement'] for a, b in beaten)} | "
+                    f"{sum(a['divergence'] < b['divergence'] for a, b in beaten)} | "
+                    f"{sum(a['loss'] < b['loss'] for a, b in beaten)} |"
+                    if beaten
+                    else "– | – | – |"
+                )
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--length", type=int, default=2048, help="tokens of each text")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.1], help="budgets, as a share of the text")
+    parser.add_argument("--texts", type=int, help="only the first so many texts")
+    parser.add_argument("--broad", type=int, default=4, help="texts on which all policies are measured")
+    parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/kv_smollm2")
+    given = parser.parse_args()
+
+    _, tokenizer = _loaded()
+    names = [t.name for t in texts() if len(tokenizer(t.text).input_ids) >= given.length + 1][: given.texts]
+    # all policies on texts of both kinds: one in so many
+    stride = max(len(names) // max(given.broad, 1), 1)
+    broad = set(names[::stride][: given.broad])
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    results: dict[str, Any] = {
+        "run": {
+            "processor": processor(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "vmemory": __version__, "commit": commit.strip(), "length": given.length, "chunk": given.chunk,
+            "date": datetime.now(timezone.utc).isoformat(),
+        },
+        "rows": [],
+    }  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(given.jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        # the longest jobs first
+        order = sorted(names, key=lambda name: name not in broad)
+        jobs = [
+            pool.submit(measure, name, given.length, given.shares, [*MAIN, *(OTHERS * (name in broad))], given.chunk)
+            for name in order
+        ]
+        for done, job in enumerate(as_completed(jobs), 1):
+            results["rows"] += job.result()
+            results["rows"].sort(key=lambda row: names.index(row["text"]))
+            given.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+            given.out.with_suffix(".md").write_text(table(results))
+            print(f"{done} of {len(jobs)} texts", flush=True)
+
+
+if __name__ == "__main__":
+    main()
