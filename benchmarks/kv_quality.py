@@ -1,7 +1,7 @@
 """`python -m benchmarks.kv_quality`: what a language model loses when its cache is bounded, policy by policy.
 
 Each text is read once with its whole cache and, beside it, with every memory. A token counts once the memory has begun
-to forget. Writes JSON and Markdown after every text; about 12 minutes on two quiet cores.
+to forget. Writes JSON and Markdown after every text.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import json
 import multiprocessing
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime, timezone
 from functools import cache
@@ -55,34 +55,34 @@ class Score:
 
 
 @torch.inference_mode()
-def measure(name: str, length: int, shares: list[float], policies: list[str], chunk: int) -> list[dict[str, Any]]:
-    """One text by all memories at all budgets."""
+def measure(name: str, length: int, share: float, policies: Sequence[str], chunk: int) -> list[dict[str, Any]]:
+    """One text by several memories of the same budget."""
     model, tokenizer = _loaded()
     text = next(t for t in texts() if t.name == name)
     ids = torch.tensor([tokenizer(text.text).input_ids[:length]])
     whole = new_cache(model)
-    memories = {(p, s): KVMemory(round(s * length), p) for p in policies for s in shares}
-    caches = {key: new_cache(model) for key in memories}
-    scores = {key: Score() for key in memories}
+    memories = {policy: KVMemory(round(share * length), policy) for policy in policies}
+    caches = {policy: new_cache(model) for policy in policies}
+    scores = {policy: Score() for policy in policies}
     for start in range(0, length, chunk):
         part = ids[:, start : start + chunk]
         truth = ids[0, start + 1 : start + chunk + 1]
         at = torch.arange(start, start + part.shape[1])[None]
         full = model(input_ids=part, position_ids=at, past_key_values=whole, use_cache=True).logits[0]
         full = full[: len(truth)].log_softmax(-1)
-        for key, memory in memories.items():
+        for policy, memory in memories.items():
             forgetful = memory.seen > memory.budget
-            step = memory.prefill(model, part, position_ids=at, cache=caches[key], chunk=chunk)
+            step = memory.prefill(model, part, position_ids=at, cache=caches[policy], chunk=chunk)
             if forgetful:
-                scores[key].add(step.output.logits[0, : len(truth)].log_softmax(-1), full, truth)
+                scores[policy].add(step.output.logits[0, : len(truth)].log_softmax(-1), full, truth)
     return [
         {
             "text": name, "version": text.version, "sha256": text.sha256, "policy": policy, "share": share,
-            "budget": memories[policy, share].budget, "rows": memories[policy, share].token.shape[3],
+            "budget": memories[policy].budget, "rows": memories[policy].token.shape[3],
             "tokens": score.tokens, "agreement": score.agree / score.tokens, "loss": score.loss / score.tokens,
             "full_loss": score.full_loss / score.tokens, "divergence": score.divergence / score.tokens,
         }
-        for (policy, share), score in scores.items()
+        for policy, score in scores.items()
     ]  # fmt: skip
 
 
@@ -144,7 +144,7 @@ def main() -> None:
     names = [t.name for t in texts() if len(tokenizer(t.text).input_ids) >= given.length + 1][: given.texts]
     # all policies on texts of both kinds: one in so many
     stride = max(len(names) // max(given.broad, 1), 1)
-    broad = set(names[::stride][: given.broad])
+    broad, policies = names[::stride][: given.broad], [*MAIN, *OTHERS]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     results: dict[str, Any] = {
         "run": {
@@ -156,18 +156,16 @@ def main() -> None:
     }  # fmt: skip
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(given.jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        # the longest jobs first
-        order = sorted(names, key=lambda name: name not in broad)
-        jobs = [
-            pool.submit(measure, name, given.length, given.shares, [*MAIN, *(OTHERS * (name in broad))], given.chunk)
-            for name in order
-        ]
+        # what the tables are for comes first: an interrupted run is a smaller one
+        order = [(name, share, MAIN) for share in sorted(given.shares) for name in names]
+        order += [(name, share, OTHERS) for share in sorted(given.shares) for name in broad]
+        jobs = [pool.submit(measure, name, given.length, share, which, given.chunk) for name, share, which in order]
         for done, job in enumerate(as_completed(jobs), 1):
             results["rows"] += job.result()
-            results["rows"].sort(key=lambda row: names.index(row["text"]))
+            results["rows"].sort(key=lambda row: (policies.index(row["policy"]), names.index(row["text"])))
             given.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
             given.out.with_suffix(".md").write_text(table(results))
-            print(f"{done} of {len(jobs)} texts", flush=True)
+            print(f"{done} of {len(jobs)} readings", flush=True)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,9 @@ class KeyDifference(RowRule):
         scores = []
         for key in rows.keys:
             unit = torch.nn.functional.normalize(key.float(), dim=-1)
-            scores.append(-(unit * torch.nn.functional.normalize(unit.mean(2, keepdim=True), dim=-1)).sum(-1))
+            # one broken key must not make the mean, and with it every score, NaN
+            mean = torch.nn.functional.normalize(unit.nan_to_num(0.0).mean(2, keepdim=True), dim=-1)
+            scores.append(-(unit * mean).sum(-1))
         return rows.shared(torch.stack(scores))
 
 
