@@ -9,7 +9,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
 
 from tests.tiny_vlms import tiny  # noqa: E402
 from vmemory.banks import HierarchicalBank  # noqa: E402
-from vmemory.models.kv_memory import POLICIES, KVMemory, new_cache  # noqa: E402
+from vmemory.models.kv_cache import new_cache  # noqa: E402
+from vmemory.models.kv_memory import POLICIES, KVMemory  # noqa: E402
 from vmemory.testing import assert_within_budget  # noqa: E402
 
 TEXT = {
@@ -406,7 +407,9 @@ def test_a_refused_update_changes_nothing():
         ({"recent": 1.5}, ValueError, "recent: expected a share"),
         ({"half_life": 0}, ValueError, "half_life: expected a positive"),
         ({"window": 0}, ValueError, "window: expected at least 1"),
-        ({"span": 4}, TypeError, "options: 'attention' does not take"),
+        ({"span": 4}, TypeError, "span: expected an option of 'attention', recent, half_life, window, by_value"),
+        ({"rule": "recent", "policy": "similar"}, TypeError, "rule: expected an option of 'similar', span, thin"),
+        ({"window": 2.5}, TypeError, "window: expected an int"),
         ({"policy": "similar", "budget": 30}, ValueError, "budget: expected at least 36 rows for spans of 16"),
         ({"policy": "similar", "span": 0}, ValueError, "span: expected at least 1"),
         ({"policy": "hierarchical", "thin": (2, 4)}, ValueError, "thin: expected 1 and"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from vmemory.banks.budget import parse_bytes
 from vmemory.models.kv_attention import observed_queries
+from vmemory.models.kv_cache import new_cache, one_input, plain_layers
 from vmemory.models.kv_rules import SHARES, Attention, KeyDifference, Recent, Reservoir, RowRule, Rows
 from vmemory.models.kv_spans import SpanRule
 from vmemory.ops._checks import check_choice, check_int, shape_of
@@ -83,6 +85,10 @@ class KVMemory:
         self._bytes = parse_bytes(budget) if isinstance(budget, str) else None
         if self._bytes is None:
             check_int("budget", budget, low=1)
+        known = [name for name in signature(POLICIES[policy]).parameters if name not in ("budget", "sinks", "rule")]
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{name}: expected an option of {policy!r}, {', '.join(known)}, got {options[name]!r}")
         self.budget, self.policy, self.sinks = budget, policy, sinks
         self._options = options
         # rows that a budget in bytes comes to are known with the first cache
@@ -92,10 +98,7 @@ class KVMemory:
         self.reset()
 
     def _rule(self, rows: int) -> Rule:
-        try:
-            return POLICIES[self.policy](rows, self.sinks, **self._options)
-        except TypeError as error:
-            raise TypeError(f"options: {self.policy!r} does not take {sorted(self._options)}: {error}") from error
+        return POLICIES[self.policy](rows, self.sinks, **self._options)
 
     def reset(self) -> None:
         """Forget everything; the next cache may be another one."""
@@ -128,7 +131,7 @@ class KVMemory:
             ValueError: A layer is no plain attention (linear, sliding, static or shared ones cannot lose rows), the
                 cache is not the one of the last call, or `"attention"` saw no queries. Nothing has changed then.
         """
-        layers = _layers(cache)
+        layers = plain_layers(cache)
         keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
         B, G, n, _ = keys[0].shape
         L = 1 if self.share == "cache" else len(keys)
@@ -197,7 +200,7 @@ class KVMemory:
         Raises:
             ValueError: Not one of `input_ids` and `inputs_embeds`, or shapes that do not fit.
         """
-        name, inputs = _one_of(input_ids, inputs_embeds)
+        name, inputs = one_input(input_ids, inputs_embeds)
         check_int("chunk", chunk, low=1)
         B, N = inputs.shape[:2]
         positions = self._positions(B, N, inputs.device, fresh=cache is None) if position_ids is None else position_ids
@@ -291,42 +294,3 @@ class KVMemory:
         if fresh or self._next is None:
             return (steps + (0 if fresh else self.seen)).expand(B, N)
         return self._next + steps
-
-
-def new_cache(model: Any) -> Any:
-    """An empty `DynamicCache` for `model`."""
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config.get_text_config(decoder=True))
-
-
-def _one_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[str, Tensor]:
-    if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("input_ids: expected either input_ids or inputs_embeds, got both or none")
-    if input_ids is not None:
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids: expected [B, N], got shape {shape_of(input_ids)}")
-        return "input_ids", input_ids
-    assert inputs_embeds is not None
-    if inputs_embeds.dim() != 3:
-        raise ValueError(f"inputs_embeds: expected [B, N, C], got shape {shape_of(inputs_embeds)}")
-    return "inputs_embeds", inputs_embeds
-
-
-def _layers(cache: Any) -> list[Any]:
-    """The cache's layers, all of them plain attention with the same rows."""
-    from transformers.cache_utils import DynamicLayer
-
-    layers = list(getattr(cache, "layers", ()))
-    for i, layer in enumerate(layers):
-        if type(layer) is not DynamicLayer:
-            raise ValueError(
-                f"cache: expected layers of plain attention (DynamicLayer), layer {i} is a {type(layer).__name__}, "
-                "whose state has no rows that could leave one by one"
-            )
-    if not layers or not layers[0].is_initialized or layers[0].keys.dim() != 4:
-        raise ValueError("cache: expected a DynamicCache that a model has written to, got an empty one")
-    shapes = {tuple(layer.keys.shape[:3]) for layer in layers}
-    if len(shapes) > 1:
-        raise ValueError(f"cache: expected the same batch, heads and rows in every layer, got {sorted(shapes)}")
-    return layers
