@@ -1,0 +1,51 @@
+"""A model family that vmemory does not know: InternVL, whose videos are runs of pictures, in one class.
+
+python examples/custom_family.py [--model OpenGVLab/InternVL3-1B-hf --video film.mp4]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from shared import arguments, film, load, prompt
+from torch import Tensor
+
+import vmemory
+from vmemory.integrations.llava import Llava
+from vmemory.models.adapter import as_pooling
+
+
+@vmemory.register_adapter("internvl")
+class InternVL(Llava):
+    """Pictures as in LLaVA, with `Frame1:` in front of each; features go back as one tensor, sizes are pairs."""
+
+    def pack(self, output: Any, tokens: Sequence[Tensor]) -> Any:
+        return as_pooling(torch.cat(list(tokens))[None])
+
+    def frame_size(self, model: Any, size: tuple[int, int], tokens: int) -> tuple[int, int]:
+        height, width = model.config.vision_config.image_size
+        return height, width
+
+
+@torch.no_grad()
+def main(given: list[str] | None = None) -> tuple[bool, int, int]:
+    """Whether a memory that holds everything changes nothing; visual tokens before, and with a small memory."""
+    args = arguments(__doc__.splitlines()[0], given)
+    model, processor = load(args.model, "internvl")
+    inputs = prompt(processor, film(args.video, 16), "What happened?")
+    plain = model(**inputs).logits
+    # the first thing to check of a new family
+    with vmemory.attach(model, "recent", {"memory_capacities": 1000}):
+        same = torch.equal(model(**inputs).logits, plain)
+    with vmemory.attach(model, config={"memory_capacities": [2, 2, 2]}) as handle:
+        model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        (kept,) = handle.kept
+    print(f"a memory that holds everything changes nothing: {same}")
+    print(f"{kept.placeholders} visual tokens became {kept.tokens}")
+    return same, kept.placeholders, kept.tokens
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""A memory of your own: anything with `compress(clip, time, valid=…)` that says which tokens it kept.
+
+python examples/custom_policy.py [--model Qwen/Qwen2.5-VL-3B-Instruct --video film.mp4]
+"""
+
+from __future__ import annotations
+
+import torch
+from shared import arguments, film, load, prompt
+from torch import Tensor
+
+import vmemory
+from vmemory.banks import MemoryTokens
+
+
+class SceneStarts:
+    """The frames that differ most from the one before them, and the first."""
+
+    def __init__(self, frames: int) -> None:
+        self.frames = frames
+
+    def compress(self, clip: Tensor, time: Tensor | None = None, *, valid: Tensor | None = None) -> MemoryTokens:
+        """`clip [T, H, W, D]`, `time [T]` seconds or None, `valid [T, H, W]` bool: cells that exist."""
+        T, H, W, D = clip.shape
+        alike = vmemory.ops.adjacent_similarity(clip.detach().reshape(1, T, H * W, D))[0]
+        # [T], the first frame is like nothing
+        alike = torch.cat([alike.new_full((1,), -1.0), alike])
+        chosen = alike.argsort(stable=True)[: self.frames].sort().values
+        source = torch.arange(T * H * W, device=clip.device).view(T, H * W)[chosen].flatten()
+        if valid is not None:
+            source = source[valid.flatten()[source]]
+        frame, cell = source // (H * W), source % (H * W)
+        seconds = (torch.full((T,), torch.nan) if time is None else time).to(source.device, torch.float64)[frame]
+        ones = torch.ones_like(source)
+        # the integrations need `tokens` and `source` (sorted, unique); the rest is for people who ask where from
+        return MemoryTokens(
+            tokens=clip.flatten(0, 2)[source], frame=frame, time=seconds, cell=cell, level=0 * ones,
+            weight=ones.float(), source=source, start=seconds, stop=seconds,
+        )  # fmt: skip
+
+
+def main(given: list[str] | None = None) -> list[int]:
+    """The frames that were kept."""
+    args = arguments(__doc__.splitlines()[0], given)
+    model, processor = load(args.model)
+    inputs = prompt(processor, film(args.video), "What happened?")
+    with vmemory.attach(model, SceneStarts(3)) as handle:
+        model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        (kept,) = handle.kept
+    frames = (kept.source // (kept.grid[1] * kept.grid[2])).unique().tolist()
+    print(f"of {kept.grid[0]} frames these were kept: {frames}")
+    return frames
+
+
+if __name__ == "__main__":
+    main()
