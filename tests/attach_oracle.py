@@ -10,6 +10,9 @@ from torch import Tensor
 from tests.tiny_vlms import SIDE, Inputs
 from vmemory.attach import Handle
 
+# merged and fused tokens are no tokens of the model's own; linear attention cannot mask
+MIXES, RECURRENT = ("merging", "dual"), ("qwen3_5", "qwen3_5_moe")
+
 GREEDY = {
     "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, "return_dict_in_generate": True,
     "output_logits": True,

@@ -13,12 +13,23 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.matrix import MatrixTable
 from vmemory.ops._native import STATUS
 from vmemory.testing import TritonInterpreter
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="every model family with every policy, not a part of them")
+    parser.addoption("--matrix-table", type=Path, help="with --matrix: write there, as Markdown, what passed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--matrix-table")
+    if path is None or hasattr(config, "workerinput"):
+        return
+    if not config.getoption("--matrix"):
+        raise pytest.UsageError("--matrix-table: expected --matrix with it, since a part makes no table")
+    config.pluginmanager.register(MatrixTable(path))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.attach_oracle import double, generated, logits_of, masked_inputs
+from tests.attach_oracle import MIXES, RECURRENT, double, generated, logits_of, masked_inputs
 from tests.tiny_vlms import FAMILIES, SIDE, tiny
 from vmemory import attach, attached, compress_inputs
 from vmemory.attach import Handle
@@ -20,8 +20,6 @@ QUICK_FAMILY, QUICK_POLICIES = "video_llama_3", ("hierarchical", "merging", "dua
 PAIRS = [(family, policy) for family in FAMILIES for policy in POLICIES]
 QUICK = {(f, p) for f, p in PAIRS if f == QUICK_FAMILY or p in QUICK_POLICIES}
 BATCHES = [(1, True), (2, True), (2, False)]
-# merged and fused tokens are no tokens of the model's own; linear attention cannot mask
-MIXES, RECURRENT = ("merging", "dual"), ("qwen3_5", "qwen3_5_moe")
 
 # models rotate and normalise in float32 whatever they are given; a wrong token is off by 1e-2
 FLOAT32 = 1e-6
