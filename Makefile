@@ -1,4 +1,5 @@
 # make demo: watch a bounded memory remember a ten-minute film     make test: style, types and every test
+# make docs: the site, in build/site     make test-matrix: models with the oldest and the newest transformers
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,12 +10,16 @@ TORCH ?= torch==2.13.0
 CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
 NATIVE_SOURCES = setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*/*)
 
-.PHONY: demo test style types unit bench native clean
+# releases of transformers that `make test-matrix` runs, each in an environment of its own under build/matrix
+RELEASES ?= 5.18.0 newest
+
+.PHONY: demo test style types unit docs bench test-matrix native clean
+.PRECIOUS: build/matrix/%.stamp
 
 demo: $(VENV)/stream.stamp
 	$(BIN)/vmemory demo --out out
 
-test: style types unit
+test: style types unit docs
 
 style: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -27,12 +32,30 @@ types: $(VENV)/test.stamp
 unit: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 # a process a file: what one leaves of the heap does not slow the next
 bench: $(VENV)/bench.stamp
 	rm -rf build/bench && mkdir -p build/bench
 	for file in benchmarks/bench_*.py; do \
 		$(BIN)/python -m pytest -q $$file --benchmark-json=build/bench/$$(basename $$file .py).json || exit 1; done
 	$(BIN)/python -m benchmarks.report build/bench/*.json
+
+test-matrix: $(RELEASES:%=matrix-%)
+
+matrix-%: build/matrix/%.stamp
+	OMP_NUM_THREADS=1 build/matrix/$*/bin/python -m pytest tests/test_attach.py tests/test_session.py \
+		tests/test_session_words.py --matrix --matrix-table build/matrix/$*.md
+
+# from a clone: an install from the checkout would leave its mark there, that the native part was left out
+build/matrix/%.stamp: pyproject.toml
+	$(PYTHON) -m venv build/matrix/$*
+	build/matrix/$*/bin/python -m pip install --quiet --upgrade "pip>=25.1"
+	build/matrix/$*/bin/python -m pip install --quiet "$(TORCH)"
+	VMEMORY_NATIVE=0 build/matrix/$*/bin/python -m pip install --quiet --group test \
+		"vmemory[stream] @ git+file://$(CURDIR)" "transformers$(if $(filter newest,$*),<6,==$*)"
+	touch $@
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +74,10 @@ $(VENV)/stream.stamp: $(VENV)/package.stamp requirements/encoders.txt
 
 $(VENV)/test.stamp: $(VENV)/package.stamp
 	$(PIP) --group test
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/package.stamp
+	$(PIP) --group docs
 	touch $@
 
 $(VENV)/bench.stamp: $(VENV)/test.stamp

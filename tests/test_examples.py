@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import runpy
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,8 @@ def test_custom_policy(example):
 def test_custom_family(example):
     from vmemory.models import adapter
 
+    # all that is known before the example adds to it
+    import_module("vmemory.attach")._load_families()
     known = dict(adapter._BY_TYPE)
     try:
         same, before, after = example("custom_family")([])

@@ -1,0 +1,88 @@
+"""Code in the guides runs, on a tiny model; what pages take from elsewhere is there."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+import vmemory
+
+pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+WITH_CODE = [name for name, text in PAGES.items() if BLOCK.search(text)]
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture
+def hooks():
+    return runpy.run_path(str(ROOT / "docs/hooks.py"))
+
+
+@pytest.fixture
+def given(monkeypatch, tmp_path):
+    """What the guides take for granted: a model, its processor, a film and a prompt about it."""
+    from vmemory.models import adapter
+
+    # all that is known before the guides add to it
+    import_module("vmemory.attach")._load_families()
+    monkeypatch.chdir(tmp_path)
+    shared = runpy.run_path(str(ROOT / "examples/shared.py"))
+    frames = shared["film"](None)
+    model, processor = shared["load"](None)
+    inputs = shared["prompt"](processor, frames, "What happened?")
+    by_type, by_methods = dict(adapter._BY_TYPE), list(adapter._BY_METHODS)
+    yield {
+        "torch": torch, "vmemory": vmemory, "model": model, "processor": processor, "frames": frames, "inputs": inputs,
+    }  # fmt: skip
+    adapter._BY_TYPE.clear()
+    adapter._BY_TYPE.update(by_type)
+    adapter._BY_METHODS[:] = by_methods
+
+
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_the_code_of_a_page_runs_from_top_to_bottom(page, given, capsys):
+    if "peft" in PAGES[page]:
+        pytest.importorskip("peft")
+    for code in BLOCK.findall(PAGES[page]):
+        exec(compile(code, f"docs/{page}.md", "exec"), given)
+    assert vmemory.attached(given["model"]) is None
+
+
+def test_guides_have_code():
+    assert {"index", "policies", "models", "streaming", "training", "porting"} <= set(WITH_CODE)
+
+
+def test_pages_take_what_readme_says(hooks):
+    text = hooks["on_page_markdown"](PAGES["policies"])
+    assert "`HierarchicalBank`" in text
+    assert "(storage.png)" in text
+    assert "<!-- README" not in text
+    assert (ROOT / "examples/custom_policy.py").read_text() in hooks["on_page_markdown"](PAGES["examples"])
+    with pytest.raises(ValueError, match="expected a heading '## Nothing of the kind'"):
+        hooks["section"]("Nothing of the kind")
+
+
+def test_every_operator_and_compressor_is_in_the_reference(hooks):
+    for package, module in (("vmemory/ops", vmemory.ops), ("vmemory/compress", vmemory.compress)):
+        named = [name.rsplit(".", 1) for name in hooks["names"](package)]
+        assert {name for _, name in named} == set(module.__all__)
+        assert all(getattr(sys.modules[where], name) is getattr(module, name) for where, name in named)
+
+
+def test_every_policy_and_every_family_is_told_of():
+    from vmemory.models.adapter import supported_types
+
+    readme = (ROOT / "README.md").read_text()
+    assert all(cls.__name__ in readme for cls in vmemory.banks.POLICIES.values())
+    import_module("vmemory.attach")._load_families()
+    assert all(f"`{kind}`" in PAGES["models"] for kind in supported_types())
