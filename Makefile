@@ -45,8 +45,8 @@ bench: $(VENV)/bench.stamp
 test-matrix: $(RELEASES:%=matrix-%)
 
 matrix-%: build/matrix/%.stamp
-	OMP_NUM_THREADS=1 build/matrix/$*/bin/python -m pytest tests/test_attach.py tests/test_session.py \
-		tests/test_session_words.py --matrix --matrix-table build/matrix/$*.md
+	OMP_NUM_THREADS=1 build/matrix/$*/bin/python -m pytest tests/test_attach.py tests/test_session*.py \
+		--matrix --matrix-table build/matrix/$*.md
 
 # from a clone: an install from the checkout would leave its mark there, that the native part was left out
 build/matrix/%.stamp: pyproject.toml

@@ -88,7 +88,8 @@ def page(outcomes: Outcomes) -> str:
         "",
         f"transformers {transformers.__version__}, torch {torch.__version__.split('+')[0]}, on the CPU. The models are "
         "tiny and random, of each family's own classes: the tests show that prompts, positions and features fit, not "
-        "how well a checkpoint answers. CLIP4Clip and STOP have tests of their own (`tests/test_clip4clip.py`).",
+        "how well a checkpoint answers. CLIP, the remote code of VideoLLaMA3 and LLaVA-Qwen, CLIP4Clip and STOP have "
+        "tests of their own.",
         "",
         f"| family | {' | '.join(POLICIES)} |",
         "|---|" + "---|" * len(POLICIES),
