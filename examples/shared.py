@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vmemory.models.pixels import patch_rows, scaled
 from vmemory.stream import FrameSource
+from vmemory.stream.loading import load_model
 
 VIDEO, START, END = "<video>", "<start>", "<end>"
 TEMPLATE = (
@@ -52,8 +53,7 @@ def prompt(processor: Any, frames: Tensor, question: str) -> dict[str, Any]:
 def load(name: str | None, family: str = "qwen2_5_vl") -> tuple[Any, Any]:
     """A model and its processor."""
     if name is not None:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype="auto")
-        return model, transformers.AutoProcessor.from_pretrained(name)
+        return load_model(name)
     torch.manual_seed(0)
     text = {
         "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8,

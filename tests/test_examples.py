@@ -39,6 +39,18 @@ def test_live_session(example, capsys):
     assert "answers alike: True" in capsys.readouterr().out
 
 
+def test_a_checkpoint_takes_the_place_of_the_tiny_model(example, tmp_path, capsys, monkeypatch):
+    # the folder has a tokenizer and no processor
+    monkeypatch.setattr("vmemory.stream.loading.find_spec", lambda name: None)
+    main = example("live_session")
+    model, processor = main.__globals__["load"](None)
+    model.save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    seen = main(["--model", str(tmp_path)])
+    assert [calls for calls, _, _ in seen] == [8, 16, 24]
+    assert "answers alike: True" in capsys.readouterr().out
+
+
 def test_lora_on_attached(example):
     pytest.importorskip("peft")
     losses = example("lora_on_attached")([])
