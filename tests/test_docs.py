@@ -31,22 +31,20 @@ def hooks():
 @pytest.fixture
 def given(monkeypatch, tmp_path):
     """What the guides take for granted: a model, its processor, a film and a prompt about it."""
-    from vmemory.models import adapter
+    from vmemory.models import registry
 
     # all that is known before the guides add to it
     import_module("vmemory.attach")._load_families()
+    monkeypatch.setattr(registry, "_BY_TYPE", dict(registry._BY_TYPE))
+    monkeypatch.setattr(registry, "_BY_METHODS", list(registry._BY_METHODS))
     monkeypatch.chdir(tmp_path)
     shared = runpy.run_path(str(ROOT / "examples/shared.py"))
     frames = shared["film"](None)
     model, processor = shared["load"](None)
     inputs = shared["prompt"](processor, frames, "What happened?")
-    by_type, by_methods = dict(adapter._BY_TYPE), list(adapter._BY_METHODS)
-    yield {
+    return {
         "torch": torch, "vmemory": vmemory, "model": model, "processor": processor, "frames": frames, "inputs": inputs,
     }  # fmt: skip
-    adapter._BY_TYPE.clear()
-    adapter._BY_TYPE.update(by_type)
-    adapter._BY_METHODS[:] = by_methods
 
 
 @pytest.mark.parametrize("page", WITH_CODE)
@@ -80,7 +78,7 @@ def test_every_operator_and_compressor_is_in_the_reference(hooks):
 
 
 def test_every_policy_and_every_family_is_told_of():
-    from vmemory.models.adapter import supported_types
+    from vmemory.models.registry import supported_types
 
     readme = (ROOT / "README.md").read_text()
     assert all(cls.__name__ in readme for cls in vmemory.banks.POLICIES.values())

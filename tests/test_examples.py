@@ -63,17 +63,13 @@ def test_custom_policy(example):
     assert example("custom_policy")([]) == [0, 8, 16]
 
 
-def test_custom_family(example):
-    from vmemory.models import adapter
+def test_custom_family(example, monkeypatch):
+    from vmemory.models import registry
 
     # all that is known before the example adds to it
     import_module("vmemory.attach")._load_families()
-    known = dict(adapter._BY_TYPE)
-    try:
-        same, before, after = example("custom_family")([])
-    finally:
-        adapter._BY_TYPE.clear()
-        adapter._BY_TYPE.update(known)
+    monkeypatch.setattr(registry, "_BY_TYPE", dict(registry._BY_TYPE))
+    same, before, after = example("custom_family")([])
     assert same
     assert (before, after) == (16 * 16, 2 * 16 + 2 * 4 + 2)
 
