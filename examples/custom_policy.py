@@ -29,14 +29,7 @@ class SceneStarts:
         source = torch.arange(T * H * W, device=clip.device).view(T, H * W)[chosen].flatten()
         if valid is not None:
             source = source[valid.flatten()[source]]
-        frame, cell = source // (H * W), source % (H * W)
-        seconds = (torch.full((T,), torch.nan) if time is None else time).to(source.device, torch.float64)[frame]
-        ones = torch.ones_like(source)
-        # the integrations need `tokens` and `source` (sorted, unique); the rest is for people who ask where from
-        return MemoryTokens(
-            tokens=clip.flatten(0, 2)[source], frame=frame, time=seconds, cell=cell, level=0 * ones,
-            weight=ones.float(), source=source, start=seconds, stop=seconds,
-        )  # fmt: skip
+        return MemoryTokens.of(clip, source, time)
 
 
 def main(given: list[str] | None = None) -> list[int]:

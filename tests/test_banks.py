@@ -371,3 +371,14 @@ def test_merging_keeps_spans_and_weighted_means() -> None:
         torch.testing.assert_close(tokens.tokens[i * 24 : (i + 1) * 24], mean, rtol=1e-4, atol=1e-4)
         assert float(entries.time[i]) == pytest.approx((first + last) / 2)
         assert float(tokens.weight[i * 24]) == last - first + 1
+
+
+def test_tokens_of_a_clip_are_those_that_a_bank_would_give():
+    clip = torch.randn(5, 2, 3, 4)
+    bank = banks.RingBank(4, (2, 3), 2)
+    wanted = bank.compress(clip, torch.arange(5.0))
+    made = banks.MemoryTokens.of(clip, wanted.source, torch.arange(5.0))
+    for name, value in made._asdict().items():
+        if value is not None:
+            torch.testing.assert_close(value, getattr(wanted, name), rtol=0, atol=0)
+    assert bool(banks.MemoryTokens.of(clip, wanted.source).time.isnan().all())

@@ -39,6 +39,23 @@ class MemoryTokens(NamedTuple):
     stop: Tensor
     count: Tensor | None = None  # type: ignore[assignment]  # shadows tuple.count on purpose
 
+    @classmethod
+    def of(cls, clip: Tensor, source: Tensor, time: Tensor | None = None) -> MemoryTokens:
+        """Tokens chosen out of a clip as they are, for memories of one's own.
+
+        Args:
+            clip: `[T, H, W, D]`.
+            source: `[N]` int64 positions in its flattened T·H·W stream, sorted and unique.
+            time: `[T]` seconds; None = unknown.
+        """
+        T, H, W = clip.shape[:3]
+        frame, cell = source // (H * W), source % (H * W)
+        known = torch.full((T,), torch.nan) if time is None else time
+        seconds = known.to(source.device, torch.float64)[frame]
+        weight = torch.ones(source.shape, device=source.device)
+        level = torch.zeros_like(source)
+        return cls(clip.flatten(0, 2)[source], frame, seconds, cell, level, weight, source, seconds, seconds)
+
 
 class Retrieved(NamedTuple):
     """The entries most similar to each query, best first; places that cannot be filled hold −inf, −1 and NaN.
