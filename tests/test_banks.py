@@ -376,8 +376,8 @@ def test_merging_keeps_spans_and_weighted_means() -> None:
 def test_tokens_of_a_clip_are_those_that_a_bank_would_give():
     clip = torch.randn(5, 2, 3, 4)
     bank = banks.RingBank(4, (2, 3), 2)
-    wanted = bank.compress(clip, torch.arange(5.0))
-    made = banks.MemoryTokens.of(clip, wanted.source, torch.arange(5.0))
+    wanted = bank.compress(clip, torch.arange(5.0, dtype=torch.float64))
+    made = banks.MemoryTokens.of(clip, wanted.source, torch.arange(5.0, dtype=torch.float64))
     for name, value in made._asdict().items():
         if value is not None:
             torch.testing.assert_close(value, getattr(wanted, name), rtol=0, atol=0)
