@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[1]
 
 
 _SLOW = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+# whoever runs the tests in the background of a shell hands on that interrupts are ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from tests.colours import Colours
 from vmemory.cli import app, stream
 class Slow(Colours):
