@@ -88,7 +88,7 @@ def calls(device: str = "cpu") -> dict[str, Call]:
         ),
         "memory_attention": Call(
             lambda x: ops.memory_attention(x, kept, kept, count),
-            lambda x: native.memory_attention(x, kept, kept, count, None, None),
+            lambda x: native.memory_attention(x, kept, kept, count, None, None, False),
             queries,
         ),
         "quantize_slots": Call(ops.quantize_slots, lambda x: native.quantize_slots(x, 8), rows),

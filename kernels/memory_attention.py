@@ -202,13 +202,14 @@ def _splits(programs: int, rows: int, block: int, device: torch.device) -> int:
 
 
 def memory_attention(
-    query: Tensor, keys: Tensor, values: Tensor, count: Tensor, key_scale: Tensor | None, value_scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, keys: Tensor, values: Tensor, count: Tensor, key_scale: Tensor | None, value_scale: Tensor | None,
+    wide: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     query, keys, values, count = query.contiguous(), keys.contiguous(), values.contiguous(), count.contiguous()
     scales = [count if scale is None else scale.contiguous() for scale in (key_scale, value_scale)]
     S, N, G, E = query.shape
     M, rows = keys.shape[1:3]
-    out = torch.empty_like(query)
+    out = torch.empty_like(query, dtype=torch.float32 if wide else query.dtype)
     stats = query.new_empty((2, S, G, N), dtype=torch.float32)
     if stats.numel() == 0:
         return out, stats

@@ -149,28 +149,34 @@ def test_gradients_for_some_inputs_only(needing):
 
 
 @pytest.mark.usefixtures("native")
-def test_opcheck():
-    query, keys, values, count = inputs(2, 20, 2, 16, 3, 5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    query, keys, values, count = inputs(2, 20, 2, 16, 3, 5, dtype=dtype)
     keys, values = keys.nan_to_num(), values.nan_to_num()
-    torch.library.opcheck(torch.ops.vmemory.memory_attention.default, (query, keys, values, count, None, None))
-    out, stats = torch.ops.vmemory.memory_attention(query, keys, values, count, None, None)
+    for wide in (True, False):
+        torch.library.opcheck(
+            torch.ops.vmemory.memory_attention.default, (query, keys, values, count, None, None, wide)
+        )
+    out, stats = torch.ops.vmemory.memory_attention(query, keys, values, count, None, None, True)
     for for_memory in (True, False):
         torch.library.opcheck(
             torch.ops.vmemory.memory_attention_backward.default,
-            (torch.ones_like(out), query, keys, values, count, None, None, out, stats, for_memory),
+            (torch.ones_like(query), query, keys, values, count, None, None, out, stats, for_memory),
         )
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("aot_eager", torch.bfloat16), ("inductor", torch.bfloat16), ("inductor", torch.float32)]
+)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_in_one_graph(backend, dynamic):
+def test_compiles_in_one_graph(backend, dynamic, dtype):
     torch._dynamo.reset()
     compiled = torch.compile(memory_attention, fullgraph=True, backend=backend, dynamic=dynamic)
     for tokens in (5, 9):
-        *x, count = inputs(2, tokens, 2, 16, 3, tokens)
+        *x, count = inputs(2, tokens, 2, 16, 3, tokens, dtype=dtype)
         leaves = [v.clone().requires_grad_() for v in x]
         out = compiled(*leaves, count)
-        grads = torch.autograd.grad(out, leaves, random_tensor(*out.shape, seed=4))
+        grads = torch.autograd.grad(out, leaves, random_tensor(*out.shape, dtype=dtype, seed=4))
         expected = outputs("auto", *x, count)
         assert torch.equal(out, expected[0])
         assert all(torch.equal(a, b) for a, b in zip(grads, expected[1:], strict=True))
@@ -178,7 +184,7 @@ def test_compiles_in_one_graph(backend, dynamic):
 
 @given(
     sizes=st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(0, 3), st.integers(1, 40)),
-    # over one key alone the gradient of the query is 0, and so is the budget for what rounding the output leaves of it
+    # over one key alone the gradient of the query is 0, and so is the budget for what two orders of sums leave of it
     memory=st.tuples(st.integers(0, 5), st.integers(0, 60).filter(lambda n: n != 1)),
     counts=st.lists(st.integers(-1, 7), min_size=3, max_size=3),
     # one float32 number may by chance have a reference without error

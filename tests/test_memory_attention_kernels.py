@@ -18,13 +18,16 @@ MODULE = "vmemory.kernels.memory_attention"
 @pytest.mark.parametrize("shape", [*SHAPES[:3], SHAPES[4], *SHAPES[6:], (1, 70, 1, 20, 2, 150)])
 def test_triton_interpreted(interpreter, shape, dtype):
     query, keys, values, count = inputs(*shape, dtype=dtype)
-    out, stats = interpreter(MODULE, "memory_attention", query, keys, values, count, None, None)
+    out, stats = interpreter(MODULE, "memory_attention", query, keys, values, count, None, None, True)
+    rounded = interpreter(MODULE, "memory_attention", query, keys, values, count, None, None, False)[0]
+    assert out.dtype == torch.float32
+    assert torch.equal(out.to(dtype), rounded)
     grad = random_tensor(*out.shape, seed=4).to(dtype)
     low, wide = outputs("reference", query, keys, values, count), widened(query, keys, values, count)
     grads = interpreter(
         MODULE, "memory_attention_backward", grad, query, keys, values, count, None, None, out, stats, True
     )
-    assert_within_budget([out, *grads], low, outputs("reference", *wide))
+    assert_within_budget([rounded, *grads], low, outputs("reference", *wide))
     alone = interpreter(
         MODULE, "memory_attention_backward", grad, query, keys, values, count, None, None, out, stats, False
     )
@@ -42,7 +45,7 @@ def sums(query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("queries", [17, 400])
 def test_triton_saves_the_largest_score_and_the_sum(interpreter, queries):
     query, keys, values, count = inputs(1, queries, 1, 16, 3, 200)
-    stats = interpreter(MODULE, "memory_attention", query, keys, values, count, None, None)[1]
+    stats = interpreter(MODULE, "memory_attention", query, keys, values, count, None, None, False)[1]
     assert_within_budget(tuple(stats[:, 0, 0]), sums(query, keys), sums(query.double(), keys.double()))
 
 
@@ -51,13 +54,13 @@ def test_triton_weighs_minus_infinity_with_nothing(interpreter):
     query.abs_()
     keys[0, 0] = -float("inf")
     alone = query, keys[:, 1:], values[:, 1:], count
-    out = interpreter(MODULE, "memory_attention", query, keys, values, count, None, None)[0]
+    out = interpreter(MODULE, "memory_attention", query, keys, values, count, None, None, False)[0]
     assert_within_budget(out, reference.memory_attention(*alone), reference.memory_attention(*widened(*alone)))
 
 
 @pytest.mark.usefixtures("triton_compiler")
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("kernel", ["fwd", "share", "combine", "delta", "slots", "query"])
+@pytest.mark.parametrize("kernel", ["fwd", "wide", "share", "combine", "delta", "slots", "query"])
 @pytest.mark.parametrize(("dtype", "channels"), [("bf16", 64), ("bf16", 256), ("fp32", 64), ("fp32", 128)])
 def test_triton_compiles(kernel, dtype, channels, arch):
     from vmemory.kernels import memory_attention as kernels
@@ -76,11 +79,14 @@ def test_triton_compiles(kernel, dtype, channels, arch):
     walked = {"slots": "BLOCK_N", "query": "BLOCK_M"}.get(kernel, "")
     config = kernels.blocks(channels, dtype == "fp32", walked)
     options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
-    constants = {"E": channels, **config} | ({"QUANTIZED": False} if kernel in ("fwd", "share", "query") else {})
+    constants = {"E": channels, **config}
+    if kernel in ("fwd", "wide", "share", "query"):
+        constants["QUANTIZED"] = False
     jitted = getattr(kernels, f"_memory_attention_{kernel}_kernel", None)
-    if kernel in ("fwd", "share"):
-        jitted, constants["WHOLE"] = kernels._memory_attention_fwd_kernel, kernel == "fwd"
-        signature["out"] = f"*{dtype}" if kernel == "fwd" else "*fp32"
+    if kernel != "fwd":
+        signature["out"] = "*fp32"
+    if kernel in ("fwd", "wide", "share"):
+        jitted, constants["WHOLE"] = kernels._memory_attention_fwd_kernel, kernel != "share"
     elif kernel in ("slots", "query"):
         jitted = getattr(kernels, f"_memory_attention_{kernel}_bwd_kernel")
     else:

@@ -93,8 +93,19 @@ class Piece {
   Lines<A> query_, out_, keys_, values_, weight_, most_, total_;
 };
 
+// where the output goes: rounded, or, where the backward pass wants it, as it was accumulated; the other is null
+template <class T>
+struct Out {
+  T* rounded;
+  acc_t<T>* wide;
+  template <class F>
+  void at(int64_t first, const F& f) const {
+    wide ? f(wide + first) : f(rounded + first);
+  }
+};
+
 template <class T, class Q>
-void attention(const SlotSizes& z, const T* query, const Slots<Q>& slots, const int64_t* count, T* out,
+void attention(const SlotSizes& z, const T* query, const Slots<Q>& slots, const int64_t* count, const Out<T>& out,
                acc_t<T>* stats) {
   using A = acc_t<T>;
   const int64_t vectors = (z.N + kLanes<A> - 1) / kLanes<A>;
@@ -112,15 +123,17 @@ void attention(const SlotSizes& z, const T* query, const Slots<Q>& slots, const 
       const int64_t valid = z.valid(count, s);
       piece.attend(head_rows(query, nullptr, s, z.N, z.G, g, z.E), first, queries, slots.head_keys(z, s, g),
                    slots.head_values(z, s, g), valid);
-      piece.write(queries, valid, out + ((s * z.N + first) * z.G + g) * z.E, z.G * z.E,
-                  stats + (s * z.G + g) * z.N + first, stats + (z.S * z.G + s * z.G + g) * z.N + first);
+      out.at(((s * z.N + first) * z.G + g) * z.E, [&](auto* to) {
+        piece.write(queries, valid, to, z.G * z.E, stats + (s * z.G + g) * z.N + first,
+                    stats + (z.S * z.G + s * z.G + g) * z.N + first);
+      });
     }
   });
 }
 
 template <class T, class Q>
-void attention_of_few(const SlotSizes& z, const T* query, const Slots<Q>& slots, const int64_t* count, T* out,
-                      acc_t<T>* stats) {
+void attention_of_few(const SlotSizes& z, const T* query, const Slots<Q>& slots, const int64_t* count,
+                      const Out<T>& out, acc_t<T>* stats) {
   using A = acc_t<T>;
   int64_t longest = 0;
   for (int64_t s = 0; s < z.S; ++s) longest = std::max(longest, z.valid(count, s));
@@ -133,8 +146,9 @@ void attention_of_few(const SlotSizes& z, const T* query, const Slots<Q>& slots,
       few.attend(z, query, slots, s, first, heads, valid);
       for (int64_t h = 0; h < heads; ++h) {
         const int64_t g = first + h;
-        few.write(h, valid, out + (s * z.N * z.G + g) * z.E, z.G * z.E, stats + (s * z.G + g) * z.N,
-                  stats + (z.S * z.G + s * z.G + g) * z.N);
+        out.at((s * z.N * z.G + g) * z.E, [&](auto* to) {
+          few.write(h, valid, to, z.G * z.E, stats + (s * z.G + g) * z.N, stats + (z.S * z.G + s * z.G + g) * z.N);
+        });
       }
       item += heads;
     }
@@ -143,22 +157,26 @@ void attention_of_few(const SlotSizes& z, const T* query, const Slots<Q>& slots,
 
 std::tuple<Tensor, Tensor> memory_attention(const Tensor& query_, const Tensor& keys_, const Tensor& values_,
                                             const Tensor& count_, std::optional<Tensor> key_scale_,
-                                            std::optional<Tensor> value_scale_) {
+                                            std::optional<Tensor> value_scale_, bool wide) {
   const Tensor query = dense(query_), keys = dense(keys_), values = dense(values_), count = dense(count_);
   const Tensor key_scale = key_scale_ ? dense(*key_scale_) : count;
   const Tensor value_scale = value_scale_ ? dense(*value_scale_) : count;
   const SlotSizes z{query.size(0), query.size(1), query.size(2), query.size(3), keys.size(1), keys.size(2)};
-  const ScalarType wide = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  Tensor out = make(query, {z.S, z.N, z.G, z.E}), stats = make(query, {2, z.S, z.G, z.N}, wide);
+  const ScalarType stored = query.scalar_type();
+  const ScalarType accumulated = stored == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor out = make(query, {z.S, z.N, z.G, z.E}, wide ? accumulated : stored);
+  Tensor stats = make(query, {2, z.S, z.G, z.N}, accumulated);
   if (stats.numel() == 0) return {out, stats};
-  dispatch_floating(query.scalar_type(), [&](auto t) {
+  dispatch_floating(stored, [&](auto t) {
     using T = typename decltype(t)::type;
+    using A = acc_t<T>;
+    const Out<T> to{wide ? nullptr : mutable_data<T>(out), wide ? mutable_data<A>(out) : nullptr};
     dispatch_stored<T>(keys.scalar_type(), [&](auto q) {
       using Q = typename decltype(q)::type;
       const Slots<Q> slots{data<Q>(keys), data<Q>(values), key_scale_ ? data<float>(key_scale) : nullptr,
                            value_scale_ ? data<float>(value_scale) : nullptr};
       const auto run = z.N <= kFewQueries ? attention_of_few<T, Q> : attention<T, Q>;
-      run(z, data<T>(query), slots, data<int64_t>(count), mutable_data<T>(out), mutable_data<acc_t<T>>(stats));
+      run(z, data<T>(query), slots, data<int64_t>(count), to, mutable_data<A>(stats));
     });
   });
   return {out, stats};

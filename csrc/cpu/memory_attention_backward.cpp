@@ -6,9 +6,8 @@ namespace {
 
 template <class T>
 struct Saved {
-  const T *grad, *query, *out;
-  const acc_t<T>* stats;
-  const acc_t<T>* delta;  // [S, G, N] sum over keys of weight times its gradient, or null: gradient times output
+  const T *grad, *query;
+  const acc_t<T>*out, *stats;
 };
 
 // One head and some blocks of its keys: the weights are computed anew from the saved largest score and sum. Queries lie
@@ -37,8 +36,8 @@ class Head {
         delta_(lanes_) {}
 
   template <class T>
-  void start(const Rows<T>& query, const Rows<T>& grad, const Rows<T>& out, const A* most, const A* total,
-             const A* delta, int64_t queries) {
+  void start(const Rows<T>& query, const Rows<T>& grad, const Rows<A>& out, const A* most, const A* total,
+             int64_t queries) {
     queries_ = queries;
     std::fill_n(to_query_.get(), lanes_ * wide_, A(0));
     std::fill_n(most_.get(), lanes_, A(0));
@@ -54,34 +53,8 @@ class Head {
     for (int64_t i = 0; i < queries; ++i) {
       most_.get()[i] = most[i];
       inverse_.get()[i] = A(1) / total[i];
-      delta_.get()[i] = delta ? delta[i] : dot(grad.row(i), out.row(i), E_);
+      delta_.get()[i] = dot(out.row(i), grad.row(i), E_);
     }
-  }
-
-  // delta += the part of keys [first, first + count)
-  template <class Q>
-  void add_delta(const Rows<Q>& keys, const Rows<Q>& values, int64_t first, int64_t count, A* delta) {
-    constexpr int64_t L = kLanes<A>;
-    const int64_t filled = round_up(count, kProductRows);
-    copy_rows(keys, first, count, filled, wide_, keys_.get());
-    copy_rows(values, first, count, filled, wide_, values_.get());
-    for_query_tiles<A>(queries_, [&](const QueryTile& t) {
-      const int64_t width = t.width<A>();
-      score_tile(keys_.get(), count, wide_, query_.get() + t.first * wide_, E_, t, weight_.get());
-      score_tile(values_.get(), count, wide_, grad_.get() + t.first * wide_, E_, t, slope_.get());
-      for (int64_t w = 0; w < t.vectors; ++w) {
-        const vec<A> most = load(most_.get() + t.first + w * L), inverse = load(inverse_.get() + t.first + w * L);
-        vec<A> part[4] = {};
-        for (int64_t j = 0; j < count; ++j) {
-          const int64_t at = j * width + w * L;
-          part[j % 4] += exp<A>(load(weight_.get() + at) - most) * inverse * load(slope_.get() + at);
-        }
-        const vec<A> sum = (part[0] + part[1]) + (part[2] + part[3]);
-        const int64_t first_lane = t.first + w * L;
-        for (int64_t i = first_lane; i < std::min(first_lane + L, t.first + t.count); ++i)
-          delta[i] += sum[i - first_lane];
-      }
-    });
   }
 
   // keys [first, first + count): what they send to the queries, and, if asked for, what they are sent
@@ -180,12 +153,11 @@ void backward(const SlotSizes& z, const Saved<T>& x, const Slots<Q>& slots, cons
              Head<A> head(z.N, z.E);
              for (int64_t item = begin; item < end; ++item) {
                const int64_t p = item % pieces, g = item / pieces % z.G, s = item / pieces / z.G;
-               const auto rows = [&](const T* from) { return head_rows(from, nullptr, s, z.N, z.G, g, z.E); };
+               const auto rows = [&](auto* from) { return head_rows(from, nullptr, s, z.N, z.G, g, z.E); };
                const Rows<Q> keys = slots.head_keys(z, s, g), values = slots.head_values(z, s, g);
                const int64_t valid = z.valid(count, s), blocks = (valid + kKeyBlock - 1) / kKeyBlock;
                head.start(rows(x.query), rows(x.grad), rows(x.out), x.stats + (s * z.G + g) * z.N,
-                          x.stats + (z.S * z.G + s * z.G + g) * z.N, x.delta ? x.delta + (s * z.G + g) * z.N : nullptr,
-                          z.N);
+                          x.stats + (z.S * z.G + s * z.G + g) * z.N, z.N);
                const int64_t at = (s * z.rows() * z.G + g) * z.E;
                for (int64_t b = p * blocks / pieces; b < (p + 1) * blocks / pieces; ++b)
                  head.add_block(keys, values, b * kKeyBlock, std::min(kKeyBlock, valid - b * kKeyBlock),
@@ -193,25 +165,6 @@ void backward(const SlotSizes& z, const Saved<T>& x, const Slots<Q>& slots, cons
                head.finish(partial + ((p * z.S + s) * z.N * z.G + g) * z.E, z.G * z.E);
              }
            });
-}
-
-// An output rounded to 16 bits leaves an error where the weights' gradients cancel, so there it is not used.
-template <class T, class Q>
-void exact_delta(const SlotSizes& z, const Saved<T>& x, const Slots<Q>& slots, const int64_t* count, acc_t<T>* delta) {
-  using A = acc_t<T>;
-  parallel(z.S * z.G, kSmallAttention / (z.N * (z.rows() + 1) * (z.E + 1) + 1), [&](int64_t begin, int64_t end) {
-    Head<A> head(z.N, z.E);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t g = item % z.G, s = item / z.G, valid = z.valid(count, s);
-      const auto rows = [&](const T* from) { return head_rows(from, nullptr, s, z.N, z.G, g, z.E); };
-      A* to = delta + item * z.N;
-      std::fill_n(to, z.N, A(0));
-      head.start(rows(x.query), rows(x.grad), rows(x.out), x.stats + item * z.N, x.stats + (z.S * z.G + item) * z.N, to,
-                 z.N);
-      for (int64_t j = 0; j < valid; j += kKeyBlock)
-        head.add_delta(slots.head_keys(z, s, g), slots.head_values(z, s, g), j, std::min(kKeyBlock, valid - j), to);
-    }
-  });
 }
 
 template <class T>
@@ -241,7 +194,6 @@ std::tuple<Tensor, Tensor, Tensor> memory_attention_backward(const Tensor& grad_
   Tensor to_keys = make(query, for_memory ? Ints{z.S, z.M, z.n, z.G, z.E} : Ints{0});
   Tensor to_values = make(query, for_memory ? Ints{z.S, z.M, z.n, z.G, z.E} : Ints{0});
   Tensor partial = make(query, {pieces, z.S, z.N, z.G, z.E}, stats.scalar_type());
-  Tensor delta = make(query, {z.S, z.G, z.N}, stats.scalar_type());
   dispatch_floating(query.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
@@ -250,15 +202,11 @@ std::tuple<Tensor, Tensor, Tensor> memory_attention_backward(const Tensor& grad_
       clear_invalid(z, counts, mutable_data<T>(to_keys));
       clear_invalid(z, counts, mutable_data<T>(to_values));
     }
-    Saved<T> saved{data<T>(grad), data<T>(query), data<T>(out), data<A>(stats), nullptr};
+    const Saved<T> saved{data<T>(grad), data<T>(query), data<A>(out), data<A>(stats)};
     dispatch_stored<T>(keys.scalar_type(), [&](auto q) {
       using Q = typename decltype(q)::type;
       const Slots<Q> slots{data<Q>(keys), data<Q>(values), key_scale_ ? data<float>(key_scale) : nullptr,
                            value_scale_ ? data<float>(value_scale) : nullptr};
-      if (sizeof(T) == 2) {
-        exact_delta(z, saved, slots, counts, mutable_data<A>(delta));
-        saved.delta = data<A>(delta);
-      }
       backward(z, saved, slots, counts, pieces, mutable_data<A>(partial),
                for_memory ? mutable_data<T>(to_keys) : nullptr, for_memory ? mutable_data<T>(to_values) : nullptr);
     });

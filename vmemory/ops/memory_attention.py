@@ -24,10 +24,12 @@ def _fake(
     count: Tensor,
     key_scale: Tensor | None,
     value_scale: Tensor | None,
+    wide: bool,
 ) -> tuple[Tensor, Tensor]:
     streams, tokens, heads, _ = query.shape
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape), query.new_empty((2, streams, heads, tokens), dtype=wide)
+    accumulated = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_empty(query.shape, dtype=accumulated if wide else query.dtype)
+    return out, query.new_empty((2, streams, heads, tokens), dtype=accumulated)
 
 
 def _fake_backward(
@@ -46,11 +48,13 @@ def _fake_backward(
     return query.new_empty(query.shape), query.new_empty(shape), query.new_empty(shape)
 
 
-# the output, and [2, S, G, N] the largest score and the sum of exp(score - largest), which one number would round away
+# The output, and [2, S, G, N] the largest score and the sum of exp(score - largest), which one number would round away.
+# `wide` leaves the output as it was accumulated: gradients of scores cancel against it, and 16 bits of it would be what
+# is left of them.
 _forward = Op(
     "memory_attention",
-    "(Tensor query, Tensor keys, Tensor values, Tensor count, Tensor? key_scale, Tensor? value_scale)"
-    " -> (Tensor, Tensor)",
+    "(Tensor query, Tensor keys, Tensor values, Tensor count, Tensor? key_scale, Tensor? value_scale,"
+    " bool wide) -> (Tensor, Tensor)",
     _fake,
 )
 # gradients of keys and values that are not asked for come back as empty tensors
@@ -75,10 +79,10 @@ class _MemoryAttention(Function):
         impl: str,
     ) -> Tensor:
         inputs = query, keys, values, count, key_scale, value_scale
-        out, stats = _forward(impl, *inputs)
+        out, stats = _forward(impl, *inputs, True)
         ctx.save_for_backward(*inputs, out, stats)
         ctx.impl = impl
-        return out
+        return out.to(query.dtype)
 
     @staticmethod
     @once_differentiable
@@ -174,4 +178,4 @@ def memory_attention(
         return _reference.memory_attention(*inputs)
     if torch.is_grad_enabled() and (query.requires_grad or key_slots.requires_grad or value_slots.requires_grad):
         return _MemoryAttention.apply(*inputs, picked)
-    return _forward(picked, *inputs)[0]
+    return _forward(picked, *inputs, False)[0]
