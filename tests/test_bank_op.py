@@ -1,23 +1,19 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.tiers import Video, lists, pushed, video
 from vmemory.ops import bank as ops
 from vmemory.ops.bank import BankTokens, bank_gather, bank_plan, bank_push_, layout_maps
-from vmemory.reference.bank import Stream
 from vmemory.reference.bank_layout import RULES, BankLayout, BankState
 from vmemory.testing import assert_within_budget, layouts, random_tensor
 
-MODULE = "vmemory.kernels.bank"
 WHOLE = ("entry", "order", "counter")
 HALVES = ((6, 4), (3, 2), (1, 1))
 # five capacities of 1, odd sizes, a first tier smaller than the frames, frames that enter below or nowhere
@@ -34,36 +30,6 @@ CASES = {
     "recent": BankLayout((4, 4), 16, 16, (2, 3), ((4, 4), (2, 2)), "recent"),
     "none": BankLayout((4, 4), 16, 16, (), (), "paper"),
 }
-
-
-class Video(NamedTuple):
-    frames: Tensor
-    time: Tensor | None = None
-    valid: Tensor | None = None
-
-    def part(self, start: int, stop: int) -> dict[str, Tensor | None]:
-        return {n: None if x is None else x[:, start:stop] for n, x in zip(("time", "valid"), self[1:], strict=True)}
-
-
-def video(layout: BankLayout, streams: int, steps: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Frames that drift, so that neighbours are alike."""
-    shape = (streams, steps, *layout.grid, layout.dim)
-    drift = random_tensor(*shape, dtype=torch.float64, seed=seed).cumsum(1) * 0.3
-    return (drift + random_tensor(streams, 1, *shape[2:], dtype=torch.float64, seed=seed + 1)).to(dtype)
-
-
-def pushed(layout: BankLayout, v: Video, impl: str, chunk: int = 1000, streams: Tensor | None = None) -> BankState:
-    state = layout.new_state(v.frames.shape[0], v.frames.device, v.frames.dtype)
-    for start in range(0, v.frames.shape[1], chunk):
-        parts = v.part(start, start + chunk)
-        bank_push_(state, layout, v.frames[:, start : start + chunk], **parts, streams=streams, impl=impl)
-    return state
-
-
-def lists(layout: BankLayout, state: BankState, stream: int = 0) -> list[list[int]]:
-    """Frame numbers of each tier in list order."""
-    view = Stream(state, stream, layout)
-    return [[int(view.state.entry[slot, 0]) for slot in view.listed(tier)] for tier in range(layout.tiers)]
 
 
 def links(layout: BankLayout, state: BankState | ops.BankPlan) -> Tensor:
@@ -210,76 +176,6 @@ def test_any_arrangement_gives_the_same_bits(arrangement):
     assert torch.equal(a.assign, b.assign)
     tokens = [bank_gather(x.frames, a, layout, valid=x.valid, impl="native") for x in (v, other)]
     assert torch.equal(tokens[0].slots, tokens[1].slots)
-
-
-@pytest.mark.parametrize("impl", ["native", "reference"])
-@pytest.mark.parametrize("name", ["direct_top_3_3_3", "mid_4_3_8", "no_evict", "paper_2_2_12"])
-def test_videochat_online_is_the_original(golden, name, impl, request):
-    if impl == "native":
-        request.getfixturevalue("native")
-    about = json.loads((golden / f"vco_bank/{name}.json").read_text())
-    stored = load_file(golden / f"vco_bank/{name}.safetensors")
-    frames = stored["input"].permute(0, 2, 3, 1)[None].contiguous()
-    grids = tuple((int(cells**0.5),) * 2 for cells in about["reduced_sizes"])
-    intervals = () if about["direct"] else tuple(about["intervals"])
-    dim, entries = frames.shape[-1], tuple(range(len(intervals)))
-    layout = BankLayout((16, 16), dim, dim, tuple(about["capacities"]), grids, "videochat-online", intervals, entries)
-    state = layout.new_state(1, "cpu", torch.float32)
-    for t, expected in enumerate(about["groups_after_each_step"]):
-        bank_push_(state, layout, frames[:, t : t + 1], impl=impl)
-        assert lists(layout, state) == expected, t
-    for tier, group in enumerate(about["final_groups"]):
-        for frame in group:
-            want = stored[f"group{tier}_tokens"][stored[f"group{tier}_indices"].tolist().index(frame)]
-            check_golden(layout, state, tier, frame, want)
-
-
-@pytest.mark.parametrize("impl", ["native", "reference"])
-@pytest.mark.parametrize("name", ["cap_1_1_1_T5", "default_8_4_1_T60", "seed_test_3_2_1_T7"])
-def test_all_pairs_is_the_port(golden, name, impl, request):
-    if impl == "native":
-        request.getfixturevalue("native")
-    about = json.loads((golden / f"port_bank/{name}.json").read_text())
-    stored = load_file(golden / f"port_bank/{name}.safetensors")
-    frames = stored["input"].permute(0, 2, 3, 1)[None].contiguous()
-    grids = tuple((int(cells**0.5),) * 2 for cells in about["reduced_sizes"])
-    _, _, H, W, D = frames.shape
-    layout = BankLayout((H, W), D, D, tuple(about["capacities"]), grids, "all-pairs")
-    state = layout.new_state(1, "cpu", torch.float32)
-    for t, expected in enumerate(about["groups_after_each_step"]):
-        bank_push_(state, layout, frames[:, t : t + 1], impl=impl)
-        assert lists(layout, state) == expected, t
-    for tier, group in enumerate(about["final_groups"]):
-        for frame in group:
-            check_golden(layout, state, tier, frame, stored[f"group{tier}_frame{frame}"][0])
-
-
-def check_golden(layout: BankLayout, state: BankState, tier: int, frame: int, want: Tensor) -> None:
-    """A frame's tokens, channels first, as the original holds them, to the rounding of its few sums in float32."""
-    slot = state.entry[0, :, 0].tolist().index(frame)
-    row = layout.row_of(slot)
-    got = state.slots[0, row : row + layout.cells[tier]].unflatten(0, layout.grids[tier]).permute(2, 0, 1)
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("impl", ["native", "reference"])
-@pytest.mark.parametrize(
-    ("key", "capacities", "steps", "kind"),
-    [
-        ("cascade_stops_after_one_level(long->mid, mid overflow dropped)", (2, 2, 4), 12, "drift"),
-        ("all_zero_features(cos=0 everywhere)", (3, 2, 4), 6, "zero"),
-        ("nan_in_frame_1(argmax treats NaN as max)", (3, 3, 3), 5, "nan"),
-    ],
-)
-def test_quirks_of_the_original(golden, key, capacities, steps, kind, impl, request):
-    if impl == "native":
-        request.getfixturevalue("native")
-    layout = BankLayout((4, 4), 8, 8, capacities, ((4, 4), (2, 2), (1, 1)), "videochat-online")
-    frames = video(layout, 1, steps) * (kind != "zero")
-    if kind == "nan":
-        frames[:, 1] = float("nan")
-    expected = json.loads((golden / "vco_bank/quirks.json").read_text())[key]
-    assert lists(layout, pushed(layout, Video(frames), impl)) == expected
 
 
 @pytest.mark.usefixtures("native")

@@ -4,64 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
+from tests.rings import DTYPES, NAN, SHAPES, VARIANTS, assert_same, copies, empty, means_for, push_both, replace_both
 from vmemory.ops import ring_push_, ring_read, slot_replace_
 from vmemory.reference import ring as reference
-from vmemory.testing import A100_SHARED_BYTES, assert_within_budget, compile_triton, layouts, poisoned, random_tensor
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-MODULE = "vmemory.kernels.ring"
-NAN = float("nan")
-VARIANTS = ["flat", "mean", "mean, kept"]
-
-
-def empty(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """A memory without frames: slots full of NaN, so that a read of what was never written shows."""
-    return torch.full(shape, NAN, dtype=dtype, device=device), torch.zeros(shape[0], dtype=torch.int64, device=device)
-
-
-def means_for(slots: Tensor, variant: str) -> Tensor | None:
-    if variant != "mean, kept":
-        return None
-    wide = torch.float64 if slots.dtype == torch.float64 else torch.float32
-    return torch.full((*slots.shape[:2], slots.shape[3]), NAN, dtype=wide, device=slots.device)
-
-
-def copies(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.clone() for x in tensors]
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    assert actual.dtype == expected.dtype
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def push_both(push, steps: int, shape: tuple[int, ...], frames: int, dtype: torch.dtype, device: str = "cpu") -> None:
-    """Pushes until the ring has wrapped three times; kernel and reference hold the same after each."""
-    slots, count = empty(*shape, dtype=dtype, device=device)
-    expected = copies(slots, count)
-    streams = torch.tensor([shape[0] - 1, -1, shape[0], 0], device=device)
-    for step in range(steps):
-        routed = shape[0] > 1 and step % 2 == 1
-        rows = len(streams) if routed else shape[0]
-        x = random_tensor(rows, frames, *shape[2:], dtype=dtype, seed=step, device=device)
-        push(slots, count, x, streams if routed else None)
-        reference.ring_push_(*expected, x, streams if routed else None)
-        assert_same(slots, expected[0])
-        assert_same(count, expected[1])
-
-
-SHAPES = [
-    ((2, 3, 5, 7), 1),
-    ((1, 4, 63, 1000), 3),
-    ((3, 4, 2, 9), 11),
-    ((2, 1, 3, 4), 2),
-    ((2, 0, 3, 4), 2),
-    ((2, 3, 0, 4), 1),
-    ((2, 3, 4, 5), 0),
-    ((0, 3, 4, 5), 2),
-]
+from vmemory.testing import layouts, poisoned, random_tensor
 
 
 @pytest.mark.usefixtures("native")
@@ -102,34 +49,6 @@ def test_any_layout_of_frames_and_slots_read(layout):
     ring_push_(slots, count, layouts(x)[layout])
     assert_same(slots[:, :3], x)
     assert_same(ring_read(layouts(slots)[layout], layouts(count)["strided"]).frames, ring_read(slots, count).frames)
-
-
-def replace_both(replace, steps: int, shape: tuple[int, ...], variant: str, dtype: torch.dtype, device: str = "cpu"):
-    """One frame after the other; wherever the reference's margin exceeds rounding the same slot is replaced."""
-    slots, count = empty(*shape, dtype=dtype, device=device)
-    level, means, places = variant.split(",")[0], means_for(slots, variant), []
-    streams = torch.tensor([shape[0] - 1, -1, shape[0], 0], device=device)
-    for step in range(steps):
-        routed = shape[0] > 1 and step % 2 == 1
-        rows = len(streams) if routed else shape[0]
-        x = random_tensor(rows, *shape[2:], dtype=dtype, seed=step, device=device)
-        state = copies(slots, count, means)
-        route = streams if routed else None
-        actual = replace(slots, count, x, route, level, means)
-        expected = reference.slot_replace_(state[0], state[1], x, route, level, state[2])
-        assert torch.equal(actual, expected)
-        assert_same(slots, state[0])
-        assert_same(count, state[1])
-        if means is not None:
-            assert_within_budget(means.nan_to_num(), state[2].nan_to_num(), reference_means(slots, count))
-            means.copy_(state[2])
-        places += actual.tolist()
-    return places
-
-
-def reference_means(slots: Tensor, count: Tensor) -> Tensor:
-    written = torch.arange(slots.shape[1], device=slots.device) < count[:, None]
-    return torch.where(written[..., None], slots.double().mean(2), 0)
 
 
 def replace_native(slots, count, frames, streams, level, means):
@@ -313,122 +232,3 @@ def test_bad_arguments(call, error, words):
     with pytest.raises(error, match=words):
         call()
     assert not COUNT.any()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("shape", "frames"), [shape for shape in SHAPES if shape[0][3] < 1000])
-def test_triton_push_interpreted(interpreter, shape, frames, dtype):
-    def push(slots, count, x, streams):
-        # shared with the child process, which writes in place
-        interpreter(MODULE, "ring_push_", slots, count, x, streams)
-
-    push_both(push, 4, shape, frames, dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(2, 5, 3, 7), (2, 0, 3, 4), (2, 3, 0, 4), (0, 3, 4, 5), (1, 2, 30, 300)])
-def test_triton_read_interpreted(interpreter, shape, dtype):
-    slots, count = empty(*shape, dtype=dtype)
-    ring_push_(slots, count, random_tensor(shape[0], 4, *shape[2:], dtype=dtype))
-    for a, b in zip(interpreter(MODULE, "ring_read", slots, count), reference.ring_read(slots, count), strict=True):
-        assert_same(a, b)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 0, 3, 4), (1, 3, 25, 700), (1, 20, 3, 9)])
-def test_triton_replace_interpreted(interpreter, shape, dtype, variant):
-    def replace(slots, count, frames, streams, level, means):
-        return interpreter(MODULE, "slot_replace_", slots, count, means, frames, streams, level)
-
-    replace_both(replace, shape[1] + 3, shape, variant, dtype)
-
-
-@pytest.mark.parametrize("level", ["flat", "mean"])
-def test_triton_replaces_the_first_of_equals_and_nan_first(interpreter, level):
-    frame = random_tensor(1, 3, 300)
-    slots, count = frame.expand(70, -1, -1)[None].clone(), torch.tensor([70])
-    slots[0, :66] *= -1
-    assert interpreter(MODULE, "slot_replace_", slots, count, None, frame, None, level).item() == 66
-    slots[0, 68, 2, 299] = NAN
-    assert interpreter(MODULE, "slot_replace_", slots, count, None, frame, None, level).item() == 68
-
-
-@pytest.mark.usefixtures("triton_compiler")
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("name", ["push", "advance", "read", "mean", "products", "replace", "replace-means"])
-def test_triton_compiles(name, arch):
-    from vmemory.kernels import ring as kernels
-
-    storage = dict.fromkeys(("slots", "frames", "out", "own"), "*bf16")
-    counters = dict.fromkeys(("count", "streams", "held", "written", "replaced"), "*i64")
-    sums = dict.fromkeys(("mean", "means", "part"), "*fp32")
-    sizes = dict.fromkeys(("S", "M", "N", "D", "T", "LAST", "size", "EACH", "CHUNKS"), "i32")
-    steps = dict.fromkeys(("OWN_STEP", "OWN_FIRST", "MEAN_STEP", "MEAN_FIRST"), "i32")
-    signature = storage | counters | sums | sizes | steps
-    replace = {"BLOCK": 2048, "BLOCK_M": 64, "BLOCK_C": 16, "BLOCK_D": 1024}
-    kernel, constants = {
-        "push": (kernels._ring_push_kernel, {"BLOCK": 2048}),
-        "advance": (kernels._ring_advance_kernel, {}),
-        "read": (kernels._ring_read_kernel, {"BLOCK": 2048}),
-        "mean": (kernels._slot_mean_kernel, {"BLOCK_N": 16, "BLOCK_D": 128}),
-        "products": (kernels._slot_products_kernel, {"BY_STREAM": True, "CHUNK": 8192, "BLOCK": 2048}),
-        "replace": (kernels._slot_replace_kernel, replace | {"KEEPS_MEANS": False}),
-        "replace-means": (kernels._slot_replace_kernel, replace | {"KEEPS_MEANS": True}),
-    }[name]
-    routed = {} if name == "read" else {"ROUTED": True}
-    compiled = compile_triton(kernel, signature, constants | routed, arch)
-    assert compiled.spills == 0
-    assert compiled.shared < A100_SHARED_BYTES
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["native", "triton"])
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize(("shape", "frames"), [*SHAPES, ((64, 3, 196, 896), 1)])
-def test_cuda_push_and_read(shape, frames, dtype, impl):
-    def push(slots, count, x, streams):
-        ring_push_(slots, count, x, streams, impl=impl)
-
-    push_both(push, 3 * shape[1] + 1, shape, frames, dtype, "cuda")
-    slots, count = empty(*shape, dtype=dtype, device="cuda")
-    push(slots, count, random_tensor(shape[0], frames, *shape[2:], dtype=dtype, device="cuda"), None)
-    for a, b in zip(ring_read(slots, count, impl="triton"), reference.ring_read(slots, count), strict=True):
-        assert_same(a, b)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["native", "triton"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (1, 4, 63, 1000), (2, 0, 3, 4), (3, 32, 196, 896)])
-def test_cuda_replace(shape, dtype, variant, impl):
-    def replace(slots, count, frames, streams, level, means):
-        return slot_replace_(slots, count, frames, streams, level=level, means=means, impl=impl)
-
-    replace_both(replace, 2 * shape[1] + 2, shape, variant, dtype, "cuda")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["native", "triton"])
-def test_cuda_graph_replays_count_on_the_device(impl):
-    ring, slots = (empty(2, 3, 4, 8, device="cuda") for _ in range(2))
-    x = torch.zeros(2, 4, 8, device="cuda")
-    expected = copies(*ring, *slots)
-
-    def step(ring, count, slots, written):
-        ring_push_(ring, count, x[:, None], impl=impl)
-        return slot_replace_(slots, written, x, impl=impl)
-
-    warm = copies(*ring, *slots)
-    step(*warm)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        replaced = step(*ring, *slots)
-    for i in range(10):
-        x.copy_(random_tensor(2, 4, 8, seed=i))
-        graph.replay()
-        reference.ring_push_(expected[0], expected[1], x[:, None])
-        assert torch.equal(replaced, reference.slot_replace_(expected[2], expected[3], x))
-        for a, b in zip((*ring, *slots), expected, strict=True):
-            assert_same(a, b)

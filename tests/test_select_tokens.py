@@ -5,22 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.selection import DTYPES, NAN, clip, gradients, scores_with_ties
 from vmemory.ops import compact, select_tokens
 from vmemory.reference import select_tokens as reference
-from vmemory.testing import A100_SHARED_BYTES, assert_within_budget, compile_triton, layouts, poisoned, random_tensor
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-MODULE = "vmemory.kernels.select_tokens"
-NAN = float("nan")
-
-
-def scores_with_ties(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    """Few distinct values, both zeros, infinities and NaN."""
-    x = (random_tensor(*shape, seed=seed) * 3).round().to(dtype)
-    odd = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-    for at, value in enumerate((NAN, float("inf"), -float("inf"), -0.0)):
-        x[(odd > at / 40) & (odd < (at + 1) / 40)] = value
-    return x
+from vmemory.testing import assert_within_budget, layouts, poisoned, random_tensor
 
 
 def assert_selects_as_reference(scores, budget, segments=None):
@@ -131,16 +119,6 @@ def test_any_selection(shape, budgets, dtype, layout, seed):
     assert_selects_as_reference(scores, min(sum(budgets), shape[1]))
 
 
-def clip(dtype: torch.dtype = torch.float32, length: int = 63, kept: int = 21):
-    """Tokens, positions, times, flags and a keep list with padding, out of range and repeated rows."""
-    tokens = random_tensor(2, length, 5, 7, dtype=dtype)
-    positions = torch.randint(0, 99, (2, length, 3))
-    times = random_tensor(2, length, dtype=torch.float64, seed=2)
-    flags = torch.rand(2, length) > 0.5
-    keep = torch.randint(-2, length + 2, (2, kept), generator=torch.Generator().manual_seed(3))
-    return tokens, keep, positions, times, flags
-
-
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("length", "kept"), [(63, 21), (1, 5), (0, 4), (9, 0)])
@@ -170,13 +148,6 @@ def test_compact_takes_any_layout(layout):
     moved, (where,) = compact(layouts(tokens)[layout], layouts(keep)[layout], layouts(positions)[layout])
     assert torch.equal(moved, compact(tokens, keep).tokens)
     assert torch.equal(where, reference.compact([tokens, positions], keep)[1])
-
-
-def gradients(impl: str, tokens, keep, times):
-    variables = tokens.clone().requires_grad_(), times.clone().requires_grad_()
-    moved, (when,) = compact(variables[0], keep, variables[1], impl=impl)
-    weights = [random_tensor(*x.shape, seed=5).to(x.device, x.dtype) for x in (moved, when)]
-    return torch.autograd.grad((moved, when), variables, weights)
 
 
 @pytest.mark.usefixtures("native")
@@ -262,105 +233,3 @@ IDS = torch.zeros(5, dtype=torch.int64)
 def test_bad_arguments(call, error, words):
     with pytest.raises(error, match=words):
         call()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("tokens", "budget"), [(63, 17), (1000, 300), (5000, 4100), (40, 40), (7, 0), (0, 0)])
-def test_triton_selects_when_interpreted(interpreter, tokens, budget, dtype):
-    for scores in (scores_with_ties(2, tokens, dtype=dtype), random_tensor(2, tokens, dtype=dtype)):
-        indices, count = interpreter(MODULE, "select_tokens", scores, [budget], None)
-        expected = reference.select_tokens(scores, [budget])
-        assert torch.equal(indices, expected[0])
-        assert torch.equal(count, expected[1])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("budgets", [[5, 0, 400], [30, 30], [], [1000]])
-def test_triton_selects_by_segment_when_interpreted(interpreter, budgets, dtype):
-    scores = scores_with_ties(2, 700, dtype=dtype)
-    segments = torch.randint(-1, len(budgets) + 1, (2, 700), generator=torch.Generator().manual_seed(1))
-    for ids in (segments, segments[0]):
-        indices, count = interpreter(MODULE, "select_tokens", scores, budgets, ids)
-        expected = reference.select_tokens(scores, budgets, ids)
-        assert torch.equal(indices, expected[0])
-        assert torch.equal(count, expected[1])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(("length", "kept"), [(63, 21), (3, 40), (0, 4), (9, 0)])
-def test_triton_compacts_when_interpreted(interpreter, length, kept, dtype):
-    tokens, keep, *companions = clip(dtype, length, kept)
-    rows = [tokens, *companions, companions[0].to(torch.int8)]
-    for actual, expected in zip(interpreter(MODULE, "compact", rows, keep), reference.compact(rows, keep), strict=True):
-        assert actual.dtype == expected.dtype
-        assert torch.equal(actual, expected)
-    grad, grads = random_tensor(2, kept, 5, 7, dtype=dtype, seed=6), []
-    for x in (tokens.clone().requires_grad_(), tokens.double().requires_grad_()):
-        (out,) = reference.compact([x], keep)
-        grads += torch.autograd.grad(out, x, grad.to(out.dtype))
-    assert_within_budget(interpreter(MODULE, "compact_backward", grad, keep, length), *grads)
-
-
-@pytest.mark.usefixtures("triton_compiler")
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("name", ["cut", "cut-segments", "emit", "emit-segments", "move", "move-times", "back"])
-def test_triton_compiles(name, arch):
-    from vmemory.kernels import select_tokens as kernels
-
-    scan = {"scores": "*bf16", "segments": "*i64", "cuts": "*i64", "N": "i32", "G": "i32", "SEGMENT_STEP": "i32"}
-    cut, emit = scan | {"budgets": "*i64"}, scan | {"indices": "*i64", "count": "*i64", "TOTAL": "i32"}
-    move = {"x": "*bf16", "keep": "*i64", "out": "*bf16", "N": "i32", "K": "i32", "D": "i32"}
-    back = move | {"grad": "*bf16", "places": "*i64", "first": "*i64"}
-    wide, tile = {"BITS": 32, "BLOCK": 4096}, {"FILL": 0, "BLOCK_K": 2, "BLOCK_D": 1024}
-    kernel, signature, constants, warps = {
-        "cut": (kernels._select_cut_kernel, cut, {"BITS": 16, "BLOCK": 4096, "SEGMENTED": False}, 8),
-        "cut-segments": (kernels._select_cut_kernel, cut | {"scores": "*fp32"}, wide | {"SEGMENTED": True}, 8),
-        "emit": (kernels._select_emit_kernel, emit, {"BITS": 16, "BLOCK": 4096, "SEGMENTED": False}, 8),
-        "emit-segments": (kernels._select_emit_kernel, emit | {"scores": "*fp32"}, wide | {"SEGMENTED": True}, 8),
-        "move": (kernels._compact_kernel, move, tile, 4),
-        "move-times": (
-            kernels._compact_kernel, move | {"x": "*fp64", "out": "*fp64"},
-            {"FILL": -1, "BLOCK_K": 2048, "BLOCK_D": 1}, 4,
-        ),
-        "back": (kernels._compact_bwd_kernel, back, {"BLOCK_N": 2, "BLOCK_D": 1024}, 4),
-    }[name]  # fmt: skip
-    compiled = compile_triton(kernel, signature, constants, arch, num_warps=warps)
-    assert compiled.spills == 0
-    assert compiled.shared < A100_SHARED_BYTES
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["native", "triton"])
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize(("tokens", "budget"), [(63, 17), (1000, 1000), (24_209, 7263), (300_001, 3), (9, 0), (0, 0)])
-def test_cuda_selects_as_reference(tokens, budget, dtype, impl):
-    for x in (scores_with_ties(3, tokens, dtype=dtype).cuda(), random_tensor(3, tokens, dtype=dtype, device="cuda")):
-        with poisoned():
-            actual = select_tokens(x, budget, impl=impl)
-        assert torch.equal(actual, reference.select_tokens(x, [budget])[0])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("impl", ["native", "triton"])
-@pytest.mark.parametrize("segments", [1, 3, 300, 900])
-def test_cuda_selects_by_segment(segments, impl):
-    x = scores_with_ties(2, 20_000).cuda()
-    ids = torch.randint(-1, segments + 1, (2, 20_000), generator=torch.Generator().manual_seed(1)).cuda()
-    for budgets in ([7] * segments, list(range(segments))):
-        with poisoned():
-            actual = select_tokens(x, budgets, ids, impl=impl)
-        indices, count = reference.select_tokens(x, budgets, ids)
-        assert torch.equal(actual.indices, indices)
-        assert torch.equal(actual.count, count)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES[1:])
-def test_cuda_compacts(dtype):
-    tokens, keep, positions, times, flags = (x.cuda() for x in clip(dtype, 1000, 700))
-    moved, others = compact(tokens, keep, positions, times, flags, impl="triton")
-    expected = reference.compact([tokens, positions, times, flags], keep)
-    for actual, wanted in zip((moved, *others), expected, strict=True):
-        assert torch.equal(actual, wanted)
-    grads = gradients("reference", tokens, keep, times), gradients("reference", tokens.double(), keep, times)
-    assert_within_budget(gradients("triton", tokens, keep, times), *grads)
