@@ -53,11 +53,6 @@ class AdaptiveFrameResampler(QueryResampler):
         )
         self.min_output_frames = min_output_frames
 
-    def count(self, frames: int) -> int:
-        """K, the length of the output: `max_output_frames`, of which `mask` tells how many are frames."""
-        check_int("frames", frames, low=1, high=self.frames)
-        return self.queries.shape[0]
-
     def spans(self, scores: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
         scores, held = scores.detach(), exists.sum(1)
         expected = torch.where(exists, scores.sigmoid(), 0).sum(1).round().nan_to_num(0).long()

@@ -52,6 +52,11 @@ class QueryResampler(nn.Module):
         nn.init.normal_(self.position, std=0.02)
         nn.init.normal_(self.queries, std=0.02)
 
+    def count(self, frames: int) -> int:
+        """K, the length of the output whatever a clip's; `mask` tells how many of them are frames."""
+        check_int("frames", frames, low=1, high=self.frames)
+        return self.queries.shape[0]
+
     def spans(self, scores: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
         """The span of each frame `[B, T]` int64 and the number of spans `[B]` int64, none of them empty."""
         raise NotImplementedError
@@ -127,11 +132,6 @@ class FrameResampler(QueryResampler):
         check_int("input_frames", input_frames, low=1)
         check_int("output_frames", output_frames, low=1)
         super().__init__(input_frames, output_frames, hidden_dim, num_layers, num_heads, channels, dropout, hard)
-
-    def count(self, frames: int) -> int:
-        """K, the frames that come out: `output_frames`."""
-        check_int("frames", frames, low=1, high=self.frames)
-        return self.queries.shape[0]
 
     def spans(self, scores: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
         held = exists.sum(1)
