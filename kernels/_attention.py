@@ -1,4 +1,4 @@
-"""What attention kernels share: rows of one head, their scales, block sizes."""
+"""What attention kernels share: rows of one head, their scales, the online softmax, block sizes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import triton.language as tl
 from vmemory.kernels._launch import power_of_two
 
 _LOG2E = tl.constexpr(1.4426950408889634)
+NOTHING = tl.constexpr(-float("inf"))
+"""The largest score of a query that has met no key."""
 
 
 @triton.jit
@@ -43,6 +45,31 @@ def load_scales(scale, stream, head, start, end, rows, G, BLOCK: tl.constexpr):
     """Scales of rows [start, start + BLOCK) of a head in `[S, rows, G]`, zeros from row `end` on."""
     i = (tl.zeros((), tl.int64) + start) + tl.arange(0, BLOCK)
     return tl.load(scale + (stream * rows + i) * G + head, i < end, other=0.0)
+
+
+@triton.jit
+def soften(s, most, total):
+    """Scores `[queries, keys]` after what came before: exp(s - largest), exp(most - largest), largest and the sum."""
+    largest = tl.maximum(most, tl.max(s, 1))
+    # a query that has met nothing but -inf must not take -inf from it
+    base = tl.where(largest == NOTHING, 0.0, largest)
+    p = exp(s - base[:, None])
+    shrink = exp(most - base)
+    return p, shrink, largest, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def load_stats(stats, program, i, N, S, G):
+    """The largest score and the sum of queries i of a head, in `[2, S, G, N]`."""
+    at = stats + program * N + i
+    return tl.load(at, i < N, other=0.0), tl.load(at + (tl.zeros((), tl.int64) + S) * G * N, i < N, other=1.0)
+
+
+@triton.jit
+def store_stats(stats, program, i, N, S, G, most, total):
+    at = stats + program * N + i
+    tl.store(at, most, i < N)
+    tl.store(at + (tl.zeros((), tl.int64) + S) * G * N, total, i < N)
 
 
 @triton.jit

@@ -12,10 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._attention import blocks, exp, head_of, load_rows, store_rows
+from vmemory.kernels._attention import (
+    NOTHING,
+    blocks,
+    exp,
+    head_of,
+    load_rows,
+    load_stats,
+    soften,
+    store_rows,
+    store_stats,
+)
 from vmemory.kernels._launch import device_of
-
-_NOTHING = tl.constexpr(-float("inf"))
 
 
 @triton.jit
@@ -52,21 +60,15 @@ def _attention_column_sums_stats_kernel(
     stream, head = program // G, program % G
     q = load_rows(head_of(query, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E)
     k_head = head_of(key, stream, head, M, G, E)
-    most = tl.full((BLOCK_N,), _NOTHING, tl.float32)
+    most = tl.full((BLOCK_N,), NOTHING, tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, _last(first + BLOCK_N - 1, N, M, CAUSAL), BLOCK_M):
         j = start + tl.arange(0, BLOCK_M)
         k = load_rows(k_head, start, M, G, E, BLOCK_M, BLOCK_E)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
-        s = tl.where(_seen(i, j, N, M, CAUSAL), s, _NOTHING)
-        largest = tl.maximum(most, tl.max(s, 1))
-        # a query that has met nothing but -inf must not take -inf from it
-        base = tl.where(largest == _NOTHING, 0.0, largest)
-        total = total * exp(most - base) + tl.sum(exp(s - base[:, None]), 1)
-        most = largest
-    at = program * N + i
-    tl.store(stats + at, tl.where(most == _NOTHING, 0.0, most), i < N)
-    tl.store(stats + (tl.zeros((), tl.int64) + S * G * N) + at, total, i < N)
+        s = tl.where(_seen(i, j, N, M, CAUSAL), s, NOTHING)
+        _, _, most, total = soften(s, most, total)
+    store_stats(stats, program, i, N, S, G, tl.where(most == NOTHING, 0.0, most), total)
 
 
 @triton.jit
@@ -78,7 +80,6 @@ def _attention_column_sums_fwd_kernel(
     j = first + tl.arange(0, BLOCK_M)
     program = tl.program_id(1).to(tl.int64)
     stream, head = program // G, program % G
-    size = tl.zeros((), tl.int64) + S * G * N
     k = load_rows(head_of(key, stream, head, M, G, E), first, M, G, E, BLOCK_M, BLOCK_E)
     q_head = head_of(query, stream, head, N, G, E)
     sums = tl.zeros((BLOCK_M,), tl.float32)
@@ -87,8 +88,7 @@ def _attention_column_sums_fwd_kernel(
     for start in range(begin, N, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
         q = load_rows(q_head, start, N, G, E, BLOCK_N, BLOCK_E)
-        most = tl.load(stats + program * N + i, i < N, other=0.0)
-        total = tl.load(stats + size + program * N + i, i < N, other=1.0)
+        most, total = load_stats(stats, program, i, N, S, G)
         sums += tl.sum(_weights(q, k, most, total, i, j, N, M, SCALE, CAUSAL), 0)
     tl.store(out + program * M + j, sums, j < M)
 
@@ -104,11 +104,9 @@ def _attention_column_sums_query_bwd_kernel(
     i = first + tl.arange(0, BLOCK_N)
     program = tl.program_id(1).to(tl.int64)
     stream, head = program // G, program % G
-    size = tl.zeros((), tl.int64) + S * G * N
     q = load_rows(head_of(query, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E)
     k_head = head_of(key, stream, head, M, G, E)
-    most = tl.load(stats + program * N + i, i < N, other=0.0)
-    total = tl.load(stats + size + program * N + i, i < N, other=1.0)
+    most, total = load_stats(stats, program, i, N, S, G)
     mean = tl.zeros((BLOCK_N,), tl.float32)
     end = _last(first + BLOCK_N - 1, N, M, CAUSAL)
     for start in range(0, end, BLOCK_M):
@@ -137,7 +135,6 @@ def _attention_column_sums_key_bwd_kernel(
     j = first + tl.arange(0, BLOCK_M)
     program = tl.program_id(1).to(tl.int64)
     stream, head = program // G, program % G
-    size = tl.zeros((), tl.int64) + S * G * N
     k = load_rows(head_of(key, stream, head, M, G, E), first, M, G, E, BLOCK_M, BLOCK_E)
     w = tl.load(grad + program * M + j, j < M, other=0.0)
     q_head = head_of(query, stream, head, N, G, E)
@@ -146,8 +143,7 @@ def _attention_column_sums_key_bwd_kernel(
     for start in range(begin, N, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
         q = load_rows(q_head, start, N, G, E, BLOCK_N, BLOCK_E)
-        most = tl.load(stats + program * N + i, i < N, other=0.0)
-        total = tl.load(stats + size + program * N + i, i < N, other=1.0)
+        most, total = load_stats(stats, program, i, N, S, G)
         mean = tl.load(delta + program * N + i, i < N, other=0.0)
         slope = _weights(q, k, most, total, i, j, N, M, SCALE, CAUSAL) * (w[None, :] - mean[:, None]) * SCALE
         slope = tl.where(_seen(i, j, N, M, CAUSAL), slope, 0.0)

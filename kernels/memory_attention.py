@@ -12,10 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._attention import blocks, exp, head_of, load_rows, load_scales, store_rows
+from vmemory.kernels._attention import (
+    NOTHING,
+    blocks,
+    exp,
+    head_of,
+    load_rows,
+    load_scales,
+    load_stats,
+    soften,
+    store_rows,
+    store_stats,
+)
 from vmemory.kernels._launch import device_of
-
-_NOTHING = tl.constexpr(-float("inf"))
 
 
 @triton.jit
@@ -41,7 +50,7 @@ def _memory_attention_fwd_kernel(
     k_head = head_of(keys, stream, head, M * ROWS, G, E)
     v_head = head_of(values, stream, head, M * ROWS, G, E)
     q = load_rows(head_of(query, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E)
-    most = tl.full((BLOCK_N,), _NOTHING, tl.float32)
+    most = tl.full((BLOCK_N,), NOTHING, tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for start in range(begin, end, BLOCK_M):
@@ -51,26 +60,18 @@ def _memory_attention_fwd_kernel(
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * SCALE
         if QUANTIZED:
             s *= load_scales(key_scale, stream, head, start, end, M * ROWS, G, BLOCK_M)[None, :]
-        s = tl.where((j < end)[None, :], s, _NOTHING)
-        largest = tl.maximum(most, tl.max(s, 1))
-        # a query that has met nothing but -inf must not take -inf from it
-        base = tl.where(largest == _NOTHING, 0.0, largest)
-        p = exp(s - base[:, None])
-        shrink = exp(most - base)
-        total = total * shrink + tl.sum(p, 1)
+        s = tl.where((j < end)[None, :], s, NOTHING)
+        p, shrink, most, total = soften(s, most, total)
         v = load_rows(v_head, start, end, G, E, BLOCK_M, BLOCK_E)
         if QUANTIZED:
             factor = load_scales(value_scale, stream, head, start, end, M * ROWS, G, BLOCK_M)
             v = (v.to(tl.float32) * factor[:, None]).to(q.dtype)
         acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        most = largest
     if WHOLE:
         acc = tl.where(valid > 0, acc / total[:, None], 0.0)
-        most = tl.where(most == _NOTHING, 0.0, most)
+        most = tl.where(most == NOTHING, 0.0, most)
     store_rows(head_of(out, split * S + stream, head, N, G, E), acc, first, N, G, E, BLOCK_N, BLOCK_E)
-    at = split * 2 * S * G * N + program * N + i
-    tl.store(stats + at, most, i < N)
-    tl.store(stats + at + S * G * N, total, i < N)
+    store_stats(stats + split * 2 * S * G * N, program, i, N, S, G, most, total)
 
 
 @triton.jit
@@ -82,12 +83,13 @@ def _memory_attention_combine_kernel(
     i = first + tl.arange(0, BLOCK_N)
     program = tl.program_id(1).to(tl.int64)
     stream, head = program // G, program % G
-    size = tl.zeros((), tl.int64) + S * G * N
+    # through load_stats and store_stats this kernel would spill registers on sm_80
+    size = (tl.zeros((), tl.int64) + S) * G * N
     at = program * N + i
-    most = tl.full((BLOCK_N,), _NOTHING, tl.float32)
+    most = tl.full((BLOCK_N,), NOTHING, tl.float32)
     for split in range(0, SPLITS):
         most = tl.maximum(most, tl.load(partial_stats + split * 2 * size + at, i < N, other=0.0))
-    most = tl.where(most == _NOTHING, 0.0, most)
+    most = tl.where(most == NOTHING, 0.0, most)
     total = tl.zeros((BLOCK_N,), tl.float32)
     acc = tl.zeros((BLOCK_N, BLOCK_E), tl.float32)
     for split in range(0, SPLITS):
@@ -124,7 +126,6 @@ def _memory_attention_slots_bwd_kernel(
     j = first + tl.arange(0, BLOCK_M)
     program = tl.program_id(1).to(tl.int64)
     stream, head = program // G, program % G
-    size = tl.zeros((), tl.int64) + S * G * N
     valid = _valid_rows(count, stream, M, ROWS)
     k = load_rows(head_of(keys, stream, head, M * ROWS, G, E), first, valid, G, E, BLOCK_M, BLOCK_E)
     v = load_rows(head_of(values, stream, head, M * ROWS, G, E), first, valid, G, E, BLOCK_M, BLOCK_E)
@@ -135,17 +136,15 @@ def _memory_attention_slots_bwd_kernel(
     queries = tl.where(first < valid, N, 0)
     for start in range(0, queries, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
-        at = program * N + i
         q = load_rows(q_head, start, N, G, E, BLOCK_N, BLOCK_E)
-        most = tl.load(stats + at, i < N, other=0.0)
-        total = tl.load(stats + size + at, i < N, other=1.0)
+        most, total = load_stats(stats, program, i, N, S, G)
         s = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE
         p = exp(s - most[None, :]) / total[None, :]
         p = tl.where((j < valid)[:, None] & (i < N)[None, :], p, 0.0)
         g = load_rows(g_head, start, N, G, E, BLOCK_N, BLOCK_E)
         to_v += tl.dot(p.to(g.dtype), g, input_precision="ieee")
         slope = tl.dot(v, tl.trans(g), input_precision="ieee")
-        slope = p * (slope - tl.load(delta + at, i < N, other=0.0)[None, :]) * SCALE
+        slope = p * (slope - tl.load(delta + program * N + i, i < N, other=0.0)[None, :]) * SCALE
         to_k += tl.dot(slope.to(q.dtype), q, input_precision="ieee")
     store_rows(head_of(to_keys, stream, head, M * ROWS, G, E), to_k, first, M * ROWS, G, E, BLOCK_M, BLOCK_E)
     store_rows(head_of(to_values, stream, head, M * ROWS, G, E), to_v, first, M * ROWS, G, E, BLOCK_M, BLOCK_E)
@@ -160,12 +159,9 @@ def _memory_attention_query_bwd_kernel(
     i = first + tl.arange(0, BLOCK_N)
     program = tl.program_id(1).to(tl.int64)
     stream, head = program // G, program % G
-    size = tl.zeros((), tl.int64) + S * G * N
     valid = _valid_rows(count, stream, M, ROWS)
-    at = program * N + i
-    most = tl.load(stats + at, i < N, other=0.0)
-    total = tl.load(stats + size + at, i < N, other=1.0)
-    along = tl.load(delta + at, i < N, other=0.0)
+    most, total = load_stats(stats, program, i, N, S, G)
+    along = tl.load(delta + program * N + i, i < N, other=0.0)
     q = load_rows(head_of(query, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E)
     g = load_rows(head_of(grad, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E)
     k_head = head_of(keys, stream, head, M * ROWS, G, E)

@@ -60,7 +60,7 @@ def test_triton_weighs_minus_infinity_with_nothing(interpreter):
 
 @pytest.mark.usefixtures("triton_compiler")
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("kernel", ["fwd", "wide", "share", "combine", "delta", "slots", "query"])
+@pytest.mark.parametrize("kernel", ["fwd", "fwd-wide", "share", "combine", "combine-wide", "delta", "slots", "query"])
 @pytest.mark.parametrize(("dtype", "channels"), [("bf16", 64), ("bf16", 256), ("fp32", 64), ("fp32", 128)])
 def test_triton_compiles(kernel, dtype, channels, arch):
     from vmemory.kernels import memory_attention as kernels
@@ -80,12 +80,12 @@ def test_triton_compiles(kernel, dtype, channels, arch):
     config = kernels.blocks(channels, dtype == "fp32", walked)
     options = {"num_warps": config.pop("num_warps"), "num_stages": config.pop("num_stages")}
     constants = {"E": channels, **config}
-    if kernel in ("fwd", "wide", "share", "query"):
+    if kernel in ("fwd", "fwd-wide", "share", "query"):
         constants["QUANTIZED"] = False
-    jitted = getattr(kernels, f"_memory_attention_{kernel}_kernel", None)
-    if kernel != "fwd":
+    jitted = getattr(kernels, f"_memory_attention_{kernel.removesuffix('-wide')}_kernel", None)
+    if kernel not in ("fwd", "combine"):
         signature["out"] = "*fp32"
-    if kernel in ("fwd", "wide", "share"):
+    if kernel in ("fwd", "fwd-wide", "share"):
         jitted, constants["WHOLE"] = kernels._memory_attention_fwd_kernel, kernel != "share"
     elif kernel in ("slots", "query"):
         jitted = getattr(kernels, f"_memory_attention_{kernel}_bwd_kernel")
