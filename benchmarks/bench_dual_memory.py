@@ -1,4 +1,4 @@
-"""A dual memory beside one that projects everything it holds to keys and values again for every frame."""
+"""A dual memory beside one that projects all it holds to keys and values again for every frame, eager and compiled."""
 
 from __future__ import annotations
 
@@ -53,6 +53,9 @@ def test_dual_memory(measure, device, whole, dtype):
         return tuple(reader(reader.query(query), *slots, None)[0] for reader, *slots in sides)
 
     theirs = peer.push if whole else peer.read
+    torch._dynamo.reset()
+    other = copy.deepcopy(peer)
+    compiled = torch.compile(other.push if whole else other.read, dynamic=False)
     # two frames, so that the second reads what the first left
     wide = copy.deepcopy(peer).double()
     for x in (frame, frame.flip(0)):
@@ -70,4 +73,5 @@ def test_dual_memory(measure, device, whole, dtype):
         size * (slots * TOKENS * DIM + weights * DIM * DIM + 2 * TOKENS * DIM),
         4 * TOKENS * SLOTS * TOKENS * DIM + 2 * projected * TOKENS * DIM * DIM,
         reprojecting=theirs,
+        compile=compiled,
     )

@@ -1,4 +1,4 @@
-"""One frame into memories of fixed slots, against lists of frames and against the best eager form."""
+"""One frame into memories of fixed slots, against lists of frames and the best eager form, plain and compiled."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from benchmarks.peers.list_memory import EpisodicMemory, WorkingMemory, replace_
 from benchmarks.timing import Rotation
 from vmemory.ops import ring_push_, ring_read, slot_replace_
+from vmemory.reference import ring as reference
 from vmemory.testing import random_tensor
 
 SLOTS, TOKENS, CHANNELS, STEPS = 32, 196, 896, 40
@@ -17,6 +18,12 @@ SLOTS, TOKENS, CHANNELS, STEPS = 32, 196, 896, 40
 def filled(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     slots = random_tensor(1, SLOTS, TOKENS, CHANNELS, dtype=dtype, device=device, seed=1)
     return slots, torch.full((1,), SLOTS, dtype=torch.int64, device=device)
+
+
+def write_next_(rows: Tensor, written: Tensor, frame: Tensor) -> None:
+    """A frame `[1, N, D]` into the slot whose turn it is, counted on the device as ours: a graph for all frames."""
+    rows.index_copy_(0, written % SLOTS, frame)
+    written += 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -45,8 +52,15 @@ def test_push(measure, device, dtype):
         for t in range(STEPS):
             rows[t % SLOTS].copy_(clip[t, 0])
 
+    torch._dynamo.reset()
+    write, written = torch.compile(write_next_, dynamic=False), torch.zeros(1, dtype=torch.int64, device=device)
+
+    def compiled(clip: Tensor) -> None:
+        for t in range(STEPS):
+            write(rows, written, clip[t])
+
     name = str(dtype).removeprefix("torch.")
-    measure(name, ours, Rotation(frames), moved, 0.0, calls=STEPS, list=listed, eager=eager)
+    measure(name, ours, Rotation(frames), moved, 0.0, calls=STEPS, list=listed, eager=eager, compile=compiled)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -60,9 +74,18 @@ def test_read(measure, device, dtype):
         return x.roll(-(int(count[0]) % SLOTS), 1)
 
     assert torch.equal(ring_read(slots, count).frames, eager(slots))
+    torch._dynamo.reset()
+    compiled = torch.compile(reference.ring_read, dynamic=False)
     moved = 2 * slots.numel() * slots.element_size()
-    name = str(dtype).removeprefix("torch.")
-    measure(name, lambda x: ring_read(x, count).frames, Rotation(slots), moved, 0.0, eager=eager)
+    measure(
+        str(dtype).removeprefix("torch."),
+        lambda x: ring_read(x, count).frames,
+        Rotation(slots),
+        moved,
+        0.0,
+        eager=eager,
+        compile=lambda x: compiled(x, count)[0],
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -96,7 +119,14 @@ def test_replace(measure, device, dtype, variant):
         for t in range(STEPS):
             episodic.push(clip[t, 0])
 
-    others = {"eager": eager} | ({"list": listed} if level == "flat" else {})
+    torch._dynamo.reset()
+    replace = torch.compile(replace_, dynamic=False)
+
+    def compiled(clip: Tensor) -> None:
+        for t in range(STEPS):
+            replace(own, clip[t, 0], level)
+
+    others = {"eager": eager, "compile": compiled} | ({"list": listed} if level == "flat" else {})
     flops = read / x.element_size() * 4.0
     name = f"{variant} {str(dtype).removeprefix('torch.')}"
     measure(name, ours, Rotation(frames), read + 2 * size, flops, calls=STEPS, **others)

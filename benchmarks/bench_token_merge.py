@@ -1,6 +1,11 @@
-"""Matching and merging of tokens beside the bare product of one half with the other, and beside ToMe's way."""
+"""Matching and merging of tokens beside the bare product of one half with the other, and beside ToMe's way.
+
+ToMe also runs through torch.compile.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import pytest
 import torch
@@ -61,10 +66,12 @@ def test_match_and_merge(measure, device, name, B, N, D, C, dtype):
     def peer(metric: Tensor) -> Tensor:
         return tome.merge(x, tome.match(metric, r), size.to(x.dtype))[0]
 
+    torch._dynamo.reset()
     evens, odds, width = (N + 1) // 2, N // 2, x.element_size()
     moved = metric.numel() * width + (2 * N - r) * B * C * width
     label = f"{name} {str(dtype).removeprefix('torch.')}"
-    measure(label, ours, Rotation(metric), moved, 2.0 * B * evens * odds * D, tome=peer, product=lambda _: a @ b.mT)
+    rivals = {"tome": peer, "compile": torch.compile(peer, dynamic=False), "product": lambda _: a @ b.mT}
+    measure(label, ours, Rotation(metric), moved, 2.0 * B * evens * odds * D, **rivals)
 
 
 @pytest.mark.benchmark(group="token_merge: merge, spread again, and the gradient of both")
@@ -79,6 +86,18 @@ def test_forward_and_backward(measure, device):
 
     exact = differentiate(x.double(), "reference", size.double())
     assert_within_budget(differentiate(x), differentiate(x, "reference"), exact)
+    torch._dynamo.reset()
+
+    @partial(torch.compile, dynamic=False)
+    def compiled(x: Tensor) -> Tensor:
+        merged = reference.token_merge(x, size[..., 0], plan.place, plan.start.shape[1] - 1)[0]
+        return reference.token_unmerge(merged, plan.place)
+
+    def differentiate_compiled(x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        back = compiled(x)
+        return torch.autograd.grad(back, x, torch.ones_like(back))[0]
+
     # four passes, each between 8,192 and 6,144 tokens
     moved = 4 * (8192 + 6144) * 1152 * x.element_size()
     measure(
@@ -88,4 +107,5 @@ def test_forward_and_backward(measure, device):
         moved,
         moved / 4,
         eager=lambda x: differentiate(x, "reference"),
+        compile=differentiate_compiled,
     )

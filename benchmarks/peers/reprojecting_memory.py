@@ -23,7 +23,7 @@ class ReprojectingMemory(nn.Module):
         self.gate = nn.Sequential(nn.Linear(2 * dim, dim, **kind), nn.ReLU(), nn.Linear(dim, dim, **kind), nn.Sigmoid())
         self.register_buffer("working", working.clone())
         self.register_buffer("episodic", episodic.clone())
-        self.oldest = 0
+        self.register_buffer("oldest", torch.zeros(1, dtype=torch.int64, device=working.device))
 
     def read(self, frame: Tensor) -> tuple[Tensor, Tensor]:
         """What each memory answers to a frame `[N, D]`."""
@@ -42,7 +42,7 @@ class ReprojectingMemory(nn.Module):
         working, episodic = self.read(frame)
         gate = self.gate(torch.cat([working, episodic], -1))
         fused = gate * working + (1 - gate) * episodic
-        self.working[self.oldest] = frame
-        self.oldest = (self.oldest + 1) % len(self.working)
+        self.working.index_copy_(0, self.oldest, frame[None])
+        self.oldest.copy_((self.oldest + 1) % len(self.working))
         replace_(self.episodic, fused, "flat")
         return fused
