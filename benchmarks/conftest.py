@@ -18,13 +18,16 @@ from vmemory.testing import assert_within_budget
 
 OURS = "vmemory"
 
-if sys.platform == "linux":
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+
+
+def pytest_configure() -> None:
     # Memory that is freed stays in the process, as on a GPU; else every output is cleared by the kernel, page by page,
     # and on a virtual machine taken from its host again: that is what would be timed.
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    _libc = ctypes.CDLL(None)
-    _libc.mallopt(M_MMAP_MAX, 0)
-    _libc.mallopt(M_TRIM_THRESHOLD, -1)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
