@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.fusion import ACTIVATIONS, DTYPES, NAMES, SHAPES, gradients, inputs, wide
+from tests.fusion import ACTIVATIONS, DTYPES, NAMES, SHAPES, gradients, inputs, term_by_term, wide
 from vmemory.ops import gated_fusion
 from vmemory.reference import gated_fusion as reference
 from vmemory.testing import assert_within_budget, layouts, poisoned
@@ -175,6 +175,10 @@ def test_any_shape(shape, dtype, activation, layout):
     with poisoned():
         actual = gated_fusion(*x, activation)
     low, exact = reference.gated_fusion(*x, activation), reference.gated_fusion(*wide(x), activation)
+    if dtype == torch.float32:
+        # on so few numbers the rounding of one order of summation says little about that of another
+        rows = [low, term_by_term(x, activation), term_by_term(x, activation, backwards=True)]
+        low = max(rows, key=lambda y: (y - exact).abs().amax() if y.numel() else 0)
     assert_within_budget(actual, low, exact)
 
 
