@@ -88,7 +88,7 @@ def print_scores(console: Console, scores: Scores) -> None:
     groups = {"all frames": [scores.unbounded]} | scores.by_entries | scores.by_bytes
     for caption, group in groups.items():
         title = f"{scores.unbounded.asked} trailer frames looked up in the film, {caption}"
-        table = Table(box=None, pad_edge=False, header_style="dim")
+        table = Table(box=None, pad_edge=False, header_style="dim", collapse_padding=True)
         for name in _COLUMNS:
             table.add_column(name, justify="left" if name == "memory" else "right", no_wrap=True)
         for row in table_of("", group)["rows"]:
