@@ -124,6 +124,17 @@ def test_a_live_stream_gives_its_newest_frame_and_counts_the_rest(film):
     assert source.dropped > 0
 
 
+def test_what_breaks_while_decoding_reaches_whoever_iterates(film, monkeypatch):
+    source = LiveSource(str(film), fps=1000.0)
+
+    def broken(*_, **__):
+        raise MemoryError("no room for a picture")
+
+    monkeypatch.setattr("vmemory.stream.live.Frame", broken)
+    with pytest.raises(MemoryError, match="no room"):
+        list(source)
+
+
 def test_a_live_source_that_is_none():
     with pytest.raises(SourceError, match="not a live video"):
         LiveSource("tcp://127.0.0.1:9")

@@ -71,6 +71,8 @@ class LiveSource:
             last: Exception | None = None
         except av.FFmpegError as error:
             last = SourceError(f"{self.name}: {error.strerror or error}")
+        except Exception as error:  # whoever iterates gets it: nobody sees what a thread raises
+            last = error
         finally:
             self._container.close()
         # the last frame is still to be taken
