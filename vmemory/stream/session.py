@@ -64,7 +64,9 @@ class VideoSession(Watching):
     @property
     def num_tokens(self) -> int:
         """Visual tokens the next prompt will hold."""
-        return 0 if self._grid is None else self.held.tokens.shape[0] + (0 if self._tail is None else len(self._tail))
+        if self.memory is None or self._grid is None:
+            return 0
+        return int((self.memory.mass[0] > 0).sum()) + (0 if self._tail is None else len(self._tail))
 
     @property
     def nbytes(self) -> int:
