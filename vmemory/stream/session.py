@@ -101,6 +101,8 @@ class VideoSession(Watching):
                 None = placeholders alone.
         """
         memory = self.held
+        if not len(memory.source):
+            raise ValueError("session: expected frames before a question, got none that the gate let through")
         held = held_frames(memory)
         ids = self._ids(text, input_ids, video_ids, held).to(next(self.model.parameters()).device)
         assert self._grid is not None

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmemory.attach import adapter_of, base_of
-from vmemory.banks import MemoryConfig
+from vmemory.attach import adapter_of, attached, base_of
+from vmemory.banks import DualMemory, MemoryConfig
 from vmemory.models.adapter import Clip, Inputs
+from vmemory.models.residual import ResidualMemory
 from vmemory.ops._checks import check_choice, check_int
 from vmemory.stream.frames import as_frames
 
@@ -139,7 +140,13 @@ class Watching:
     def _fitting(self, clip: Clip) -> Any:
         H, W, C = clip.frames.shape[1:]
         if self.memory is None:
-            return self.config.make(C, (H, W), key_dim=clip.key_dim, device=clip.frames.device, dtype=clip.frames.dtype)
+            like: Inputs = {"device": clip.frames.device, "dtype": clip.frames.dtype}
+            made = self.config.make(C, (H, W), key_dim=clip.key_dim, **like)
+            handle = attached(self.model)
+            if handle is not None and isinstance(handle.given, ResidualMemory) and isinstance(made, DualMemory):
+                # what was trained in the model is what watches the stream
+                made.load_state_dict(handle.memory.memory.state_dict())
+            return made
         if self._grid is not None and self._grid != (H, W):
             raise ValueError(f"frames: expected a grid of {self._grid} tokens, as at the first push, got {(H, W)}")
         return self.memory
