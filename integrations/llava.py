@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmemory.models.adapter import Adapter, Clip, Encoded, Inputs, known_arguments
+from vmemory.models.adapter import Adapter, Clip, Encoded, Inputs, as_pooling, known_arguments
 from vmemory.models.pixels import CLIP_MEAN, CLIP_STD, normalisation, scaled, square_size
 from vmemory.models.registry import register_adapter
 
@@ -38,6 +38,10 @@ class Llava(Adapter):
         side = round(N**0.5)
         rows = tokens.reshape(len(tokens), side, side, C).split(self._pictures(model, inputs))
         return Encoded([Clip(row, C) for row in rows if len(row)], output)
+
+    def pack(self, output: Any, tokens: Sequence[Tensor]) -> Any:
+        # VipLlava takes one tensor, which beams divide between rows entry by entry: an entry a token fits all rows
+        return as_pooling(torch.cat(list(tokens))[:, None] if torch.is_tensor(output.pooler_output) else list(tokens))
 
     def _pictures(self, model: nn.Module, inputs: Inputs) -> list[int]:
         """Pictures in each row of the prompt; without a prompt they are all one video's."""

@@ -53,11 +53,11 @@ def chunks(inputs, n):
 
 def question(family, inputs):
     """The prompt with one placeholder where the video stood, and what writes the video back."""
-    ids, visual = inputs["input_ids"][0], IMAGE if family == "llava" else VIDEO
+    ids, visual = inputs["input_ids"][0], IMAGE if family in ("llava", "vipllava") else VIDEO
     places = (ids == visual).nonzero().flatten()
     first, stop = int(places[0]), int(places[-1]) + 1
     marked = family.startswith("qwen3") and "omni" not in family
-    stamped = marked or family in ("video_llama_3", "llava")
+    stamped = marked or family in ("video_llama_3", "llava", "vipllava")
     if stamped:
         first -= 3 + marked
         stop += marked

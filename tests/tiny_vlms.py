@@ -270,31 +270,41 @@ def llava_next_video(T: int, B: int, left: bool, draw: torch.Generator) -> tuple
     return transformers.LlavaNextVideoForConditionalGeneration(config), inputs
 
 
-def llava(T: int, B: int, left: bool, draw: torch.Generator) -> tuple[Model, Inputs]:
-    size = 4 * SIDE
-    config = transformers.LlavaConfig(
-        vision_config={**_SIGLIP, "image_size": size}, text_config={**_TEXT, "model_type": "llama"},
-        image_token_index=IMAGE, vision_feature_layer=-1, vision_feature_select_strategy="full",
-    )  # fmt: skip
+def _stamped_pictures(T: int, B: int, left: bool, draw: torch.Generator) -> Inputs:
     rows = []
     for b in range(B):
         frames = [part for f in range(T) for part in (stamp(f), torch.full((SIDE**2,), IMAGE))]
         rows.append(torch.cat([words(4 + 2 * b, draw), *frames, words(5, draw)]))
-    inputs = padded(rows, left) | {"pixel_values": _pictures(T, B, size, draw).flatten(0, 1)}
-    return transformers.LlavaForConditionalGeneration(config), inputs
+    return padded(rows, left) | {"pixel_values": _pictures(T, B, 4 * SIDE, draw).flatten(0, 1)}
+
+
+def llava(T: int, B: int, left: bool, draw: torch.Generator) -> tuple[Model, Inputs]:
+    config = transformers.LlavaConfig(
+        vision_config={**_SIGLIP, "image_size": 4 * SIDE}, text_config={**_TEXT, "model_type": "llama"},
+        image_token_index=IMAGE, vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config), _stamped_pictures(T, B, left, draw)
+
+
+def vipllava(T: int, B: int, left: bool, draw: torch.Generator) -> tuple[Model, Inputs]:
+    config = transformers.VipLlavaConfig(
+        vision_config={**_SIGLIP, "model_type": "clip_vision_model", "image_size": 4 * SIDE},
+        text_config={**_TEXT, "model_type": "llama"}, image_token_index=IMAGE, vision_feature_layer=[-2, 1],
+    )  # fmt: skip
+    return transformers.VipLlavaForConditionalGeneration(config), _stamped_pictures(T, B, left, draw)
 
 
 FAMILIES: dict[str, Callable[..., tuple[Model, Inputs]]] = {
     make.__name__: make
     for make in (
-        video_llama_3, llava_onevision, llava_next_video, llava, qwen2_vl, qwen2_5_vl, qwen2_5_omni_thinker, qwen3_vl,
-        qwen3_vl_moe, qwen3_5, qwen3_5_moe, qwen3_omni_moe_thinker,
+        video_llama_3, llava_onevision, llava_next_video, llava, vipllava, qwen2_vl, qwen2_5_vl, qwen2_5_omni_thinker,
+        qwen3_vl, qwen3_vl_moe, qwen3_5, qwen3_5_moe, qwen3_omni_moe_thinker,
     )
 }  # fmt: skip
 
 
 def tiny(family: str, T: int = 8, B: int = 1, left: bool = True, seed: int = 0) -> tuple[nn.Module, Inputs]:
-    """A model of a family in evaluation mode and inputs for it: B videos of T, T + 3, … frames (LLaVA: all of T)."""
+    """A model of a family in evaluation mode and inputs for it: B videos of T, T + 3, … frames (pictures: all of T)."""
     torch.manual_seed(seed)
     model, inputs = FAMILIES[family](T, B, left, torch.Generator().manual_seed(seed))
     return model.eval(), inputs
