@@ -114,3 +114,42 @@ def test_a_frame_keeps_its_size_however_long_the_stream():
     for _ in range(4):
         session.push(film(32, 64, 96))
         assert session._grid == (2, 3)
+
+
+def test_a_callback_comes_when_the_push_is_complete(tmp_path):
+    model, _ = tiny("qwen2_5_vl")
+    settings = {"memory_capacities": [4, 2]}
+
+    def note(session):
+        session.save(tmp_path / "now.vmem")
+        if session.memory.counts()["seen"] == 4:
+            raise RuntimeError("the callback's own affair")
+
+    noted = VideoSession(model, config=settings, on_push=[note])
+    plain = VideoSession(model, config=settings)
+    frames = film(9)
+    noted.push(frames[:5])
+    with pytest.raises(RuntimeError, match="own affair"):
+        noted.push(frames[5:8])
+    plain.push(frames[:8])
+    again = VideoSession.load(tmp_path / "now.vmem", model)
+    for session in (noted, plain, again):
+        session.push(frames[8])
+    for session in (noted, again):
+        assert torch.equal(session.held.tokens, plain.held.tokens)
+        assert torch.equal(session.held.time, plain.held.time)
+
+
+def test_ready_inputs_do_not_overtake_a_waiting_frame():
+    model, inputs = tiny("qwen2_5_vl")
+    session = VideoSession(model, config={"memory_capacities": [8]}, fps=2.0)
+    ready = {name: inputs[name] for name in ("pixel_values_videos", "video_grid_thw")}
+    session.push(film(1)[0])
+    with pytest.raises(ValueError, match="inputs: expected no frame that waits"):
+        session.push(**ready)
+    session.push(film(2)[1], time=0.5)
+    session.push(time=torch.arange(8) + 10.0, **ready)
+    with pytest.raises(ValueError, match=r"time: expected strictly increasing seconds above 17\.0"):
+        session.push(film(2), time=[9.0, 9.5])
+    session.push(film(2), time=[20.0, 20.5])
+    assert session.memory.counts()["seen"] == 10

@@ -74,8 +74,13 @@ class Watching:
                 "frames: expected frames or ready inputs, got " + ("neither" if frames is None else "both")
             )
         if frames is None:
-            T = self._take(dict(inputs), None if time is None else torch.as_tensor(time).double().reshape(-1).tolist())
-            self._frames += T * self.adapter.frames_together(self.model)
+            if self._waiting:
+                raise ValueError("inputs: expected no frame that waits for its pair before ready inputs, got one")
+            given = None if time is None else torch.as_tensor(time).double().reshape(-1).tolist()
+            seconds = self._take(dict(inputs), given)
+            self._last = max([self._last, *seconds])
+            self._frames += len(seconds) * self.adapter.frames_together(self.model)
+            self._call()
             return self
         for pixels, seconds in as_frames(frames, time):
             self._push(pixels, [self._seconds(i) if t is None else t for i, t in enumerate(seconds)])
@@ -100,9 +105,16 @@ class Watching:
             self.frame_size = size
         self._waiting, self._last = frames[ready:], seconds[-1]
         self._frames += len(pixels)
+        if ready:
+            self._call()
 
-    def _take(self, inputs: Inputs, seconds: list[float] | None) -> int:
-        """Encode and remember; the frames of the memory that it was."""
+    def _call(self) -> None:
+        # last of all: a callback may ask, save or fail, and the push has happened
+        for call in self.on_push:
+            call(self)
+
+    def _take(self, inputs: Inputs, seconds: list[float] | None) -> list[float]:
+        """Encode and remember; the seconds of each frame of the memory."""
         clips, output = self.adapter.encode(self.model, self._moved(inputs))
         if len(clips) != 1:
             raise ValueError(f"inputs: expected one video, got {len(clips)}")
@@ -125,9 +137,7 @@ class Watching:
         self._tail, self._output = clip.tail, output
         self.tower_calls += 1
         self._pushes += 1
-        for call in self.on_push:
-            call(self)
-        return T
+        return seconds
 
     def _moved(self, inputs: Inputs) -> Inputs:
         """Tensors where the model is, floats in its dtype."""
