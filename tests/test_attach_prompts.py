@@ -8,6 +8,8 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+import transformers
+
 import vmemory
 from tests.attaching import FAMILIES, FITS, GREEDY, SMALL, remembers, with_a_small_memory
 from tests.tiny_vlms import AUDIO, AUDIO_END, AUDIO_START, IMAGE, VISION_END, VISION_START, padded, tiny, with_types
@@ -59,6 +61,13 @@ def test_lengths_count_the_prompt_that_the_caller_gave(small):
             **inputs, max_length=L + 4, min_length=L + 3, do_sample=False, pad_token_id=0, eos_token_id=stop
         )
         assert L + 3 <= long.shape[1] <= L + 4
+        given = transformers.GenerationConfig(max_length=L + 4, do_sample=False, pad_token_id=0)
+        assert torch.equal(model.generate(**inputs, generation_config=given), answer)
+        assert given.max_length == L + 4
+        model.generation_config.max_length = L + 2
+        assert model.generate(**inputs, do_sample=False, pad_token_id=0, eos_token_id=None).shape == (1, L + 2)
+        assert torch.equal(model.generate(**inputs, generation_config=given), answer)
+        assert model.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=None).shape == (1, L + 3)
 
 
 def test_arguments_by_position(small):

@@ -117,10 +117,7 @@ def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any)
     ids = kwargs["input_ids"]
     new = handle.shrunk(kwargs, generating=True)
     length = new["input_ids"].shape[1]
-    for name in ("max_length", "min_length"):
-        # both count the prompt, which the caller gets back whole
-        if new.get(name) is not None:
-            new[name] -= ids.shape[1] - length
+    new |= _lengths(self, args, new, ids.shape[1] - length)
     out = former(*args, **new)
     sequences = out if isinstance(out, torch.Tensor) else out.sequences
     prompt = ids.repeat_interleave(len(sequences) // len(ids), 0).to(sequences.device)
@@ -129,3 +126,20 @@ def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any)
         return whole
     out.sequences = whole
     return out
+
+
+def _lengths(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dropped: int) -> dict[str, int]:
+    """`max_length` and `min_length` for a prompt without `dropped` of its tokens: both count the caller's prompt."""
+    config = args[0] if args else kwargs.get("generation_config")
+
+    def setting(name: str) -> int | None:
+        found = [kwargs.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)]
+        return next((value for value in found if value is not None), None)
+
+    lengths = {}
+    for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        value = setting(name)
+        # a number of new tokens takes precedence
+        if value and setting(new_tokens) is None:
+            lengths[name] = max(value - dropped, 0)
+    return lengths
