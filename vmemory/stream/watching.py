@@ -77,9 +77,9 @@ class Watching:
             if self._waiting:
                 raise ValueError("inputs: expected no frame that waits for its pair before ready inputs, got one")
             given = None if time is None else torch.as_tensor(time).double().reshape(-1).tolist()
-            seconds = self._take(dict(inputs), given)
-            self._last = max([self._last, *seconds])
-            self._frames += len(seconds) * self.adapter.frames_together(self.model)
+            taken = self._take(dict(inputs), given)
+            self._last = max([self._last, *taken])
+            self._frames += len(taken) * self.adapter.frames_together(self.model)
             self._call()
             return self
         for pixels, seconds in as_frames(frames, time):
