@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vmemory.banks import BankFileError, MemoryTokens, Retrieved, load
+from vmemory.banks import MemoryTokens, Retrieved
 from vmemory.models.adapter import Inputs
 from vmemory.models.stream_prompt import HeldFrame, held_frames, positions
-from vmemory.stream.watching import Watching
+from vmemory.stream.keeping import Keeping
 
 VideoIds = Callable[[Sequence[HeldFrame]], Tensor]
 
 
-class VideoSession(Watching):
+class VideoSession(Keeping):
     """One stream through one model: push frames, ask many times; nothing is encoded twice.
 
     A session holds the memory, at most one frame that waits for its pair, and with `reuse_prefix` the cache of the
@@ -29,8 +27,8 @@ class VideoSession(Watching):
     Args:
         model: Of a family in `integrations/`; it is not changed, and may have a memory attached or not.
         processor: Of the model: chat template, tokenizer and pixel statistics. None = ready inputs and ids alone.
-        memory: A `Bank` or `DualMemory` of one stream that fits the model's tokens; None = what `config` makes at the
-            first push.
+        memory: A policy's name (`"merging"`), a `Bank` or `DualMemory` of one stream that fits the model's tokens, or a
+            function that makes one from `dim`, `grid`, `key_dim`, `device` and `dtype`; None = what `config` says.
         config: As in `vmemory.attach`.
         fps: Frames a second of frames that come without times.
         frame_size: (H, W) that frames are scaled to; None = the first frame's, of at most `frame_tokens` tokens. It
@@ -44,10 +42,9 @@ class VideoSession(Watching):
         on_push: Called with the session after each update.
 
     Raises:
+        TypeError: `memory` is nothing of the above.
         ValueError: An unknown family or setting.
     """
-
-    # asking
 
     @property
     def held(self) -> MemoryTokens:
@@ -58,21 +55,25 @@ class VideoSession(Watching):
         """
         if self.memory is None or self._grid is None:
             raise ValueError("session: expected frames before a question, got none")
-        tokens: MemoryTokens = self.memory.read()
+        tokens: MemoryTokens = self._shown.read()
         return tokens
+
+    @property
+    def _shown(self) -> Any:
+        return self.memory if self._opening.bank is None else self._opening.bank
 
     @property
     def num_tokens(self) -> int:
         """Visual tokens the next prompt will hold."""
         if self.memory is None or self._grid is None:
             return 0
-        return int((self.memory.mass[0] > 0).sum()) + (0 if self._tail is None else len(self._tail))
+        return int((self._shown.mass[0] > 0).sum()) + (0 if self._tail is None else len(self._tail))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the memory, and of the cache kept between questions."""
+        """Bytes of the memory, of an opening still shown whole, and of the cache kept between questions."""
         cache = 0 if self._prefix is None else _cache_bytes(self._prefix[1])
-        return cache + (0 if self.memory is None else int(self.memory.nbytes))
+        return cache + self._opening.nbytes + (0 if self.memory is None else int(self.memory.nbytes))
 
     def retrieve(self, query: Tensor, k: int = 5) -> Retrieved:
         """The entries most similar to each query, by cosine; see `Bank.retrieve`.
@@ -214,74 +215,6 @@ class VideoSession(Watching):
             # the model keeps this between calls: it has to be this prompt's
             self.adapter.located(self.model, rows[1:, :, -1:].amax(0) + 1 - ids.shape[1])
         return {**rest, "past_key_values": copy.deepcopy(self._prefix[1])}
-
-    # keeping
-
-    def reset(self) -> None:
-        """Forget the stream; the memory's size and the frame size stay."""
-        if self.memory is not None:
-            self.memory.reset()
-        self._waiting, self._frames, self._last, self._prefix = [], 0, -math.inf, None
-        self._pushes += 1
-
-    def save(self, path: str | Path) -> None:
-        """Write the memory to a `.vmem` file, with all that `load` needs to go on; a frame waiting for its pair too.
-
-        Raises:
-            ValueError: Nothing has been pushed.
-        """
-        if self.memory is None or self._grid is None:
-            raise ValueError("session: expected frames before saving, got none")
-        extra = {} if self._tail is None else {"tail": self._tail}
-        if self._waiting:
-            extra["waiting"] = torch.stack([frame for frame, _ in self._waiting])
-        notes = {
-            "frames": self._frames, "last": self._last, "fps": self.fps, "frame_size": self.frame_size,
-            "grid": self._grid, "time_origin": self.time_origin, "waiting": [t for _, t in self._waiting],
-        }  # fmt: skip
-        self.memory.save(path, extra, {"session": notes})
-
-    @classmethod
-    def load(cls, path: str | Path, model: nn.Module, processor: Any = None, **settings: Any) -> VideoSession:
-        """The session that `save` wrote, over the same model. One blank frame goes through the tower.
-
-        Args:
-            path: Where it was written.
-            model, processor: As at the start.
-            settings: Further arguments of `VideoSession`; rate, frame size and origin of time are those saved.
-
-        Raises:
-            BankFileError: The file cannot be used, or holds no session.
-        """
-        session = cls(model, processor, **settings)
-        session.resume(path)
-        return session
-
-    def resume(self, path: str | Path) -> None:
-        """Go on from where `save` wrote; what this session held is forgotten.
-
-        Raises:
-            BankFileError: As in `load`; nothing has changed then.
-        """
-        memory, file = load(path, next(self.model.parameters()).device)
-        if "session" not in file.notes:
-            raise BankFileError(f"{path}: holds a memory without a session")
-        notes = file.notes["session"]
-        waiting = list(zip(file.extra["waiting"], notes["waiting"], strict=True)) if notes["waiting"] else []
-        grid, size = (notes["grid"][0], notes["grid"][1]), notes["frame_size"]
-        output = self._blank(grid, size and tuple(size))
-        self.memory, self._grid, self._output, self._waiting = memory, grid, output, waiting
-        self._frames, self._last, self._tail = notes["frames"], notes["last"], file.extra.get("tail")
-        self.fps, self.time_origin, self.frame_size = notes["fps"], notes["time_origin"], size and tuple(size)
-        self._prefix, self._pushes = None, self._pushes + 1
-
-    @torch.no_grad()
-    def _blank(self, grid: tuple[int, int], size: tuple[int, int] | None) -> Any:
-        """The tower's output for a blank frame, which prompts imitate."""
-        size = size or self.adapter.size_of(self.model, grid)
-        frames = torch.zeros(self.adapter.frames_together(self.model), 3, *size, dtype=torch.uint8)
-        inputs = self.adapter.prepare(self.model, frames, self.processor, size)
-        return self.adapter.encode(self.model, self._moved(inputs)).output
 
 
 def _cache_bytes(cache: Any) -> int:

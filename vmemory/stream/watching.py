@@ -16,6 +16,7 @@ from vmemory.models.adapter import Clip, Inputs
 from vmemory.models.residual import ResidualMemory
 from vmemory.ops._checks import check_choice, check_int
 from vmemory.stream.frames import as_frames
+from vmemory.stream.opening import Opening
 
 
 class Watching:
@@ -41,8 +42,13 @@ class Watching:
         if not fps > 0:
             raise ValueError(f"fps: expected more than 0, got {fps}")
         self.model: Any = base_of(model)
-        self.adapter, self.processor, self.memory = adapter_of(self.model), processor, memory
+        self.adapter, self.processor = adapter_of(self.model), processor
         self.config = MemoryConfig.of(getattr(self.model, "config", None) if config is None else config)
+        if isinstance(memory, str):
+            self.config, memory = MemoryConfig.of({**self.config.written(), "memory_policy": memory}), None
+        makes = _is_maker(memory)
+        self.memory: Any = None if makes else memory
+        self._make: Any = memory if makes else None
         self.fps, self.frame_size, self.frame_tokens = fps, frame_size, frame_tokens
         self.time_origin, self.reuse_prefix = time_origin, reuse_prefix
         self.gate, self.on_push = gate, list(on_push)
@@ -52,7 +58,8 @@ class Watching:
         self._grid: tuple[int, int] | None = None
         self._tail: Tensor | None = None
         self._output: Any = None
-        self._pushes = 0
+        self._pushes, self._step = 0, 0.0
+        self._opening = Opening(self.config.max_frames_before_compression)
         self._prefix: tuple[Any, Any] | None = None
 
     @torch.no_grad()
@@ -78,8 +85,10 @@ class Watching:
                 raise ValueError("inputs: expected no frame that waits for its pair before ready inputs, got one")
             given = None if time is None else torch.as_tensor(time).double().reshape(-1).tolist()
             taken = self._take(dict(inputs), given)
+            together = self.adapter.frames_together(self.model)
             self._last = max([self._last, *taken])
-            self._frames += len(taken) * self.adapter.frames_together(self.model)
+            self._step = max(self._step, (together - 1) / self.fps)
+            self._frames += len(taken) * together
             self._call()
             return self
         for pixels, seconds in as_frames(frames, time):
@@ -100,9 +109,10 @@ class Watching:
             stack = torch.stack([frame for frame, _ in frames[:ready]])
             size = self.frame_size or self.adapter.frame_size(self.model, _size(stack), self.frame_tokens)
             times = [t for _, t in frames[:ready]]
+            step = max(times[i + together - 1] - times[i] for i in range(0, ready, together))
             pairs = [self.adapter.frame_time(times[i], times[i + together - 1]) for i in range(0, ready, together)]
             self._take(self.adapter.prepare(self.model, stack, self.processor, size), pairs)
-            self.frame_size = size
+            self.frame_size, self._step = size, max(self._step, step)
         self._waiting, self._last = frames[ready:], seconds[-1]
         self._frames += len(pixels)
         if ready:
@@ -132,7 +142,9 @@ class Watching:
             chosen = torch.as_tensor(self.gate(frames, self), device=frames.device).expand(T)
             frames, times = frames[chosen], times[chosen.cpu()]
             valid = None if valid is None else valid[chosen]
-        memory.push(frames.contiguous(), times, valid=valid)
+        frames = frames.contiguous()
+        memory.push(frames, times, valid=valid)
+        self._opening.push(frames, times, valid)
         self.memory, self._grid = memory, (clip.frames.shape[1], clip.frames.shape[2])
         self._tail, self._output = clip.tail, output
         self.tower_calls += 1
@@ -151,6 +163,8 @@ class Watching:
         H, W, C = clip.frames.shape[1:]
         if self.memory is None:
             like: Inputs = {"device": clip.frames.device, "dtype": clip.frames.dtype}
+            if self._make is not None:
+                return self._make(dim=C, grid=(H, W), key_dim=clip.key_dim, **like)
             made = self.config.make(C, (H, W), key_dim=clip.key_dim, **like)
             handle = attached(self.model)
             if handle is not None and isinstance(handle.given, ResidualMemory) and isinstance(made, DualMemory):
@@ -164,3 +178,11 @@ class Watching:
 
 def _size(frames: Tensor) -> tuple[int, int]:
     return frames.shape[-2], frames.shape[-1]
+
+
+def _is_maker(memory: Any) -> bool:
+    if memory is None or all(hasattr(memory, name) for name in ("push", "read", "mass")):
+        return False
+    if isinstance(memory, nn.Module) or hasattr(memory, "compress") or not callable(memory):
+        raise TypeError(f"memory: expected a policy's name, a bank, or a function that makes one, got {memory!r}")
+    return True
