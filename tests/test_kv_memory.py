@@ -1,57 +1,20 @@
+"""What a bounded cache holds: full attention under a mask, row for row."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: E402
+import transformers
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tests.tiny_vlms import tiny  # noqa: E402
-from vmemory.banks import HierarchicalBank  # noqa: E402
-from vmemory.models.kv_cache import new_cache  # noqa: E402
-from vmemory.models.kv_memory import POLICIES, KVMemory  # noqa: E402
-from vmemory.testing import assert_within_budget  # noqa: E402
-
-TEXT = {
-    "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-SPANS = ("uniform", "similar", "hierarchical")
-FAMILIES = ("llama", "qwen2", "video_llama_3", "qwen2_5_vl")
-BUDGET, LENGTH, CHUNK = 40, 120, 12
-
-
-def text_model(family: str = "llama", **more):
-    torch.manual_seed(0)
-    kind = {"llama": "Llama", "qwen2": "Qwen2"}[family]
-    config = getattr(transformers, f"{kind}Config")(**TEXT, **more)
-    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
-
-
-def prompt(family: str, B: int = 1):
-    """A model, embedded input `[B, N, C]` and positions; those of Qwen2.5-VL are three-dimensional and not in steps."""
-    if family in ("llama", "qwen2"):
-        model = text_model(family)
-        ids = torch.randint(3, 190, (B, LENGTH), generator=torch.Generator().manual_seed(1))
-        return model, model.get_input_embeddings()(ids).detach(), torch.arange(LENGTH).expand(B, -1)
-    model, inputs = tiny(family, T=8 if family == "video_llama_3" else 6)
-    ids = inputs["input_ids"].expand(B, -1)
-    if family == "qwen2_5_vl":
-        positions = model.model.get_rope_index(
-            inputs["input_ids"],
-            mm_token_type_ids=inputs["mm_token_type_ids"],
-            video_grid_thw=inputs["video_grid_thw"],
-            second_per_grid_ts=inputs["second_per_grid_ts"],
-        )[0].expand(3, B, -1)
-    else:
-        positions = torch.arange(ids.shape[1]).expand(B, -1)
-    embeds = torch.randn(*ids.shape, 32, generator=torch.Generator().manual_seed(2))
-    return model, embeds, positions
-
-
-def make(policy: str, budget: int | str = BUDGET, **options) -> KVMemory:
-    return KVMemory(budget, policy, **({"span": 6} if policy in SPANS else {}) | options)
+from tests.kv_texts import BUDGET, CHUNK, FAMILIES, LENGTH, SPANS, make, prompt, text_model
+from vmemory.banks import HierarchicalBank
+from vmemory.models.kv_cache import new_cache
+from vmemory.models.kv_memory import POLICIES, KVMemory
+from vmemory.testing import assert_within_budget
 
 
 def streamed(memory: KVMemory, model, embeds, positions, chunk: int = CHUNK):
@@ -287,177 +250,3 @@ def test_frames_are_spans_and_keep_their_times(policy):
     counts = frame[token >= 5].bincount()
     assert set(counts.tolist()) <= {0, 6, 12}
     assert counts[-1] == 12
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_generate_goes_on_within_the_budget(family):
-    model, embeds, positions = prompt(family, B=2)
-    model.generation_config.eos_token_id = None
-    question = torch.randint(3, 180, (2, 3), generator=torch.Generator().manual_seed(4))
-    memory, by_hand = make("attention"), make("attention")
-    answers = []
-    for mine, generate in ((memory, True), (by_hand, False)):
-        cache = new_cache(model)
-        mine.prefill(model, inputs_embeds=embeds, position_ids=positions, cache=cache, chunk=CHUNK)
-        if generate:
-            out = mine.generate(model, cache, question, max_new_tokens=9, do_sample=False)
-            assert torch.equal(out[:, :3], question)
-            answers.append(out[:, 3:])
-        else:
-            ids, said = question, []
-            for _ in range(9):
-                ids = mine.prefill(model, ids, cache=cache).output.logits[:, -1].argmax(-1)[:, None]
-                said.append(ids)
-            answers.append(torch.cat(said, 1))
-        assert cache.get_seq_length() == BUDGET
-        assert mine.seen == embeds.shape[1] + 3 + 8
-    assert torch.equal(*answers)
-    assert torch.equal(memory.token, by_hand.token)
-    assert torch.equal(memory._next, by_hand._next)
-
-
-def test_generate_without_eviction_is_the_models_own():
-    model = text_model()
-    model.generation_config.eos_token_id = None
-    ids = torch.randint(3, 190, (2, 40), generator=torch.Generator().manual_seed(5))
-    whole = model.generate(ids, max_new_tokens=12, do_sample=False)
-    for policy in POLICIES:
-        memory = make(policy, 400)
-        cache = memory.prefill(model, ids[:, :33]).cache
-        out = memory.generate(model, cache, ids[:, 33:], max_new_tokens=12, do_sample=False)
-        assert torch.equal(out, whole[:, 33:]), policy
-
-
-def test_observing_leaves_no_trace_and_sees_one_model():
-    model, other = text_model(), text_model()
-    ids = torch.arange(3, 20)[None]
-    before, wanted = dict(ALL_ATTENTION_FUNCTIONS), model(ids).logits
-    memory = KVMemory(64, "attention")
-    with memory.observing(model):
-        other(ids)
-        assert not memory._queries
-        assert torch.equal(model(ids).logits, wanted)
-        assert sorted(memory._queries) == [0, 1, 2]
-    assert dict(ALL_ATTENTION_FUNCTIONS) == before
-    assert "eager" not in ALL_ATTENTION_FUNCTIONS
-
-
-def test_two_memories_may_observe_two_models():
-    models = text_model(), text_model("qwen2")
-    memories = KVMemory(64, "attention"), KVMemory(64, "attention")
-    ids = torch.arange(3, 20)[None]
-    before = dict(ALL_ATTENTION_FUNCTIONS)
-    with memories[0].observing(models[0]), memories[1].observing(models[1]):
-        for model, memory in zip(models, memories, strict=True):
-            cache = model(ids, use_cache=True).past_key_values
-            assert memory.update(cache).shape == (3, 1, 2, 17)
-    assert dict(ALL_ATTENTION_FUNCTIONS) == before
-
-
-def test_caches_without_plain_rows_are_refused():
-    model, inputs = tiny("qwen3_5", T=2)
-    cache = transformers.DynamicCache(config=model.config.get_text_config())
-    model.model.language_model(input_ids=inputs["input_ids"], past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="layer 0 is a LinearAttentionLayer"):
-        KVMemory(16, "recent").update(cache)
-    sliding = text_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    cache = new_cache(sliding)
-    sliding(torch.arange(3, 20)[None], past_key_values=cache, use_cache=True)
-    with pytest.raises(ValueError, match="layer 1 is a DynamicSlidingWindowLayer"):
-        KVMemory(16, "recent").update(cache)
-    for empty in (transformers.DynamicCache(), None):
-        with pytest.raises(ValueError, match="got an empty one"):
-            KVMemory(16, "recent").update(empty)
-
-
-def test_a_refused_update_changes_nothing():
-    model = text_model()
-    ids = torch.arange(3, 60)[None]
-    memory = KVMemory(20, "attention")
-    cache = memory.prefill(model, ids).cache
-    token, keys = memory.token, cache.layers[0].keys
-    with torch.no_grad():
-        model(ids[:, :4], past_key_values=cache, position_ids=torch.arange(57, 61)[None])
-    grown = cache.layers[0].keys
-    for arguments, message in ({}, r"within memory.observing\(model\)"), ({"span": 5}, "20 rows of before and 5 new"):
-        with pytest.raises(ValueError, match=message):
-            memory.update(cache, **arguments)
-        assert memory.token is token
-        assert memory.seen == 57
-        assert cache.layers[0].keys is grown
-    assert torch.equal(grown[:, :, :20], keys)
-    with pytest.raises(ValueError, match=r"expected decisions \[3, 1, 2\] as before"):
-        memory.update(model(ids.expand(2, -1), use_cache=True).past_key_values)
-    frames = KVMemory(40, "similar", span=8)
-    with pytest.raises(ValueError, match="at most span=8 rows in a frame, got 20"):
-        frames.prefill(model, ids[:, :20], time=0.0)
-    assert frames.seen == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"policy": "newest"}, ValueError, "policy: expected one of 'attention'"),
-        ({"share": "row"}, ValueError, "share: expected one of"),
-        ({"budget": 4}, ValueError, "budget: expected more rows than the 4 sinks, got 4"),
-        ({"budget": 0}, ValueError, "budget: expected at least 1"),
-        ({"budget": 2.5}, TypeError, "budget: expected an int"),
-        ({"budget": "lots"}, ValueError, "budget: expected a size"),
-        ({"sinks": -1}, ValueError, "sinks: expected at least 0"),
-        ({"recent": 1.5}, ValueError, "recent: expected a share"),
-        ({"half_life": 0}, ValueError, "half_life: expected a positive"),
-        ({"window": 0}, ValueError, "window: expected at least 1"),
-        ({"span": 4}, TypeError, "span: expected an option of 'attention', recent, half_life, window, by_value"),
-        ({"rule": "recent", "policy": "similar"}, TypeError, "rule: expected an option of 'similar', span, thin"),
-        ({"window": 2.5}, TypeError, "window: expected an int"),
-        ({"policy": "similar", "budget": 30}, ValueError, "budget: expected at least 36 rows for spans of 16"),
-        ({"policy": "similar", "span": 0}, ValueError, "span: expected at least 1"),
-        ({"policy": "hierarchical", "thin": (2, 4)}, ValueError, "thin: expected 1 and"),
-        ({"policy": "hierarchical", "thin": (1, 4, 6)}, ValueError, "thin: expected each number"),
-        ({"policy": "reservoir", "seed": -1}, ValueError, "seed: expected between"),
-    ],
-)
-def test_arguments_are_checked(arguments, error, message):
-    with pytest.raises(error, match=message):
-        KVMemory(**{"budget": 64} | arguments)
-
-
-def test_inputs_are_checked():
-    model, memory, ids = text_model(), KVMemory(32, "recent"), torch.arange(3, 13)[None]
-    for arguments, message in (
-        ({}, "either input_ids or inputs_embeds"),
-        ({"input_ids": ids[0]}, r"input_ids: expected \[B, N\]"),
-        ({"inputs_embeds": ids}, r"inputs_embeds: expected \[B, N, C\]"),
-        ({"input_ids": ids, "position_ids": ids[:, 1:]}, "position_ids: expected"),
-        ({"input_ids": ids, "chunk": 0}, "chunk: expected at least 1"),
-        ({"input_ids": ids[:, :0]}, "at least one token"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            memory.prefill(model, **arguments)
-    with pytest.raises(ValueError, match="prefill comes first"):
-        memory.generate(model, new_cache(model), ids)
-    cache = memory.prefill(model, ids).cache
-    with pytest.raises(ValueError, match="num_beams: expected 1"):
-        memory.generate(model, cache, ids, num_beams=2)
-    with pytest.raises(ValueError, match="at least one token"):
-        memory.generate(model, cache, ids[:, :0])
-    with pytest.raises(ValueError, match="found no attention in Linear"):
-        KVMemory(32).prefill(torch.nn.Linear(1, 1), ids, cache=cache)
-
-
-@pytest.mark.assets
-@pytest.mark.slow
-def test_real_weights_lose_less_by_attention_than_by_recency():
-    from benchmarks import kv_quality
-    from benchmarks.smollm2 import SMOLLM2
-    from vmemory.encoders.assets import AssetError, locate
-
-    try:
-        locate(SMOLLM2)
-    except AssetError as missing:
-        pytest.skip(str(missing))
-    rows = kv_quality.measure("topic strings", 512, 0.25, ["recent", "attention"], 64)
-    recent, attention = sorted(rows, key=lambda row: row["policy"], reverse=True)
-    assert attention["rows"] == recent["rows"] == 128
-    assert attention["agreement"] > recent["agreement"]
-    assert attention["divergence"] < recent["divergence"]
