@@ -112,6 +112,8 @@ def table(results: dict[str, Any]) -> str:
         lines += ["|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
         for policy in dict.fromkeys(row["policy"] for row in rows):
             mine = _select(rows, share=share, policy=policy)
+            if not mine:
+                continue
             pairs = [(a, _select(rows, share=share, policy="recent", text=a["text"])) for a in mine]
             beaten = [(a, b[0]) for a, b in pairs if b and policy != "recent"]
             loss, full = mean(a["loss"] for a in mine), mean(a["full_loss"] for a in mine)
@@ -137,6 +139,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, help="only the first so many texts")
     parser.add_argument("--broad", type=int, default=4, help="texts on which all policies are measured")
     parser.add_argument("--chunk", type=int, default=64)
+    parser.add_argument("--resume", action="store_true", help="keep the readings that `--out` holds")
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/kv_smollm2")
     given = parser.parse_args()
@@ -160,6 +163,10 @@ def main() -> None:
         # what the tables are for comes first: an interrupted run is a smaller one
         order = [(name, share, MAIN) for share in sorted(given.shares) for name in names]
         order += [(name, share, OTHERS) for share in sorted(given.shares) for name in broad]
+        if given.resume:
+            results["rows"] = json.loads(given.out.with_suffix(".json").read_text())["rows"]
+        known = {(row["text"], row["share"], row["policy"]) for row in results["rows"]}
+        order = [job for job in order if (job[0], job[1], job[2][0]) not in known]
         jobs = [pool.submit(measure, name, given.length, share, which, given.chunk) for name, share, which in order]
         for done, job in enumerate(as_completed(jobs), 1):
             results["rows"] += job.result()
