@@ -139,7 +139,7 @@ def test_a_small_memory_keeps_what_its_policy_says():
 
 def test_a_dual_memory_learns():
     model, pixels = clip(), videos()
-    with vmemory.attach(model, DualMemory(24, (1, 1), (2, 3), heads=4)):
+    with vmemory.attach(model, DualMemory(24, (1, 1), (2, 3), heads=4, residual=True)):
         model.encode_video(pixels)[:, 0].sum().backward()
         assert model.vmemory.alpha.grad.abs() > 0
 

@@ -23,7 +23,7 @@ def test_a_prompt_through_another_memory_than_the_one_attached():
     with vmemory.attach(model, "dual"):
         assert vmemory.compress_inputs(model, inputs)["input_ids"].shape == inputs["input_ids"].shape
         assert torch.equal(vmemory.compress_inputs(model, inputs, config=SMALL)["input_ids"], expected)
-        memory = DualMemory(32, (4, 4), (2, 3), heads=2)
+        memory = DualMemory(32, (4, 4), (2, 3), heads=2, residual=True)
         whole = vmemory.compress_inputs(model, inputs, memory)["mm_encoder_outputs"]["video"].pooler_output[0]
         whole.sum().backward()
         assert all(w.grad is None for w in model.vmemory.parameters())

@@ -108,7 +108,7 @@ def test_videos_of_a_batch_do_not_share_a_memory():
     swapped = inputs | {
         "images": inputs["images"][::-1], "input_ids": inputs["input_ids"].flip(0),
     }  # fmt: skip
-    memory = DualMemory(32, (8, 8), (2, 3), heads=4)
+    memory = DualMemory(32, (8, 8), (2, 3), heads=4, residual=True)
     for given in ({"config": SMALL}, {"memory": memory}):
         with vmemory.attach(model, **given):
             if hasattr(model, "vmemory"):
@@ -122,7 +122,7 @@ def test_videos_of_a_batch_do_not_share_a_memory():
 def test_the_dual_memory_sees_frames_before_they_are_pooled():
     model, inputs = llava_qwen(T=8)
     plain = model(**inputs).logits
-    with vmemory.attach(model, DualMemory(32, (8, 8), (2, 3), heads=4)) as handle:
+    with vmemory.attach(model, DualMemory(32, (8, 8), (2, 3), heads=4, residual=True)) as handle:
         model(**inputs)
         assert handle.kept[0].grid == (8, 8, 8)
         nn.init.ones_(model.vmemory.alpha)
@@ -141,7 +141,7 @@ def test_gradients_reach_tower_projector_newline_and_memory(newline):
     for weight in (model.model.vision_tower.patch.weight, model.model.mm_projector.weight):
         assert weight.grad.abs().sum() > 0
     assert newline == "no_token" or model.model.image_newline.grad.abs().sum() > 0
-    with vmemory.attach(model, DualMemory(32, (8, 8), (2, 3), heads=4)):
+    with vmemory.attach(model, DualMemory(32, (8, 8), (2, 3), heads=4, residual=True)):
         model(**inputs, labels=labels).loss.backward()
         assert model.vmemory.alpha.grad.abs() > 0
 
@@ -171,7 +171,10 @@ def test_geometry_is_nothing_at_first_and_learns():
 @pytest.mark.parametrize("inner", [None, "dual", "recent"])
 def test_geometry_stands_before_the_memory(inner):
     model, inputs = llava_qwen(T=8, newline="grid")
-    memory = {"dual": lambda: DualMemory(32, (8, 8), (2, 3), heads=4), "recent": lambda: RingBank(32, (4, 4), 3)}
+    memory = {
+        "dual": lambda: DualMemory(32, (8, 8), (2, 3), heads=4, residual=True),
+        "recent": lambda: RingBank(32, (4, 4), 3),
+    }
     fusion = geometry(None if inner is None else memory[inner]())
     before = [*model.state_dict()]
     with vmemory.attach(model, fusion, SMALL) as handle:
@@ -200,7 +203,7 @@ def test_lora_saves_and_trains_geometry_with_it():
 
 def test_geometry_under_autocast():
     model, inputs = llava_qwen(T=6)
-    fusion = geometry(DualMemory(32, (8, 8), (2, 3), heads=4))
+    fusion = geometry(DualMemory(32, (8, 8), (2, 3), heads=4, residual=True))
     with torch.autocast("cpu", torch.bfloat16):
         plain = model(**inputs).logits
         with vmemory.attach(model, fusion):

@@ -68,7 +68,7 @@ def test_a_learned_memory_trains_beside_lora():
     model, inputs = tiny("qwen2_5_vl", T=6)
     peft = pytest.importorskip("peft")
     outer = peft.get_peft_model(model, lora()).train()
-    with vmemory.attach(outer, DualMemory(32, (4, 4), (2, 3), heads=2)):
+    with vmemory.attach(outer, DualMemory(32, (4, 4), (2, 3), heads=2, residual=True)):
         outer(**inputs, labels=inputs["input_ids"]).loss.backward()
         assert model.vmemory.alpha.grad.abs() > 0
 

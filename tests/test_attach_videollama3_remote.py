@@ -160,7 +160,7 @@ def test_gradients_reach_tower_and_projector_and_memory():
     for layer in (model.model.vision_encoder.patch, model.model.mm_projector):
         assert layer.weight.grad.abs().sum() > 0
     plain = model(**inputs).logits
-    with vmemory.attach(model, DualMemory(32, (4, 4), (2, 3), heads=2)):
+    with vmemory.attach(model, DualMemory(32, (4, 4), (2, 3), heads=2, residual=True)):
         out = model(**inputs, labels=inputs["input_ids"])
         assert torch.equal(out.logits, plain)
         out.loss.backward()

@@ -184,9 +184,9 @@ def attach(model: nn.Module, memory: Any = None, config: Any = None) -> Handle:
         model: A model of a family in `integrations/`, also inside the wrappers of PEFT and `torch.compile`.
         memory: A policy's name (`"merging"`), a memory (with `compress(clip, time, valid=…)` giving `MemoryTokens`; a
             bank fits videos of its own grid alone), or a function that makes one from `dim`, `grid`, `key_dim`,
-            `device` and `dtype`. None = what `config` says. A `DualMemory` comes in as `ResidualMemory`. LLaVA-Qwen
-            also takes a `GeometryFusion`, CLIP a `TempMe` or a frame compressor, and with neither memory nor settings
-            it pools all frames.
+            `device` and `dtype`. None = what `config` says. An untrained `DualMemory` changes the model unless it is
+            made with `residual=True`, as by `config`. LLaVA-Qwen also takes a `GeometryFusion`, CLIP a `TempMe` or a
+            frame compressor, and with neither memory nor settings it pools all frames.
         config: A `MemoryConfig`, a dict, or an object with such attributes; None = `model.config`.
 
     Returns:

@@ -36,7 +36,7 @@ class MemoryConfig:
         memory_chunk_frames: Frames the tower encodes at a time, so that its peak does not grow with the video; None =
             all at once, which is what the model itself does to the bit.
         compression_strategy: `"similarity"`, `"uniform"` or `"random"`: the policy, where `memory_policy` is not set.
-        memory_options: Further arguments of the policy's class.
+        memory_options: Further arguments of the policy's class; the dual memory is `residual` where they do not say.
 
     Source: the configuration of the VideoLLaMA3 memory bank port.
     """
@@ -112,9 +112,11 @@ class MemoryConfig:
         Raises:
             ValueError: The settings do not fit the policy or the grid; the message names the argument.
         """
-        arguments: dict[str, Any] = {"streams": streams, "device": device, "dtype": dtype, **self.memory_options}
-        if self.memory_policy != "dual":
-            arguments["key_dim"] = key_dim
+        arguments: dict[str, Any] = {"streams": streams, "device": device, "dtype": dtype, "key_dim": key_dim}
+        if self.memory_policy == "dual":
+            # a model with a memory that nobody trained is to be the model
+            arguments["residual"] = True
+        arguments |= self.memory_options
         tiered = self.memory_policy == "hierarchical"
         several = tiered or self.memory_policy == "dual"
         if self.memory_rule is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmemory.banks.budget import largest_entries
+from vmemory.banks.budget import parse_bytes
+from vmemory.banks.dual_input import DualInput
 from vmemory.banks.dual_read import DualReads
-from vmemory.banks.dual_state import DualState, new_state, split
+from vmemory.banks.dual_state import DualState, capacities_within, new_state
 from vmemory.banks.dual_step import DualStep
 from vmemory.banks.files import BankFile
 from vmemory.banks.tiers import make_layout
-from vmemory.banks.times import Times, as_times
+from vmemory.banks.times import Times
 from vmemory.banks.tokens import MemoryTokens, compact_tokens, padded_tokens, row_tables
-from vmemory.ops._checks import check_device, check_int, check_same, check_tensor, shape_of
+from vmemory.ops._checks import check_device, check_int, check_tensor, shape_of
 
 _WEIGHTS = "weights."
+# what weights were trained for; the other options say how much is kept, and what of it
+_TRAINED = ("key_dim", "heads", "hidden", "activation", "empty", "slots", "salience", "residual")
 
 
-class DualMemory(DualStep, DualReads):
+class DualMemory(DualStep, DualInput, DualReads):
     """A working memory of the last frames and an episodic memory of what was made of them, read by every frame.
 
     For a frame H_t: M^w = attention of H_t over the working memory, M^e = attention of H_t over the episodic memory,
@@ -35,6 +39,10 @@ class DualMemory(DualStep, DualReads):
 
     A frame that is not finite, or of which no cell exists, is numbered and enters neither memory; nor does an M_t that
     is not finite enter the episodic one. One such slot would make every later frame NaN.
+
+    With `residual` M_t is H_t + α · (γ · M^w + (1 − γ) · M^e − H_t), of which α is learned and 0 at first: untrained,
+    every frame passes as it came, to the bit, and both memories hold frames as they came. A first training step
+    reaches α, those after it all weights. Without, M_t is what Algorithm 1 says, and of random weights of little use.
 
     Args:
         dim: Channels D of a token.
@@ -57,6 +65,9 @@ class DualMemory(DualStep, DualReads):
             apart, stay within it.
         streams: Number of streams S.
         device, dtype: Of weights and state.
+        key_dim: Channels that memory reads and changes; what rides behind them (deepstack features) is kept beside H_t
+            and M_t as it came. None = all.
+        residual: Whether M_t is H_t and a learned share of what memory makes of it, as above.
         adapter: Module applied to frames first, for example `FeatureAdapter` where feature sizes differ.
 
     Raises:
@@ -64,10 +75,12 @@ class DualMemory(DualStep, DualReads):
 
     Source: VLM² (arXiv 2511.20644), Algorithm 1, equations 5 to 8, capacities of Table 7. The paper leaves open heads,
     output projection, MLP, empty memory, slot form and cosine; defaults are those of the public port
-    (TumCucTom/VLM-memory), which also has the salience gate. There is no dropout here.
+    (TumCucTom/VLM-memory), which also has the salience gate. There is no dropout here. α: ReZero (arXiv 2003.04887).
     """
 
     policy = "dual"
+    # as many tokens as came, of whatever comes in place of a clip
+    one_to_one = True
 
     def __init__(
         self,
@@ -87,38 +100,41 @@ class DualMemory(DualStep, DualReads):
         streams: int = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        key_dim: int | None = None,
+        residual: bool = False,
         adapter: nn.Module | None = None,
     ) -> None:
-        hidden = dim if hidden is None else hidden
+        check_int("dim", dim, low=1)
+        key_dim = dim if key_dim is None else key_dim
+        check_int("key_dim", key_dim, low=1, high=dim)
+        hidden = key_dim if hidden is None else hidden
         if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype: expected a floating dtype, got {dtype!r}")
-        super().__init__(dim, heads, hidden, activation, empty, slots, level, rule, salience, device, dtype)
+        super().__init__(
+            key_dim, heads, hidden, activation, empty, slots, level, rule, salience, residual, device, dtype
+        )
         check_int("streams", streams, low=1)
         form = (1, 1) if slots == "means" else None
         tokens = 1 if slots == "means" else math.prod(grid)
         if budget is not None:
             if capacities is not None:
                 raise ValueError("budget: expected either capacities or a budget, got both")
-
-            def nbytes(entries: int) -> int:
-                # tensors on the meta device have sizes and no memory; three int64 facts stand beside each token
-                return new_state(streams, split(entries), tokens, dim, "meta", dtype).nbytes + 3 * 8 * entries * tokens
-
-            capacities = split(largest_entries(budget, 1, nbytes))
+            capacities = capacities_within(budget, streams, tokens, key_dim, dtype, dim - key_dim)
         capacities = (8, 32) if capacities is None else capacities
         if len(capacities) != 2:
             raise ValueError(f"capacities: expected (working, episodic), got {capacities!r}")
-        layout, levels = make_layout(dim, grid, capacities, (form, form), "paper", None, dim)
-        self.dim, self.grid, self.streams, self.adapter = dim, layout.grid, streams, adapter
+        layout, levels = make_layout(dim, grid, capacities, (form, form), "paper", None, key_dim)
+        self.budget = None if budget is None else parse_bytes(budget)
+        self.dim, self.key_dim, self.grid, self.streams, self.adapter = dim, key_dim, layout.grid, streams, adapter
         self.capacities = (capacities[0], capacities[1])
-        self.hold(new_state(streams, self.capacities, tokens, dim, device, dtype))
+        self.hold(new_state(streams, self.capacities, tokens, key_dim, device, dtype, dim - key_dim))
         for name, table in row_tables(layout, levels).items():
             self.register_buffer(name, table.to(device), persistent=False)
         self.register_load_state_dict_post_hook(_refresh)
         self._config = {
             "dim": dim, "grid": list(grid), "capacities": list(capacities), "heads": heads, "hidden": hidden,
             "activation": activation, "empty": empty, "slots": slots, "level": level, "rule": rule,
-            "salience": salience, "streams": streams, "dtype": str(dtype).removeprefix("torch."),
+            "salience": salience, "streams": streams, "key_dim": key_dim, "residual": residual,
         }  # fmt: skip
 
     @property
@@ -135,7 +151,8 @@ class DualMemory(DualStep, DualReads):
         """Take frames in, oldest first, and return what each became. No host synchronisation, no gradient.
 
         Args:
-            frames: `[S, T, H, W, D]`, or `[T, H, W, D]` for one stream, in the memory's dtype and on its device.
+            frames: `[S, T, H, W, D]`, or `[T, H, W, D]` for one stream, in the memory's dtype or one that it holds
+                exactly, on its device.
             time: Seconds, `[T]` or `[S, T]` float64 or a float for T = 1, strictly increasing; None = unknown (NaN).
                 Frames are numbered from 0 per stream all the same.
             valid: `[S, T, H, W]` or `[T, H, W]` bool, cells that exist; others are never read. From the first such push
@@ -145,7 +162,7 @@ class DualMemory(DualStep, DualReads):
                 in order. With it the slots of the streams are copied for every frame, in order to be read.
 
         Returns:
-            M_t in the layout of `frames`; zeros for skipped rows and for cells that do not exist.
+            M_t in the layout of `frames`, in the memory's dtype; zeros for skipped rows and cells that do not exist.
 
         Raises:
             ValueError, TypeError: A shape, dtype or device does not fit, or times known to the host do not increase;
@@ -165,50 +182,10 @@ class DualMemory(DualStep, DualReads):
         times = self._times(time, frames, streams)
         if valid is not None:
             self.masked = True
-        fused = self.run(self.state, frames, times, streams, valid, self.masked).unflatten(2, self.grid)
+        # under autocast features may be narrower than weights, and slots have the weights' dtype
+        with torch.autocast(frames.device.type, enabled=False):
+            fused = self.run(self.state, frames, times, streams, valid, self.masked).unflatten(2, self.grid)
         return fused[0] if alone else fused
-
-    def _arrange(self, frames: Tensor, valid: Tensor | None, any_grid: bool = False) -> tuple[Tensor, Tensor | None]:
-        """`frames` as `[S, T, N, D]` and `valid` as `[S, T, N]`."""
-        if not isinstance(frames, Tensor):
-            raise TypeError(f"frames: expected a tensor [S, T, H, W, D] or [T, H, W, D], got {type(frames).__name__}")
-        if frames.dim() not in (4, 5):
-            raise ValueError(f"frames: expected [S, T, H, W, D] or [T, H, W, D], got shape {shape_of(frames)}")
-        if self.adapter is not None:
-            frames = self.adapter(frames)
-        if frames.dim() == 4:
-            frames, valid = frames[None], None if valid is None else valid[None]
-        H, W = frames.shape[-3:-1] if any_grid else self.grid
-        if frames.shape[-3:] != (H, W, self.dim):
-            raise ValueError(f"frames: expected [S, T, {H}, {W}, {self.dim}], got shape {shape_of(frames)}")
-        check_same("frames", frames, "the memory", self.working_tokens)
-        if valid is not None:
-            check_tensor("valid", valid, "[S, T, H, W]")
-            if valid.dtype != torch.bool or valid.shape != frames.shape[:-1]:
-                wanted = shape_of(frames[..., 0])
-                raise ValueError(f"valid: expected bool {wanted}, got {valid.dtype} of shape {shape_of(valid)}")
-            check_device("valid", valid, "frames", frames)
-            valid = valid.flatten(2)
-        return frames.flatten(2, 3), valid
-
-    def _times(self, time: Times, frames: Tensor, streams: Tensor | None, fresh: bool = False) -> Tensor:
-        """`time` as `[S, T]` float64 on the device; not `fresh` = times have to exceed those held."""
-        S, T = frames.shape[:2]
-        if time is None:
-            return torch.full((S, T), torch.nan, dtype=torch.float64, device=frames.device)
-        times = as_times(time, S, T)
-        if times.device.type == "cpu" and not torch.compiler.is_compiling():
-            if bool((times.diff(dim=1) <= 0).any()):
-                raise ValueError("time: expected strictly increasing seconds along the frames")
-            if self.clock.device.type == "cpu" and T and not fresh:
-                clock, live = self.clock, self.entry >= 0
-                if streams is not None:
-                    here = streams.clamp(0, self.streams - 1)
-                    clock, live = clock[here], live[here] & (here == streams)[:, None]
-                late = live & (clock >= times[:, :1])
-                if bool(late.any()):
-                    raise ValueError(f"time: expected more than {float(clock[late].max())} s, the last seen, got less")
-        return times.to(frames.device)
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -225,11 +202,13 @@ class DualMemory(DualStep, DualReads):
     ) -> MemoryTokens:
         """All M_t of a clip, from an empty memory and without touching this one; differentiable.
 
-        Gradients reach the weights and, through each frame's query, the clip. With them the keys and values of all
-        slots are kept for every frame: T · (L_w + L_e) times those of a frame.
+        A memory within a `budget` has the slots that it allows for the clip's grid and channels. Gradients reach the
+        weights and, through each frame's query, the clip. With them the keys and values of all slots are kept for every
+        frame: T · (L_w + L_e) times those of a frame.
 
         Args:
-            clip: `[T, H, W, D]`, or `[S, T, H, W, D]` for a padded result; any number of streams, any grid.
+            clip: `[T, H, W, C]`, or `[S, T, H, W, C]` for a padded result; any number of streams, any grid, and any
+                number of channels from `key_dim` on.
             time: As in `push`.
             valid: As in `push`; cells that do not exist have no token. Without padding it costs a synchronisation.
             through_slots: Gradients also pass through the frames and fused frames that were stored; else these count as
@@ -241,17 +220,23 @@ class DualMemory(DualStep, DualReads):
         Raises:
             ValueError, TypeError: As in `push`.
         """
-        # weights know nothing of grids: only what is held has one
-        frames, exists = self._arrange(clip, valid, any_grid=True)
+        # weights know nothing of grids and of what rides behind: only what is held has them
+        frames, exists = self._arrange(clip, valid, any_size=True)
         times = self._times(time, frames, None, fresh=True)
-        S, T, N, D = frames.shape
-        L_w, L_e = (min(c, T) for c in self.capacities)
+        S, T, N, _ = frames.shape
         held = 1 if self.slots == "means" else N
-        state = new_state(S, (L_w, L_e), held, D, frames.device, frames.dtype)
-        fused = self.run(
-            state, frames, times, None, exists, exists is not None, differentiable=torch.is_grad_enabled(),
-            through_slots=through_slots,
-        )  # fmt: skip
+        capacities = self.capacities
+        if self.budget is not None:
+            capacities = capacities_within(
+                self.budget, self.streams, held, self.key_dim, frames.dtype, clip.shape[-1] - self.key_dim
+            )
+        L_w, L_e = (min(c, T) for c in capacities)
+        state = new_state(S, (L_w, L_e), held, self.key_dim, frames.device, frames.dtype)
+        with torch.autocast(frames.device.type, enabled=False):
+            fused = self.run(
+                state, frames, times, None, exists, exists is not None, differentiable=torch.is_grad_enabled(),
+                through_slots=through_slots,
+            )  # fmt: skip
         one_frame = torch.zeros(T * N, dtype=torch.int64, device=frames.device)
         cell = torch.arange(T * N, device=frames.device)
         tables = {"row_slot": cell // max(N, 1), "row_cell": cell % max(N, 1), "row_level": one_frame}
@@ -270,7 +255,29 @@ class DualMemory(DualStep, DualReads):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as plain values, enough to make an empty memory like this one."""
-        return dict(self._config)
+        return {**self._config, "dtype": str(self.working_tokens.dtype).removeprefix("torch.")}
+
+    def like(self, grid: tuple[int, int], **changes: Any) -> DualMemory:
+        """An empty memory for frames of another grid, with a copy of these weights and with these options.
+
+        Args:
+            grid: Token grid (H, W) of its frames.
+            changes: Arguments of `DualMemory` that are to be others; `key_dim` and what weights are trained for cannot.
+
+        Raises:
+            ValueError, TypeError: An argument does not fit; the message names it.
+        """
+        kind = self.working_tokens
+        given = {**self.config(), "grid": grid, "dtype": kind.dtype, "device": kind.device}
+        if self.budget is not None or "budget" in changes:
+            given |= {"capacities": None, "budget": None if "capacities" in changes else self.budget}
+        given |= changes
+        for name in _TRAINED:
+            if given[name] != self._config[name]:
+                raise ValueError(f"{name}: expected {self._config[name]!r}, as trained, got {given[name]!r}")
+        memory = type(self)(**given, adapter=copy.deepcopy(self.adapter))
+        memory.load_state_dict(self.state_dict())
+        return memory
 
     def save(
         self, path: str | Path, extra: dict[str, Tensor] | None = None, notes: dict[str, Any] | None = None

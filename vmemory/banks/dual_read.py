@@ -33,6 +33,9 @@ class DualReads(DualStateHolder):
             ValueError: No such stream.
         """
         slots = torch.cat([self.working_tokens.flatten(1, 2), self.episodic_tokens.flatten(1, 2)], 1)
+        if self.working_rest.shape[-1]:
+            rest = torch.cat([self.working_rest.flatten(1, 2), self.episodic_rest.flatten(1, 2)], 1)
+            slots = torch.cat([slots, rest], -1)
         tables = {name: getattr(self, name) for name in ("row_slot", "row_cell", "row_level")}
         clock = self.clock[..., None].expand(*self.clock.shape, 3)
         cells = self.grid[0] * self.grid[1]
@@ -46,7 +49,7 @@ class DualReads(DualStateHolder):
         """The slots most similar to each query, by cosine with their means. No host synchronisation.
 
         Args:
-            query: `[Q, D]`.
+            query: `[Q, D]` or `[Q, key_dim]`.
             k: Slots per query.
             threshold: Slots below this cosine are left out.
             stream: Which stream is searched.
@@ -56,11 +59,11 @@ class DualReads(DualStateHolder):
         """
         check_tensor("query", query, "[Q, D]")
         means = torch.cat([self.working_means, self.episodic_means], 1)
-        if query.shape[1] != means.shape[2]:
+        if query.shape[1] not in (means.shape[2], means.shape[2] + self.working_rest.shape[3]):
             raise ValueError(f"query: expected [Q, {means.shape[2]}], got shape {shape_of(query)}")
         check_int("stream", stream, low=0, high=self.entry.shape[0] - 1)
         there = (self.entry[stream] >= 0)[None]
-        found = similarity_topk(query[None].to(means.dtype), means[stream][None], k, where=there)
+        found = similarity_topk(query[None, :, : means.shape[2]].to(means.dtype), means[stream][None], k, where=there)
         values, slot = found.values[0], found.indices[0]
         if threshold is not None:
             slot = torch.where(values >= threshold, slot, -1)

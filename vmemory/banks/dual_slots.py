@@ -41,12 +41,14 @@ class Feed(NamedTuple):
 
 
 class Arrived(NamedTuple):
-    """A frame `[R, N, D]`, the cells `[R, n]` that its slot's tokens would stand for, its seconds `[R]`, and how it is
-    to be taken in: `masked` = tokens may not exist, `differentiable` = keys and values stay out of the state."""
+    """A frame `[R, N, D]`, the cells `[R, n]` that its slot's tokens would stand for, its seconds `[R]`, what rides
+    behind its tokens as a slot holds it, `[R, n, E]`, or None; and how it is to be taken in: `masked` = tokens may not
+    exist, `differentiable` = keys and values stay out of the state."""
 
     tokens: Tensor
     mass: Tensor
     time: Tensor
+    rest: Tensor | None
     feed: Feed
     masked: bool
     differentiable: bool
@@ -55,14 +57,15 @@ class Arrived(NamedTuple):
 class Side(NamedTuple):
     """One memory: parts of the state that writing changes; keys and values may be other tensors, for a gradient.
 
-    tokens, keys, values `[S, L, n, D]`, means `[S, L, D]`, mass `[S, L, n]`, entry and clock `[S, L]`, pushed `[S]`
-    frames ever written.
+    tokens, keys, values `[S, L, n, D]`, means `[S, L, D]`, rest `[S, L, n, E]`, mass `[S, L, n]`, entry and clock
+    `[S, L]`, pushed `[S]` frames ever written.
     """
 
     tokens: Tensor
     keys: Tensor
     values: Tensor
     means: Tensor
+    rest: Tensor
     mass: Tensor
     entry: Tensor
     clock: Tensor
@@ -73,8 +76,8 @@ class Side(NamedTuple):
         """The working and the episodic memory."""
         L_w = state.working_tokens.shape[1]
         return (
-            Side(*state[:4], state.mass[:, :L_w], state.entry[:, :L_w], state.clock[:, :L_w], state.entered),
-            Side(*state[4:8], state.mass[:, L_w:], state.entry[:, L_w:], state.clock[:, L_w:], state.written),
+            Side(*state[:5], state.mass[:, :L_w], state.entry[:, :L_w], state.clock[:, :L_w], state.entered),
+            Side(*state[5:10], state.mass[:, L_w:], state.entry[:, L_w:], state.clock[:, L_w:], state.written),
         )
 
     def hit(self, slot: Tensor, fed: Tensor) -> Tensor:
@@ -86,8 +89,10 @@ class Side(NamedTuple):
         self, slot: Tensor, rows: Tensor, key: Tensor, value: Tensor, mean: Tensor, number: Tensor, frame: Arrived
     ) -> Side:
         """Write what belongs to tokens that were put into `slot [S]`: of `rows [R]` that are not −1 the key and value
-        `[R, n, D]` and the mean `[R, D]`; and the frame's number `[S]`, time and mass."""
+        `[R, n, D]` and the mean `[R, D]`; and the frame's number `[S]`, time, mass and rest."""
         put(self.means[:, :, None], slot, rows, mean[:, None])
+        if frame.rest is not None:
+            put(self.rest, slot, rows, frame.rest)
         if not frame.differentiable:
             put(self.keys, slot, rows, key)
             put(self.values, slot, rows, value)

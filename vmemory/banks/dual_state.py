@@ -11,27 +11,30 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from vmemory.banks.budget import largest_entries
 from vmemory.ops._checks import check_int, shape_of
 
 
 class DualState(NamedTuple):
     """State tensors of S streams, L_w working and L_e episodic slots of n tokens; a snapshot is one of these.
 
-    working_tokens, working_keys, working_values `[S, L_w, n, D]` and working_means `[S, L_w, D]` float32 or better;
-    episodic_* the same with L_e; mass `[S, L_w + L_e, n]` float32 input cells a token stands for, 0 = the token does
-    not exist; entry `[S, L_w + L_e]` int64 frame of each slot, −1 = free; clock `[S, L_w + L_e]` float64 seconds; seen,
-    entered, written `[S]` int64 frames that came, that entered the working and that entered the episodic memory;
-    overwrites `[S, L_e]` int64.
+    working_tokens, working_keys, working_values `[S, L_w, n, D]`, working_means `[S, L_w, D]` float32 or better and
+    working_rest `[S, L_w, n, E]`, channels that ride behind the tokens; episodic_* the same with L_e; mass
+    `[S, L_w + L_e, n]` float32 input cells a token stands for, 0 = the token does not exist; entry `[S, L_w + L_e]`
+    int64 frame of each slot, −1 = free; clock `[S, L_w + L_e]` float64 seconds; seen, entered, written `[S]` int64
+    frames that came, that entered the working and that entered the episodic memory; overwrites `[S, L_e]` int64.
     """
 
     working_tokens: Tensor
     working_keys: Tensor
     working_values: Tensor
     working_means: Tensor
+    working_rest: Tensor
     episodic_tokens: Tensor
     episodic_keys: Tensor
     episodic_values: Tensor
     episodic_means: Tensor
+    episodic_rest: Tensor
     mass: Tensor
     entry: Tensor
     clock: Tensor
@@ -67,7 +70,7 @@ class DualState(NamedTuple):
         for side, first, last in (("working", 0, working), ("episodic", working, len(entry))):
             kept = torch.nonzero((live & ~gone)[first:last]).flatten()
             kept = kept[entry[first:last][kept].argsort()] if side == "working" else kept
-            for name in ("tokens", "keys", "values", "means"):
+            for name in ("tokens", "keys", "values", "means", "rest"):
                 getattr(self, f"{side}_{name}")[stream, : len(kept)] = getattr(old, f"{side}_{name}")[kept]
             for name in ("mass", "entry", "clock"):
                 getattr(self, name)[stream, first : first + len(kept)] = getattr(old, name)[first + kept]
@@ -96,17 +99,18 @@ def new_state(
     dim: int,
     device: torch.device | str,
     dtype: torch.dtype,
+    rest: int = 0,
 ) -> DualState:
-    """An empty memory."""
+    """An empty memory; `rest` = channels that ride behind the `dim` of a token."""
     L_w, L_e = capacities
     wide = torch.promote_types(dtype, torch.float32)
 
     def zeros(*shape: int, kind: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(streams, *shape, dtype=kind, device=device)
 
-    def slots(L: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def slots(L: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         held, keys, values = (zeros(L, tokens, dim, kind=dtype) for _ in range(3))
-        return held, keys, values, zeros(L, dim, kind=wide)
+        return held, keys, values, zeros(L, dim, kind=wide), zeros(L, tokens, rest, kind=dtype)
 
     state = DualState(
         *slots(L_w),
@@ -123,6 +127,23 @@ def new_state(
     return state
 
 
+def capacities_within(
+    budget: str | int, streams: int, tokens: int, dim: int, dtype: torch.dtype, rest: int = 0
+) -> tuple[int, int]:
+    """The most slots, one in five working, of which a memory holds no more bytes than its budget.
+
+    Raises:
+        ValueError: No slot fits.
+    """
+
+    def nbytes(entries: int) -> int:
+        # tensors on the meta device have sizes and no memory; three int64 facts stand beside each token
+        state = new_state(streams, split(entries), tokens, dim, "meta", dtype, rest)
+        return state.nbytes + 3 * 8 * entries * tokens
+
+    return split(largest_entries(budget, 1, nbytes))
+
+
 class DualStateHolder(nn.Module):
     """A module that holds a `DualState` in buffers, which are not part of `state_dict`."""
 
@@ -131,10 +152,12 @@ class DualStateHolder(nn.Module):
     working_keys: Tensor
     working_values: Tensor
     working_means: Tensor
+    working_rest: Tensor
     episodic_tokens: Tensor
     episodic_keys: Tensor
     episodic_values: Tensor
     episodic_means: Tensor
+    episodic_rest: Tensor
     mass: Tensor
     entry: Tensor
     clock: Tensor

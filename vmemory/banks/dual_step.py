@@ -77,9 +77,11 @@ class MemoryReader(nn.Module):
 class DualStep(nn.Module):
     """The weights of the dual memory and what happens to a frame; the arguments are those of `DualMemory`."""
 
+    alpha: nn.Parameter | None
+
     def __init__(
         self, dim: int, heads: int, hidden: int, activation: str, empty: str, slots: str, level: str, rule: str,
-        salience: float | None, device: torch.device | str, dtype: torch.dtype,
+        salience: float | None, residual: bool, device: torch.device | str, dtype: torch.dtype,
     ) -> None:  # fmt: skip
         super().__init__()
         check_int("dim", dim, low=1)
@@ -92,6 +94,8 @@ class DualStep(nn.Module):
         check_choice("slots", slots, ("tokens", "means"))
         check_choice("level", level, ("flat", "mean"))
         check_choice("rule", rule, RULES)
+        if not isinstance(residual, bool):
+            raise TypeError(f"residual: expected True or False, got {residual!r}")
         if salience is not None and not (isinstance(salience, (int, float)) and 0 <= salience <= 1):
             raise ValueError(f"salience: expected None or between 0 and 1, got {salience!r}")
         self.activation: Literal["relu", "gelu", "silu"] = activation  # type: ignore[assignment]  # checked above
@@ -110,6 +114,9 @@ class DualStep(nn.Module):
                 nn.ReLU(),
                 nn.Linear(half, 1, device=device, dtype=dtype),
             )
+        # one element, not none: FSDP shards no scalars
+        alpha = nn.Parameter(torch.zeros(1, device=device, dtype=dtype)) if residual else None
+        self.register_parameter("alpha", alpha)
 
     def held(self, frames: Tensor, mass: Tensor) -> Tensor:
         """Frames `[..., N, D]`, zero where `mass [..., N]` is, as a slot holds them, `[..., n, D]`."""
@@ -119,9 +126,11 @@ class DualStep(nn.Module):
         self, state: DualState, frames: Tensor, times: Tensor, streams: Tensor | None, valid: Tensor | None,
         masked: bool, *, differentiable: bool = False, through_slots: bool = False,
     ) -> Tensor:  # fmt: skip
-        """All M_t `[R, T, N, D]` of frames `[R, T, N, D]`; `state` is changed in place.
+        """All M_t `[R, T, N, C]` of frames `[R, T, N, C]`, whose channels behind the weights' D pass unchanged; `state`
+        is changed in place.
 
         Args:
+            state: Where it has room for none of these channels, they are not kept.
             times: `[R, T]` float64.
             streams: `[R]` int64 stream of each row, rows outside of S are skipped and give zeros; None = all in order.
             valid: `[R, T, N]` bool, cells that exist; None = all.
@@ -129,7 +138,7 @@ class DualStep(nn.Module):
             differentiable: Keep keys and values out of `state`, where a gradient can follow them; needs `streams` None.
             through_slots: Let gradients pass from a reading into what was stored, not into the projections alone.
         """
-        R, T, N, _ = frames.shape
+        (R, T, N, C), D = frames.shape, self.gate_out.out_features
         if R == 0 or T == 0:
             return frames.new_zeros(frames.shape)
         feed = Feed.of(streams, state.seen.shape[0], R, frames.device)
@@ -140,6 +149,11 @@ class DualStep(nn.Module):
         usable = frames.isfinite().flatten(2).all(2) & (mass > 0).any(2)
         # a slot of means stands for all cells that its frame had
         weight = mass if self.slots == "tokens" else mass.sum(2, keepdim=True)
+        rest = riding = None
+        if C > D:
+            frames, rest = (x.contiguous() for x in frames.split([D, C - D], -1))
+            if state.working_rest.shape[-1]:
+                riding = self.held(torch.where(usable[..., None, None], rest, 0), mass)
         masked = masked and self.slots == "tokens"
         to_working, to_episodic = self.working.query(frames), self.episodic.query(frames)
         stored = torch.where(usable[..., None, None], frames if through_slots else frames.detach(), 0)
@@ -155,7 +169,8 @@ class DualStep(nn.Module):
         working, episodic = Side.both(state)
         fused = []
         for t in range(T):
-            frame = Arrived(frames[:, t], weight[:, t], times[:, t], feed, masked, differentiable)
+            behind = None if riding is None else riding[:, t]
+            frame = Arrived(frames[:, t], weight[:, t], times[:, t], behind, feed, masked, differentiable)
             answers = [
                 self._recall(reader, side, query[:, t], None if own is None else (own[0][:, t], own[1][:, t]), frame)
                 for reader, side, query, own in (
@@ -167,6 +182,8 @@ class DualStep(nn.Module):
                 *answers, self.gate_in.weight, self.gate_in.bias, self.gate_out.weight, self.gate_out.bias,
                 self.activation,
             )  # fmt: skip
+            if self.alpha is not None:
+                m = torch.lerp(frames[:, t], m, self.alpha)
             if valid is not None:
                 m = torch.where(valid[:, t, :, None], m, 0)
             fused.append(m if feed.whole else torch.where(feed.there[:, None, None], m, 0))
@@ -186,7 +203,10 @@ class DualStep(nn.Module):
             slot, full = self._replace(episodic, held, mean, rows, feed)
             episodic = episodic.store(slot, rows, *self.episodic.project(held), mean, number, frame)
             state.overwrites.add_(episodic.hit(slot, feed.takes(rows) & full))
-        return torch.stack(fused, 1)
+        out = torch.stack(fused, 1)
+        if rest is None:
+            return out
+        return torch.cat([out, rest if feed.whole else torch.where(feed.there[:, None, None, None], rest, 0)], -1)
 
     def _recall(
         self, reader: MemoryReader, side: Side, query: Tensor, own: tuple[Tensor, Tensor] | None, frame: Arrived

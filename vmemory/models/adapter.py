@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vmemory.banks import DualMemory, MemoryConfig
 from vmemory.models.geometry import GeometryFusion
 from vmemory.models.hook import install_prompt_hook
-from vmemory.models.residual import ResidualMemory
 
 Inputs = dict[str, Any]
 
@@ -106,8 +105,9 @@ class Adapter:
             memory = settings.make(
                 self.width(model), (1, 1), device=device_of(model), dtype=next(model.parameters()).dtype
             )
-        if isinstance(memory, DualMemory):
-            return ResidualMemory(memory)
+        if isinstance(memory, DualMemory) and memory.key_dim != self.width(model):
+            wanted = self.width(model)
+            raise ValueError(f"memory: expected a DualMemory for {wanted} channels, got one for {memory.key_dim}")
         if isinstance(memory, GeometryFusion):
             raise ValueError(
                 f"memory: expected one without geometry, whose frames {type(model).__name__} does not hand over, got "

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vmemory.banks import DualMemory
-from vmemory.models.residual import ResidualMemory
 from vmemory.ops._checks import check_int, check_tensor, shape_of
 
 
@@ -60,7 +58,7 @@ class GeometryFusion(nn.Module):
         like: dict[str, Any] = {"device": device, "dtype": dtype}
         self.dim, self.geometry_dim, self.heads = dim, geometry_dim, heads
         self.encoder = encoder
-        self.memory = ResidualMemory(memory) if isinstance(memory, DualMemory) else memory
+        self.memory = memory
         self.norm, self.geometry_norm = nn.LayerNorm(dim, **like), nn.LayerNorm(geometry_dim, **like)
         self.query = nn.Linear(dim, width, **like)
         self.key_value = nn.Linear(geometry_dim, 2 * width, **like)

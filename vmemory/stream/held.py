@@ -83,7 +83,7 @@ def bytes_in_use(bank: Memory) -> int:
         slots = sum(
             n * state[f"{part}_{name}"][0, :1].nbytes
             for part, n in parts.items()
-            for name in ("tokens", "keys", "values", "means")
+            for name in ("tokens", "keys", "values", "means", "rest")
         )
         return slots + int(live.sum()) * sum(state[name][0, :1].nbytes for name in ("mass", "entry", "clock"))
     tensors = bank.state

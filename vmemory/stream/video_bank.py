@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vmemory.banks import POLICIES, make
-from vmemory.banks.dual import split as working_and_episodic
+from vmemory.banks.dual_state import split as working_and_episodic
 from vmemory.banks.hierarchical import split
 from vmemory.stream.held import Memory
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from vmemory.attach import adapter_of, attached, base_of
 from vmemory.banks import DualMemory, MemoryConfig
 from vmemory.models.adapter import Clip, Inputs
-from vmemory.models.residual import ResidualMemory
 from vmemory.ops._checks import check_choice, check_int
 from vmemory.stream.frames import as_frames
 from vmemory.stream.opening import Opening
@@ -44,6 +43,7 @@ class Watching:
         self.model: Any = base_of(model)
         self.adapter, self.processor = adapter_of(self.model), processor
         self.config = MemoryConfig.of(getattr(self.model, "config", None) if config is None else config)
+        self._configured = config is not None or isinstance(memory, str)
         if isinstance(memory, str):
             self.config, memory = MemoryConfig.of({**self.config.written(), "memory_policy": memory}), None
         makes = _is_maker(memory)
@@ -162,15 +162,22 @@ class Watching:
     def _fitting(self, clip: Clip) -> Any:
         H, W, C = clip.frames.shape[1:]
         if self.memory is None:
-            like: Inputs = {"device": clip.frames.device, "dtype": clip.frames.dtype}
+            like: Inputs = {"device": clip.frames.device, "dtype": clip.frames.dtype, "key_dim": clip.key_dim}
             if self._make is not None:
-                return self._make(dim=C, grid=(H, W), key_dim=clip.key_dim, **like)
-            made = self.config.make(C, (H, W), key_dim=clip.key_dim, **like)
-            handle = attached(self.model)
-            if handle is not None and isinstance(handle.given, ResidualMemory) and isinstance(made, DualMemory):
-                # what was trained in the model is what watches the stream
-                made.load_state_dict(handle.memory.memory.state_dict())
-            return made
+                return self._make(dim=C, grid=(H, W), **like)
+            handle, dual = attached(self.model), self.config.memory_policy == DualMemory.policy
+            if handle is None or not isinstance(handle.given, DualMemory) or (self._configured and not dual):
+                return self.config.make(C, (H, W), **like)
+            # what was trained in the model is what watches the stream, in the dtype it was trained in
+            like["dtype"] = torch.promote_types(clip.frames.dtype, handle.memory.working_tokens.dtype)
+            if dual:
+                settings = self.config
+                asked = {
+                    "capacities": settings.memory_capacities, "budget": settings.memory_budget,
+                    "rule": settings.memory_rule, **settings.memory_options,
+                }  # fmt: skip
+                like |= {name: value for name, value in asked.items() if value is not None}
+            return handle.memory.like((H, W), dim=C, **like)
         if self._grid is not None and self._grid != (H, W):
             raise ValueError(f"frames: expected a grid of {self._grid} tokens, as at the first push, got {(H, W)}")
         return self.memory
