@@ -86,6 +86,8 @@ def test_an_unknown_setting_is_named_with_the_nearest():
         vmemory.attach(model, config={"memory_capacity": (1, 2, 3)})
     with pytest.raises(TypeError, match="memory: expected a name"):
         vmemory.attach(model, 3)
+    with pytest.raises(ValueError, match="memory: expected a DualMemory for 32 channels, got one for 16"):
+        vmemory.attach(model, DualMemory(16, (4, 4), (2, 3), heads=2))
     model.vmemory = nn.Identity()
     with pytest.raises(ValueError, match="expected no attribute 'vmemory'"):
         vmemory.attach(model, "dual")

@@ -21,11 +21,13 @@ GRID, DIM, N = (2, 3), 8, 6
 def memory_of(capacities: tuple[int, int] = (2, 3), **arguments: Any) -> banks.DualMemory:
     torch.manual_seed(0)
     memory = banks.DualMemory(DIM, GRID, capacities, **({"heads": 2, "dtype": torch.float64} | arguments))
-    # biases that are not zero, and a salience near its threshold
+    # biases that are not zero, a salience near its threshold, and a share of the memory that counts
     with torch.no_grad():
         for name, weight in memory.named_parameters():
             if name.endswith("bias"):
                 weight.normal_(std=0.3)
+        if memory.alpha is not None:
+            memory.alpha.fill_(0.6)
     return memory
 
 
@@ -82,6 +84,8 @@ class Plain:
         hidden = memory.gate_in(torch.cat([by_working, by_episodic], -1)).relu()
         gate = memory.gate_out(hidden).sigmoid()
         m = gate * by_working + (1 - gate) * by_episodic
+        if memory.alpha is not None:
+            m = h + memory.alpha * (m - h)
         number, self.seen = self.seen, self.seen + 1
         L_w, L_e = memory.capacities
         kept_h, kept_m = (h, m) if self.through else (h.detach(), m.detach())
@@ -114,6 +118,7 @@ def test_every_option_equals_algorithm_1_on_lists(data) -> None:
         level=draw(st.sampled_from(["flat", "mean"])),
         rule=draw(st.sampled_from(["most-similar", "bridged"])),
         salience=draw(st.sampled_from([None, 0.45, 0.5])),
+        residual=draw(st.booleans()),
         hidden=draw(st.sampled_from([None, 5])),
     )
     T, chunk = draw(st.integers(0, 14)), draw(st.integers(1, 6))
@@ -154,7 +159,10 @@ def test_rounding_is_that_of_the_lists(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("through_slots", [False, True])
-@pytest.mark.parametrize("options", [{}, {"slots": "means", "empty": "zeros"}, {"salience": 0.5, "empty": "skip"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"slots": "means", "empty": "zeros"}, {"salience": 0.5, "empty": "skip"}, {"residual": True}],
+)
 def test_gradients_are_those_of_the_lists(options: dict, through_slots: bool) -> None:
     memory = memory_of(**options)
     clip = video(9).requires_grad_()

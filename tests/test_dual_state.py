@@ -155,7 +155,10 @@ def test_restoring_brings_back_that_cells_do_not_exist() -> None:
         memory.restore(memory_of((3, 3)).snapshot())
 
 
-@pytest.mark.parametrize("options", [{}, {"slots": "means", "rule": "bridged", "salience": 0.5, "hidden": 5}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"slots": "means", "rule": "bridged", "salience": 0.5, "hidden": 5}, {"residual": True, "key_dim": 10}],
+)
 def test_files_bring_weights_options_and_state_back(tmp_path, options: dict) -> None:
     memory = memory_of(adapter=banks.FeatureAdapter(5, DIM), **options)
     memory.push(random_tensor(6, *GRID, 5))
@@ -174,7 +177,7 @@ def test_files_bring_weights_options_and_state_back(tmp_path, options: dict) -> 
 
 def test_budgets_pick_one_working_slot_in_five() -> None:
     assert [split(n) for n in (0, 1, 2, 5, 10, 40)] == [(0, 0), (1, 0), (1, 1), (1, 4), (2, 8), (8, 32)]
-    for options in ({}, {"slots": "means"}, {"streams": 3, "dtype": torch.bfloat16}):
+    for options in ({}, {"slots": "means"}, {"streams": 3, "dtype": torch.bfloat16}, {"key_dim": 4}):
         memory = memory_of(None, budget="64KiB", **options)
         assert memory.nbytes <= 64 * 1024
         assert memory_of(split(memory.capacity + 1), **options).nbytes > 64 * 1024
@@ -193,7 +196,12 @@ def test_adapters_learn_with_the_memory() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"rule": "bridged", "empty": "zeros"}, {"slots": "means", "level": "mean", "salience": 0.5, "empty": "skip"}],
+    [
+        {},
+        {"rule": "bridged", "empty": "zeros"},
+        {"slots": "means", "level": "mean", "salience": 0.5, "empty": "skip"},
+        {"residual": True, "key_dim": 10},
+    ],
 )
 @pytest.mark.parametrize("named", [False, True])
 def test_compiled_pushes_equal_eager_ones(options: dict, named: bool) -> None:
@@ -231,7 +239,7 @@ def test_nothing_on_the_way_of_a_push_looks_at_values() -> None:
 
     # fake tensors have no values: reading one, as a host that waits for a device does, raises
     with FakeTensorMode():
-        memory = memory_of(streams=2, salience=0.5, rule="bridged")
+        memory = memory_of(streams=2, salience=0.5, rule="bridged", residual=True, key_dim=10)
         frames, exists = torch.randn(2, 3, *GRID, DIM), torch.ones(2, 3, *GRID, dtype=torch.bool)
         out = memory.push(frames, valid=exists, streams=torch.zeros(2, dtype=torch.int64))
         assert out.shape == frames.shape
@@ -239,9 +247,10 @@ def test_nothing_on_the_way_of_a_push_looks_at_values() -> None:
 
 
 @pytest.mark.gpu
-def test_pushes_replay_from_a_graph_without_waiting() -> None:
-    host = memory_of(streams=2)
-    memory = memory_of(streams=2).cuda()
+@pytest.mark.parametrize("options", [{}, {"residual": True, "key_dim": 10}])
+def test_pushes_replay_from_a_graph_without_waiting(options: dict) -> None:
+    host = memory_of(streams=2, **options)
+    memory = memory_of(streams=2, **options).cuda()
     frames = torch.stack([video(16), video(16, seed=1)])
     buffer = frames[:, :1].cuda()
     empty = memory.snapshot()
@@ -276,6 +285,9 @@ def test_pushes_replay_from_a_graph_without_waiting() -> None:
         (ValueError, {"slots": "frames"}, "slots: expected one of 'tokens', 'means'"),
         (ValueError, {"level": "token"}, "level: expected one of 'flat', 'mean'"),
         (ValueError, {"rule": "oldest"}, "rule: expected one of 'most-similar', 'bridged'"),
+        (ValueError, {"key_dim": 17}, "key_dim: expected between 1 and 16, got 17"),
+        (ValueError, {"key_dim": 9}, "heads: expected a divisor of dim 9, got 2"),
+        (TypeError, {"residual": 0.5}, "residual: expected True or False, got 0.5"),
         (ValueError, {"salience": 1.5}, "salience: expected None or between 0 and 1, got 1.5"),
         (ValueError, {"streams": 0}, "streams: expected at least 1"),
         (ValueError, {"capacities": (1, 2, 3)}, r"capacities: expected \(working, episodic\), got \(1, 2, 3\)"),
@@ -320,11 +332,12 @@ def test_a_failed_push_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("slots", ["tokens", "means"])
-def test_dual_memory_goes_back_to_before_the_span(slots):
-    video, time = random_tensor(30, 4, 6, 8), torch.arange(30).double() * 0.5
-    arguments = {"capacities": (4, 5), "slots": slots, "streams": 2}
-    bank = banks.make("dual", dim=8, grid=(4, 6), **arguments)
-    before = banks.make("dual", dim=8, grid=(4, 6), **arguments)
+@pytest.mark.parametrize("riding", [0, 3])
+def test_dual_memory_goes_back_to_before_the_span(slots, riding):
+    video, time = random_tensor(30, 4, 6, 8 + riding), torch.arange(30).double() * 0.5
+    arguments = {"capacities": (4, 5), "slots": slots, "streams": 2, "key_dim": 8}
+    bank = banks.make("dual", dim=8 + riding, grid=(4, 6), **arguments)
+    before = banks.make("dual", dim=8 + riding, grid=(4, 6), **arguments)
     before.load_state_dict(bank.state_dict())
     both = torch.stack([video, video.flip(0)])
     bank.push(both[:, :3], time[:3])
@@ -343,9 +356,11 @@ def test_dual_memory_goes_back_to_before_the_span(slots):
     assert bank.read(0).time.max() == 100.5
 
 
-def test_dual_memory_forks_and_is_preserved() -> None:
-    video, time = random_tensor(12, 4, 6, 8), torch.arange(12).double() * 0.5
-    bank = banks.make("dual", dim=8, grid=(4, 6), capacities=(9, 9))
+@pytest.mark.parametrize("riding", [0, 3])
+def test_dual_memory_forks_and_is_preserved(riding: int) -> None:
+    video, time = random_tensor(12, 4, 6, 8 + riding), torch.arange(12).double() * 0.5
+    arguments = {"dim": 8 + riding, "key_dim": 8, "grid": (4, 6)}
+    bank = banks.make("dual", capacities=(9, 9), **arguments)
     bank.push(video[:8], time[:8])
     held = bank.snapshot()
     fork = bank.fork()
@@ -357,7 +372,7 @@ def test_dual_memory_forks_and_is_preserved() -> None:
     bank.push(video[8:], time[8:])
     for x, y in zip(bank.state, fork.state, strict=True):
         assert torch.equal(x.nan_to_num(7), y.nan_to_num(7))
-    then = banks.make("dual", dim=8, grid=(4, 6), capacities=(12, 12))
+    then = banks.make("dual", capacities=(12, 12), **arguments)
     then.load_state_dict(bank.state_dict())
     then.push(video[:8], time[:8])
     early = then.fork(1.2)

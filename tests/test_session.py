@@ -166,18 +166,6 @@ def test_retrieval_leaves_out_what_is_below_the_threshold():
     assert torch.equal(found.frame >= 0, found.values >= 0.999)
 
 
-def test_a_memory_trained_in_the_model_is_what_watches():
-    model, inputs = tiny("qwen2_5_vl", T=T)
-    with attach(model, config={"memory_policy": "dual", "memory_capacities": [2, 4]}) as handle:
-        with torch.no_grad():
-            for weight in handle.memory.parameters():
-                weight.add_(0.25)
-        session = VideoSession(model)
-        session.push(**next(chunks(inputs, 6)))
-        trained = handle.memory.memory.state_dict()
-        assert all(torch.equal(x, trained[name]) for name, x in session.memory.state_dict().items())
-
-
 def test_a_gate_that_lets_nothing_through_leaves_nothing_to_ask():
     model, inputs = tiny("qwen2_5_vl", T=T)
     session = VideoSession(model, config=SETTINGS, gate=lambda *_: False)
