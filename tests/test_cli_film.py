@@ -64,10 +64,10 @@ def test_localize_prints_and_draws_everything(run: Run, film: None, tmp_path: Pa
     assert [re.split(" {2,}", row)[0] for row in rows] == ["merging, 3×3", "merging, 3×3, int4"]
     # with and without calibration at equal entries, and at equal bytes
     assert text.count("hierarchical, all-pairs") == 3
-    assert "dual, bridged, random weights" in text
+    assert "dual, bridged, untrained" in text
     page = check_page(out)
     assert "Blender Foundation" in page
-    assert "random weights" in page
+    assert "untrained" in page
     for name in ("localisation.png", "storage.png"):
         with Image.open(out / name) as picture:
             assert picture.width == 1800

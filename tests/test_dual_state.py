@@ -76,7 +76,8 @@ def test_the_papers_rule_freezes_slots_and_bridging_does_not(seed: int) -> None:
     assert sorted(frozen.held)[3] < 8 <= sorted(cured.held)[3]
 
 
-def test_comparing_rules_leaves_no_trace_and_takes_weights() -> None:
+@pytest.mark.parametrize("residual", [False, True])
+def test_comparing_rules_leaves_no_trace_and_takes_weights(residual: bool) -> None:
     frames = scenes(40, 0)
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
@@ -84,7 +85,7 @@ def test_comparing_rules_leaves_no_trace_and_takes_weights() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
     assert list(found) == ["most-similar", "bridged"]
     assert compare_overwrites(frames, capacities=(2, 4)) == found
-    memory = memory_of((2, 4), heads=8, rule="bridged")
+    memory = memory_of((2, 4), heads=8, rule="bridged", residual=residual)
     memory.push(frames)
     theirs = compare_overwrites(frames, capacities=(2, 4), rules=["bridged"], weights=memory.state_dict())["bridged"]
     assert theirs.bits == float(memory.overwrite_entropy()[0])

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.colours import BLUE, GREEN, GREY, RED, Colours, frames_of
-from vmemory.banks import POLICIES, BankFileError, HierarchicalBank, MergingBank
+from vmemory.banks import POLICIES, BankFileError, DualMemory, HierarchicalBank, MergingBank
 from vmemory.stream import Frame
 from vmemory.stream.encoder import calibrate
 from vmemory.stream.held import dropped
@@ -197,6 +197,8 @@ def test_constructor_arguments() -> None:
         MemoryStream(Colours(), MergingBank(4, (9, 9), 3, streams=2))
     with pytest.raises(ValueError, match="bank: expected key_dim = dim = 4, got 3"):
         MemoryStream(Colours(), MergingBank(4, (9, 9), 3, key_dim=3))
+    with pytest.raises(ValueError, match="bank: expected key_dim = dim = 4, got 2"):
+        MemoryStream(Colours(), DualMemory(4, (9, 9), (1, 2), heads=2, key_dim=2))
     with pytest.raises(ValueError, match=r"origin: expected shape \[4\], got \[5\]"):
         MemoryStream(Colours(), MergingBank(4, (9, 9), 3), origin=torch.zeros(5))
 

@@ -28,7 +28,7 @@ def label(setup: Setup) -> str:
     """How a memory is called in tables."""
     name = setup.name
     if setup.policy == "dual":
-        return f"{name}, random weights"
+        return f"{name}, untrained"
     if not setup.calibrated and setup.policy not in _BLIND:
         name += ", not calibrated"
     return name if setup.dtype == "float16" else f"{name}, {setup.dtype}"

@@ -65,7 +65,10 @@ def compare_overwrites(
     for rule in rules:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            memory = DualMemory(D, (H, W), capacities, heads=heads or math.gcd(D, 8), rule=rule, dtype=frames.dtype)
+            memory = DualMemory(
+                D, (H, W), capacities, heads=heads or math.gcd(D, 8), rule=rule, dtype=frames.dtype,
+                residual=weights is not None and "alpha" in weights,
+            )  # fmt: skip
         if weights is not None:
             memory.load_state_dict(dict(weights))
         memory.to(frames.device).push(frames)

@@ -177,7 +177,7 @@ def by_bytes(
 
 
 def of_dual(features: Features, queries: Queries, entries: int = DUAL_ENTRIES) -> list[Score]:
-    """The dual memory, with random weights, by both of its rules; not calibrated."""
+    """The dual memory, untrained, by both of its rules; not calibrated."""
     side, dim = features.tokens.shape[2:]
     found = [Setup("dual", rule, calibrated=False, dtype="float32") for rule in ("most-similar", "bridged")]
     return [evaluate(setup.bank(side, dim, entries=entries), setup, features, queries) for setup in found]

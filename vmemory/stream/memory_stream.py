@@ -91,9 +91,10 @@ class MemoryStream:
     ) -> None:
         if bank.streams != 1:
             raise ValueError(f"bank: expected one stream, got {bank.streams}")
-        dim = bank.layout.dim if isinstance(bank, Bank) else bank.dim
-        if isinstance(bank, Bank) and bank.layout.key_dim != dim:
-            raise ValueError(f"bank: expected key_dim = dim = {dim}, got {bank.layout.key_dim}")
+        shape = bank.layout if isinstance(bank, Bank) else bank
+        dim = shape.dim
+        if shape.key_dim != dim:
+            raise ValueError(f"bank: expected key_dim = dim = {dim}, got {shape.key_dim}")
         if origin is not None and origin.shape != (dim,):
             raise ValueError(f"origin: expected shape [{dim}], got {list(origin.shape)}")
         self.encoder, self.bank = encoder, bank

@@ -13,7 +13,7 @@ from vmemory.banks.hierarchical import split
 from vmemory.stream.held import Memory
 
 # said wherever such a memory answers
-UNTRAINED = "the weights of a dual memory are random here, nobody trained them: its episodic slots hold little of use"
+UNTRAINED = "nobody trained the dual memory here: it changes nothing, and both of its memories hold frames as they came"
 _SEED = 0
 
 
@@ -31,8 +31,8 @@ def video_bank(
     """A memory of one stream for tokens `[side, side, dim]`, by number of entries or by bytes.
 
     A hierarchical memory has three tiers, n/8, n/8 and 3n/4 entries; where 9 divides the side their grids are the
-    frame's, a third and a ninth of its sides, which keeps every frame's mean exact. The weights of a dual memory are
-    random, the same every time: it shows what such a memory holds, and knows nothing before it is trained.
+    frame's, a third and a ninth of its sides, which keeps every frame's mean exact. A dual memory is untrained: its
+    share is 0, so that its slots hold frames as they came.
 
     Args:
         policy: A key of `vmemory.banks.POLICIES`.
@@ -75,4 +75,4 @@ def _dual(arguments: dict[str, Any], entries: int | None, rule: str | None) -> M
     heads = math.gcd(arguments["dim"], 8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        return make("dual", capacities=capacities, heads=heads, rule=rule or "most-similar", **arguments)
+        return make("dual", capacities=capacities, heads=heads, rule=rule or "most-similar", residual=True, **arguments)
