@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vmemory.banks.budget import parse_bytes
-from vmemory.banks.dual_input import DualInput
+from vmemory.banks.dual_input import DualInput, own_dtype
 from vmemory.banks.dual_read import DualReads
 from vmemory.banks.dual_state import DualState, capacities_within, new_state
 from vmemory.banks.dual_step import DualStep
@@ -125,7 +125,7 @@ class DualMemory(DualStep, DualInput, DualReads):
             raise ValueError(f"capacities: expected (working, episodic), got {capacities!r}")
         layout, levels = make_layout(dim, grid, capacities, (form, form), "paper", None, key_dim)
         self.budget = None if budget is None else parse_bytes(budget)
-        self.dim, self.key_dim, self.grid, self.streams, self.adapter = dim, key_dim, layout.grid, streams, adapter
+        self.dim, self.grid, self.streams, self.adapter = dim, layout.grid, streams, adapter
         self.capacities = (capacities[0], capacities[1])
         self.hold(new_state(streams, self.capacities, tokens, key_dim, device, dtype, dim - key_dim))
         for name, table in row_tables(layout, levels).items():
@@ -182,8 +182,7 @@ class DualMemory(DualStep, DualInput, DualReads):
         times = self._times(time, frames, streams)
         if valid is not None:
             self.masked = True
-        # under autocast features may be narrower than weights, and slots have the weights' dtype
-        with torch.autocast(frames.device.type, enabled=False):
+        with own_dtype(frames):
             fused = self.run(self.state, frames, times, streams, valid, self.masked).unflatten(2, self.grid)
         return fused[0] if alone else fused
 
@@ -232,7 +231,7 @@ class DualMemory(DualStep, DualInput, DualReads):
             )
         L_w, L_e = (min(c, T) for c in capacities)
         state = new_state(S, (L_w, L_e), held, self.key_dim, frames.device, frames.dtype)
-        with torch.autocast(frames.device.type, enabled=False):
+        with own_dtype(frames):
             fused = self.run(
                 state, frames, times, None, exists, exists is not None, differentiable=torch.is_grad_enabled(),
                 through_slots=through_slots,

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from vmemory.banks.dual_state import DualStateHolder
 from vmemory.banks.times import Times, as_times
 from vmemory.ops._checks import check_device, check_same, check_tensor, shape_of
+
+
+def own_dtype(frames: Tensor) -> AbstractContextManager[Any]:
+    """Within it autocast leaves what is computed from `frames` alone: slots have the dtype of the weights."""
+    kind = frames.device.type
+    # asked first, because switching off what is off costs more than a hundredth of a small push
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 class DualInput(DualStateHolder):
@@ -34,10 +44,10 @@ class DualInput(DualStateHolder):
         D = max(frames.shape[-1], self.key_dim) if any_size else self.dim
         if frames.shape[-3:] != (H, W, D):
             raise ValueError(f"frames: expected [S, T, {H}, {W}, {D}], got shape {shape_of(frames)}")
-        kind = self.working_tokens.dtype
-        if frames.dtype != kind and frames.is_floating_point() and torch.promote_types(frames.dtype, kind) == kind:
-            frames = frames.to(kind)
-        check_same("frames", frames, "the memory", self.working_tokens)
+        held, kind = self.working_tokens, frames.dtype
+        if kind != held.dtype and kind.is_floating_point and torch.promote_types(kind, held.dtype) == held.dtype:
+            frames = frames.to(held.dtype)
+        check_same("frames", frames, "the memory", held)
         if valid is not None:
             check_tensor("valid", valid, "[S, T, H, W]")
             if valid.dtype != torch.bool or valid.shape != frames.shape[:-1]:

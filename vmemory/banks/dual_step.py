@@ -100,7 +100,7 @@ class DualStep(nn.Module):
             raise ValueError(f"salience: expected None or between 0 and 1, got {salience!r}")
         self.activation: Literal["relu", "gelu", "silu"] = activation  # type: ignore[assignment]  # checked above
         self.level: Literal["flat", "mean"] = level  # type: ignore[assignment]  # checked above
-        self.empty, self.slots, self.rule = empty, slots, rule
+        self.key_dim, self.empty, self.slots, self.rule = dim, empty, slots, rule
         self.threshold = salience
         self.working = MemoryReader(dim, heads, device, dtype)
         self.episodic = MemoryReader(dim, heads, device, dtype)
@@ -138,7 +138,7 @@ class DualStep(nn.Module):
             differentiable: Keep keys and values out of `state`, where a gradient can follow them; needs `streams` None.
             through_slots: Let gradients pass from a reading into what was stored, not into the projections alone.
         """
-        (R, T, N, C), D = frames.shape, self.gate_out.out_features
+        (R, T, N, C), D = frames.shape, self.key_dim
         if R == 0 or T == 0:
             return frames.new_zeros(frames.shape)
         feed = Feed.of(streams, state.seen.shape[0], R, frames.device)
