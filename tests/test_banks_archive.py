@@ -130,7 +130,7 @@ def test_the_oldest_leave_when_the_budget_is_full(tmp_path) -> None:
 def test_a_full_outbox_drops_and_counts_or_waits_on_request() -> None:
     for block, lost in ((False, 11), (True, 0)):
         bank = make("recent")
-        bank.archive = banks.Archive("1MiB", outbox=3, block=block)
+        bank.archive = banks.Archive("1MiB", keep="frames", outbox=3, block=block)
         box = bank.archive.box
         for number in range(14):
             frame = torch.full((1, *GRID, DIM), float(number))

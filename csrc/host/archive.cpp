@@ -1,14 +1,8 @@
 #include "host/archive.h"
 
-#include <fcntl.h>
-#include <sys/file.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cerrno>
 #include <cmath>
 #include <cstring>
 #include <numeric>
@@ -18,65 +12,51 @@ namespace vmemory::host {
 
 namespace {
 
-constexpr uint64_t kMagic = 0x324b434c424d4556;  // "VEMBLCK2"
-constexpr uint64_t kTag = 1024;
+constexpr uint64_t kNowhere = ~uint64_t{0};
 
-uint64_t mixed(uint64_t hash, uint64_t word) {
-  hash = (hash ^ word) * 0x9e3779b97f4a7c15u;
-  return hash ^ hash >> 29;
+uint64_t blocks_for(uint64_t bytes, uint64_t payload) { return (bytes + payload - 1) / payload; }
+
+uint64_t width_of(const std::vector<uint64_t>& widths) {
+  return std::accumulate(widths.begin(), widths.end(), uint64_t{0});
 }
 
-// four sums beside each other: one alone waits for its own multiplications
-uint64_t checksum(const void* bytes, uint64_t size, uint64_t seed) {
-  const char* at = static_cast<const char*>(bytes);
-  uint64_t hash[4], word[4];
-  for (uint64_t lane = 0; lane < 4; ++lane) hash[lane] = mixed(seed, lane);
-  uint64_t i = 0;
-  for (; i + sizeof word <= size; i += sizeof word) {
-    std::memcpy(word, at + i, sizeof word);
-    for (int lane = 0; lane < 4; ++lane) hash[lane] = mixed(hash[lane], word[lane]);
-  }
-  std::memset(word, 0, sizeof word);
-  std::memcpy(word, at + i, size - i);
-  for (int lane = 0; lane < 4; ++lane) seed = mixed(seed, mixed(hash[lane], word[lane]));
-  return seed;
+// payload bytes of a block: of all sizes that come the one in whose blocks they lie with the least room to spare
+uint64_t payload_for(const std::vector<uint64_t>& cells, uint64_t width) {
+  std::vector<uint64_t> sizes;
+  for (uint64_t n : cells)
+    if (n > 0) sizes.push_back(n * width);
+  // a memory of no entries lets none go
+  if (sizes.empty()) return width;
+  const auto taken = [&sizes](uint64_t payload) {
+    double ratio = 0;
+    for (uint64_t size : sizes)
+      ratio += static_cast<double>(blocks_for(size, payload) * Blocks::stride(payload)) / static_cast<double>(size);
+    return ratio;
+  };
+  return *std::min_element(sizes.begin(), sizes.end(), [&](uint64_t a, uint64_t b) { return taken(a) < taken(b); });
 }
 
-uint64_t seal(const BlockHeader& header, const void* payload) {
-  return checksum(payload, header.size, checksum(&header, offsetof(BlockHeader, checksum), 0));
-}
-
-struct Page {
-  uint64_t magic, payload, capacity, checksum;
-  char tag[kTag];
-};
-
-uint64_t seal(const Page& page) { return checksum(page.tag, kTag, page.magic ^ page.payload ^ (page.capacity << 20)); }
-
-[[noreturn]] void fail(const std::string& path, const std::string& what) {
-  throw std::runtime_error(path + ": " + what);
+// the payload, where the largest frame fits in the budget
+uint64_t checked_payload(uint64_t budget, const std::vector<uint64_t>& cells, uint64_t width) {
+  const uint64_t payload = payload_for(cells, width);
+  const uint64_t largest = *std::max_element(cells.begin(), cells.end()) * width;
+  const uint64_t least = Blocks::bytes(blocks_for(largest, payload), payload);
+  if (budget < least)
+    throw std::invalid_argument("budget: expected at least " + std::to_string(least) + " bytes for one frame, got " +
+                                std::to_string(budget));
+  return payload;
 }
 
 }  // namespace
 
 Archive::Archive(uint64_t budget, const std::vector<uint64_t>& cells, const std::vector<uint64_t>& widths,
                  const std::string& path, const std::string& tag)
-    : cells_(cells), widths_(widths) {
-  payload_ = *std::max_element(cells.begin(), cells.end()) * std::accumulate(widths.begin(), widths.end(), uint64_t{0});
-  stride_ = (sizeof(BlockHeader) + payload_ + 63) / 64 * 64;
-  if (budget < kPage + stride_)
-    throw std::invalid_argument("budget: expected at least " + std::to_string(kPage + stride_) +
-                                " bytes for one frame, got " + std::to_string(budget));
-  if (tag.size() >= kTag) throw std::invalid_argument("tag: expected less than 1024 bytes");
-  capacity_ = (budget - kPage) / stride_;
-  bytes_ = kPage + capacity_ * stride_;
-  try {
-    open(path, tag);
-    recover();
-  } catch (...) {
-    close();
-    throw;
-  }
+    : cells_(cells),
+      widths_(widths),
+      width_(width_of(widths)),
+      blocks_(budget, checked_payload(budget, cells, width_), path, tag),
+      process_(getpid()) {
+  recover();
   worker_ = std::thread([this] { work(); });
 }
 
@@ -87,100 +67,56 @@ Archive::~Archive() {
   }
   changed_.notify_all();
   worker_.join();
-  close();
 }
 
-void Archive::close() {
-  if (data_ != nullptr) {
-    if (file_ >= 0) msync(data_, bytes_, MS_SYNC);
-    munmap(data_, bytes_);
-    data_ = nullptr;
-  }
-  if (file_ >= 0) ::close(file_);
-  file_ = -1;
-}
+bool Archive::forked() const { return getpid() != process_; }
 
-void Archive::open(const std::string& path, const std::string& tag) {
-  int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  bool fresh = true;
-  if (!path.empty()) {
-    flags = MAP_SHARED;
-    file_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (file_ < 0) fail(path, std::strerror(errno));
-    if (flock(file_, LOCK_EX | LOCK_NB) != 0) fail(path, "another archive has this file open");
-    struct stat facts;
-    if (fstat(file_, &facts) != 0) fail(path, std::strerror(errno));
-    if (!S_ISREG(facts.st_mode)) fail(path, "expected a regular file");
-    fresh = facts.st_size == 0;
-    if (!fresh && static_cast<uint64_t>(facts.st_size) != bytes_)
-      fail(path, "expected an archive of " + std::to_string(bytes_) + " bytes, got " + std::to_string(facts.st_size));
-    // space is taken at once: a full disk is an error here, and not a signal at some later write
-    if (fresh && fallocate(file_, 0, 0, static_cast<off_t>(bytes_)) != 0 &&
-        (errno != EOPNOTSUPP || ftruncate(file_, static_cast<off_t>(bytes_)) != 0)) {
-      const std::string what = std::strerror(errno);
-      unlink(path.c_str());
-      fail(path, what);
-    }
-  }
-  void* mapped = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, flags, file_, 0);
-  if (mapped == MAP_FAILED) fail(path, std::strerror(errno));
-  data_ = static_cast<char*>(mapped);
-  Page* page = reinterpret_cast<Page*>(data_);
-  // a file killed before its first page was written holds nothing yet
-  if (page->magic == 0) fresh = true;
-  if (fresh) {
-    Page made{kMagic, payload_, capacity_, 0, {}};
-    std::memcpy(made.tag, tag.data(), tag.size());
-    made.checksum = seal(made);
-    std::memcpy(page, &made, sizeof made);
-    return;
-  }
-  if (page->magic != kMagic || page->checksum != seal(*page)) fail(path, "not an archive");
-  if (page->payload != payload_ || std::strncmp(page->tag, tag.c_str(), kTag) != 0)
-    fail(path, "expected the frames of " + tag + ", got those of " + std::string(page->tag));
+void Archive::check_process() const {
+  if (forked())
+    throw std::runtime_error("archive: expected the process that made it, got one forked from it, which cannot write");
 }
 
 void Archive::recover() {
-  used_.assign(capacity_, 0);
-  for (uint64_t place = 0; place < capacity_; ++place) {
-    BlockHeader header;
-    if (file_ >= 0) {
-      std::memcpy(&header, at(place), sizeof header);
-      const bool whole = header.magic == kMagic && header.size <= payload_ &&
-                         header.checksum == seal(header, at(place) + sizeof header);
-      if (whole) {
-        add(header.sequence, {place, header.facts});
-        next_ = std::max(next_, header.sequence + 1);
-        used_[place] = header.size;
-        continue;
-      }
-      // the rest of a block that a killed process did not finish
-      if (header.magic != 0 || header.sequence != 0) std::memset(at(place), 0, stride_);
+  for (uint64_t place = blocks_.count(); place-- > 0;) {
+    const auto header = blocks_.recover(place);
+    if (!header) {
+      free_.push_back(place);
+      continue;
     }
-    free_.push_back(place);
+    Entry& entry = entries_[header->sequence];
+    entry.facts = header->facts;
+    if (entry.places.empty()) entry.places.assign(header->parts, kNowhere);
+    entry.places.at(header->part) = place;
+    next_ = std::max(next_, header->sequence + 1);
   }
-  std::reverse(free_.begin(), free_.end());
+  for (auto it = entries_.begin(); it != entries_.end();) {
+    const auto& [sequence, entry] = *it++;
+    index(sequence, entry.facts);
+    if (std::count(entry.places.begin(), entry.places.end(), kNowhere) == 0) continue;
+    // a killed process wrote over some of its blocks, or did not come to write them all
+    for (uint64_t place : entry.places)
+      if (place != kNowhere) blocks_.wipe(place);
+    drop(sequence);
+  }
 }
 
-void Archive::add(uint64_t sequence, const Block& block) {
-  blocks_[sequence] = block;
-  const double start = block.facts.clock[1];
-  by_start_.emplace(Key{block.facts.numbers[0], std::isnan(start) ? HUGE_VAL : start}, sequence);
-  if (block.facts.clock[2] - start > longest_) longest_ = block.facts.clock[2] - start;
+Archive::Key Archive::key_of(const Facts& facts) {
+  const double start = facts.clock[1];
+  return {facts.numbers[0], std::isnan(start) ? HUGE_VAL : start};
+}
+
+void Archive::index(uint64_t sequence, const Facts& facts) {
+  by_start_.emplace(key_of(facts), sequence);
+  longest_ = std::fmax(longest_, facts.clock[2] - facts.clock[1]);
 }
 
 void Archive::drop(uint64_t sequence) {
-  const auto found = blocks_.find(sequence);
-  const Facts& facts = found->second.facts;
-  const double start = facts.clock[1];
-  auto [at_key, end] = by_start_.equal_range(Key{facts.numbers[0], std::isnan(start) ? HUGE_VAL : start});
-  for (; at_key != end; ++at_key)
-    if (at_key->second == sequence) {
-      by_start_.erase(at_key);
-      break;
-    }
-  free_.push_back(found->second.place);
-  blocks_.erase(found);
+  const auto found = entries_.find(sequence);
+  auto [at_key, end] = by_start_.equal_range(key_of(found->second.facts));
+  by_start_.erase(std::find_if(at_key, end, [sequence](const auto& entry) { return entry.second == sequence; }));
+  for (uint64_t place : found->second.places)
+    if (place != kNowhere) free_.push_back(place);
+  entries_.erase(found);
 }
 
 void Archive::write(uint64_t row) {
@@ -188,28 +124,33 @@ void Archive::write(uint64_t row) {
   std::memcpy(facts.numbers.data(), staging_.numbers + row * facts.numbers.size(), sizeof facts.numbers);
   std::memcpy(facts.clock.data(), staging_.clock + row * facts.clock.size(), sizeof facts.clock);
   const uint64_t cells = cells_.at(static_cast<uint64_t>(facts.numbers[5] + 1));
+  const uint64_t parts = blocks_for(cells * width_, blocks_.payload());
   std::lock_guard lock(store_lock_);
-  if (free_.empty()) drop(blocks_.begin()->first);
-  const uint64_t place = free_.back();
-  free_.pop_back();
-  char* block = at(place);
-  BlockHeader header{kMagic, next_++, facts, 0, 0, {}};
-  // the header goes last: until then the block counts as torn, whatever the payload holds
-  std::memset(block, 0, sizeof header);
-  reinterpret_cast<BlockHeader*>(block)->sequence = header.sequence;
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-  char* payload = block + sizeof header;
-  for (size_t part = 0; part < widths_.size(); ++part) {
-    std::memcpy(payload + header.size, staging_.parts[part] + row * apart_ * widths_[part], cells * widths_[part]);
-    header.size += cells * widths_[part];
+  while (free_.size() < parts) drop(entries_.begin()->first);
+  Entry entry{{free_.end() - static_cast<int64_t>(parts), free_.end()}, facts};
+  free_.resize(free_.size() - parts);
+  // what is free is zero, also the rest of a larger frame that made room
+  for (auto place = free_.rbegin(); place != free_.rend() && !blocks_.wiped(*place); ++place) blocks_.wipe(*place);
+  size_t piece = 0;
+  uint64_t from = 0;
+  for (uint64_t part = 0; part < parts; ++part) {
+    const uint64_t place = entry.places[part];
+    BlockHeader header{0, next_, facts, part, parts, 0, 0, 0};
+    char* payload = blocks_.begin(place, next_);
+    while (header.size < blocks_.payload() && piece < widths_.size()) {
+      const uint64_t width = widths_[piece], n = std::min(blocks_.payload() - header.size, cells * width - from);
+      std::memcpy(payload + header.size, staging_.parts[piece] + row * apart_ * width + from, n);
+      header.size += n;
+      from += n;
+      if (from == cells * width) {
+        ++piece;
+        from = 0;
+      }
+    }
+    blocks_.seal(place, header);
   }
-  // nothing of a frame that lay here and was longer
-  if (used_[place] > header.size) std::memset(payload + header.size, 0, used_[place] - header.size);
-  used_[place] = header.size;
-  header.checksum = seal(header, payload);
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-  std::memcpy(block, &header, sizeof header);
-  add(header.sequence, {place, header.facts});
+  entries_.emplace(next_, std::move(entry));
+  index(next_++, facts);
 }
 
 void Archive::work() {
@@ -234,6 +175,7 @@ void Archive::stage(const Staging& staging, uint64_t rows) {
 }
 
 void Archive::put(uint64_t n) {
+  check_process();
   std::unique_lock lock(queue_lock_);
   changed_.wait(lock, [this] { return pending_ == 0; });
   if (n > staging_.room)
@@ -241,19 +183,21 @@ void Archive::put(uint64_t n) {
   // what the thread cannot write is refused here, where somebody can be told
   for (uint64_t row = 0; row < n; ++row) {
     const int64_t level = staging_.numbers[row * 6 + 5];
-    if (level < -1 || level + 1 >= static_cast<int64_t>(cells_.size()))
-      throw std::invalid_argument("level: expected one of the archive's, got " + std::to_string(level));
+    if (level < -1 || level + 1 >= static_cast<int64_t>(cells_.size()) || cells_[static_cast<size_t>(level + 1)] == 0)
+      throw std::invalid_argument("level: expected one that frames leave from, got " + std::to_string(level));
   }
   pending_ = n;
   changed_.notify_all();
 }
 
 bool Archive::busy() {
+  check_process();
   std::lock_guard lock(queue_lock_);
   return pending_ > 0;
 }
 
 void Archive::wait() {
+  check_process();
   std::unique_lock lock(queue_lock_);
   changed_.wait(lock, [this] { return pending_ == 0; });
 }
@@ -261,38 +205,41 @@ void Archive::wait() {
 void Archive::sync() {
   wait();
   std::lock_guard lock(store_lock_);
-  if (file_ >= 0 && msync(data_, bytes_, MS_SYNC) != 0)
-    throw std::runtime_error(std::string("archive: ") + std::strerror(errno));
+  blocks_.sync();
 }
 
 std::vector<uint64_t> Archive::overlapping(int64_t stream, double t0, double t1, bool any) const {
   std::vector<uint64_t> found;
-  // no entry that starts earlier than the longest span before t0 can reach it
+  // no frame that starts earlier than the longest span before t0 can reach it
   auto it = by_start_.lower_bound(Key{stream, any ? -HUGE_VAL : t0 - longest_});
   for (; it != by_start_.end() && it->first.first == stream && (any || it->first.second <= t1); ++it)
-    if (any || blocks_.at(it->second).facts.clock[2] >= t0) found.push_back(it->second);
+    if (any || entries_.at(it->second).facts.clock[2] >= t0) found.push_back(it->second);
   return found;
 }
 
 std::vector<std::pair<uint64_t, Facts>> Archive::find(int64_t stream, double t0, double t1, bool any) {
+  check_process();
   std::lock_guard lock(store_lock_);
   std::vector<std::pair<uint64_t, Facts>> found;
-  for (uint64_t sequence : overlapping(stream, t0, t1, any)) found.emplace_back(sequence, blocks_.at(sequence).facts);
+  for (uint64_t sequence : overlapping(stream, t0, t1, any)) found.emplace_back(sequence, entries_.at(sequence).facts);
   return found;
 }
 
 uint64_t Archive::read(uint64_t sequence, void* out, uint64_t room) {
+  check_process();
   std::lock_guard lock(store_lock_);
-  const auto found = blocks_.find(sequence);
-  if (found == blocks_.end()) return 0;
-  const char* block = at(found->second.place);
-  BlockHeader header;
-  std::memcpy(&header, block, sizeof header);
-  if (header.size > room || header.checksum != seal(header, block + sizeof header))
-    throw std::runtime_error("archive: the checksum of frame " + std::to_string(found->second.facts.numbers[1]) +
-                             " does not match");
-  std::memcpy(out, block + sizeof header, header.size);
-  return header.size;
+  const auto found = entries_.find(sequence);
+  if (found == entries_.end()) return 0;
+  const Entry& entry = found->second;
+  uint64_t size = 0;
+  for (uint64_t part = 0; part < entry.places.size(); ++part) {
+    const auto more = blocks_.read(entry.places[part], sequence, part, static_cast<char*>(out) + size, room - size);
+    if (!more)
+      throw std::runtime_error("archive: the checksum of frame " + std::to_string(entry.facts.numbers[1]) +
+                               " does not match");
+    size += *more;
+  }
+  return size;
 }
 
 uint64_t Archive::erase(int64_t stream, double t0, double t1, bool any) {
@@ -300,9 +247,7 @@ uint64_t Archive::erase(int64_t stream, double t0, double t1, bool any) {
   std::lock_guard lock(store_lock_);
   const std::vector<uint64_t> gone = overlapping(stream, t0, t1, any);
   for (uint64_t sequence : gone) {
-    const uint64_t place = blocks_.at(sequence).place;
-    std::memset(at(place), 0, stride_);
-    used_[place] = 0;
+    for (uint64_t place : entries_.at(sequence).places) blocks_.wipe(place);
     drop(sequence);
   }
   return gone.size();
@@ -315,7 +260,7 @@ uint64_t Archive::next() {
 
 uint64_t Archive::held() {
   std::lock_guard lock(store_lock_);
-  return blocks_.size();
+  return entries_.size();
 }
 
 }  // namespace vmemory::host

@@ -1,8 +1,8 @@
-// Bounded host store of frames that left a memory: fixed blocks in anonymous or file-backed memory, written by a
-// thread.
+// Bounded host store of frames that left a memory, written by a thread.
 #pragma once
 
-#include <array>
+#include <sys/types.h>
+
 #include <condition_variable>
 #include <cstdint>
 #include <map>
@@ -12,23 +12,9 @@
 #include <utility>
 #include <vector>
 
+#include "host/blocks.h"
+
 namespace vmemory::host {
-
-// what is known of a frame: stream, frame, first, last, frames merged, level; seconds: time, start, stop
-struct Facts {
-  std::array<int64_t, 6> numbers;
-  std::array<double, 3> clock;
-};
-
-struct BlockHeader {
-  uint64_t magic;
-  uint64_t sequence;  // grows with every block written: the smallest is the oldest
-  Facts facts;
-  uint64_t size;      // payload bytes
-  uint64_t checksum;  // of all above and the payload
-  uint64_t unused[3];
-};
-static_assert(sizeof(BlockHeader) == 128);
 
 // where a batch of frames lies until the thread has written it: row i of each part, of the numbers and of the clock
 struct Staging {
@@ -40,8 +26,8 @@ struct Staging {
 
 class Archive {
  public:
-  // cells: tokens of a frame of each level, from level -1 on; widths: bytes of a token in each part of a frame;
-  // an empty path keeps the blocks in RAM; tag says whose frames they are, and must be the same when a file is reopened
+  // cells: tokens of a frame of each level, from level -1 on, 0 = frames of that level never come; widths: bytes of a
+  // token in each part of a frame; path and tag as in Blocks
   Archive(uint64_t budget, const std::vector<uint64_t>& cells, const std::vector<uint64_t>& widths,
           const std::string& path, const std::string& tag);
   ~Archive();
@@ -54,51 +40,51 @@ class Archive {
   void put(uint64_t n);
   // whether the thread has frames still to write
   bool busy();
-  // waits until all that was put lies in its block
+  // waits until all that was put lies in its blocks
   void wait();
   // waits, and for a file until it lies on disk
   void sync();
-  // sequence and facts of the blocks that overlap [t0, t1], oldest frame first; all of the stream with any
+  // sequence and facts of the frames that overlap [t0, t1], oldest frame first; all of the stream with any
   std::vector<std::pair<uint64_t, Facts>> find(int64_t stream, double t0, double t1, bool any);
-  // payload bytes copied to out (room bytes there), 0 when the block has left meanwhile
+  // payload bytes copied to out (room bytes there), 0 when the frame has left meanwhile
   uint64_t read(uint64_t sequence, void* out, uint64_t room);
-  // overwrites the blocks that overlap [t0, t1] with zeros, or all of the stream with any; sync brings that to the disk
+  // overwrites the frames that overlap [t0, t1] with zeros, or all of the stream with any; sync brings that to the disk
   uint64_t erase(int64_t stream, double t0, double t1, bool any);
   uint64_t held();
-  // sequence of the next block: all there are have smaller ones
+  // sequence of the next frame: all there are have smaller ones
   uint64_t next();
-  uint64_t capacity() const { return capacity_; }
+  // frames there is room for where all are of the size that fills a block
+  uint64_t capacity() const { return blocks_.count(); }
+  // whether this is a copy in a forked process, which has no thread
+  bool forked() const;
 
  private:
-  struct Block {
-    uint64_t place;
+  struct Entry {
+    std::vector<uint64_t> places;
     Facts facts;
   };
   using Key = std::pair<int64_t, double>;
 
-  void open(const std::string& path, const std::string& tag);
+  static Key key_of(const Facts& facts);
   void recover();
   void work();
   void write(uint64_t row);
-  void add(uint64_t sequence, const Block& block);
+  void index(uint64_t sequence, const Facts& facts);
   void drop(uint64_t sequence);
+  void check_process() const;
   std::vector<uint64_t> overlapping(int64_t stream, double t0, double t1, bool any) const;
-  char* at(uint64_t place) const { return data_ + kPage + place * stride_; }
-  void close();
 
-  static constexpr uint64_t kPage = 4096;
   std::vector<uint64_t> cells_, widths_;
-  uint64_t payload_, stride_, capacity_, bytes_;
-  int file_ = -1;
-  char* data_ = nullptr;
-  std::map<uint64_t, Block> blocks_;
+  // bytes of a token in all parts
+  uint64_t width_;
+  Blocks blocks_;
+  std::map<uint64_t, Entry> entries_;
   std::multimap<Key, uint64_t> by_start_;
   double longest_ = 0;
   std::vector<uint64_t> free_;
-  // payload bytes of each place that are not known to be zero
-  std::vector<uint64_t> used_;
   uint64_t next_ = 1;
 
+  const pid_t process_;
   std::mutex queue_lock_, store_lock_;
   std::condition_variable changed_;
   Staging staging_{};

@@ -35,7 +35,8 @@ class Archive(StoredFrames):
     A bank in 8 or 4 bits is archived in codes and scales, as it holds them; `recall` gives float32.
 
     Args:
-        budget: `"1GiB"` or bytes, of RAM or of the file; takes whole blocks as large as the bank's largest entry.
+        budget: `"1GiB"` or bytes, of RAM or of the file; holds as many entries as their sizes allow, which are those
+            of the tiers that they can leave from.
         path: A file instead of RAM; opened again it holds what it held, but for blocks torn by a killed process.
         keep: `"evicted"`: entries as they were when they left (of two merged the newer, before it was folded).
             `"frames"`: every frame as it comes in, from which `fork(time)` and `erase` can repeat the past under any
@@ -85,12 +86,14 @@ class Archive(StoredFrames):
             raise ValueError("archive: expected one that no bank has yet, got one in use")
         self.layout, self.levels = layout, levels
         H, W = layout.grid
-        whole_frame = H * W if self.keep == "frames" else 0
-        box = Outbox(max(self.outbox, state.slots.shape[0]), max(whole_frame, *layout.cells, 1), layout, state)
-        tag = f"{layout.grid} {layout.dim} {layout.grids} {state.slots.dtype} {self.keep}"
+        # what frames that come to the store can measure: as they came in, or as the tiers they leave from hold them
+        sizes = {H * W} if self.keep == "frames" else {layout.cells[tier] for tier in layout.left}
+        cells = [n if n in sizes else 0 for n in (H * W if self.keep == "frames" else 0, *layout.cells)]
+        box = Outbox(max(self.outbox, state.slots.shape[0]), max(sizes, default=1), layout, state)
+        tag = f"{layout.grid} {layout.dim} {layout.grids} {state.slots.dtype} {self.keep} {sorted(sizes)}"
         self._widths = [math.prod(part.shape[2:]) * part.element_size() for part in box.parts]
         path = "" if self.path is None else str(self.path)
-        self._store = self._make(self.budget, [whole_frame, *layout.cells], self._widths, path, tag)
+        self._store = self._make(self.budget, cells, self._widths, path, tag)
         self._way = Handover(box, self._store)
         self.branch(state.counter[:, SEEN])
 
@@ -108,7 +111,7 @@ class Archive(StoredFrames):
             self._way = Handover(box, self._store)
 
     def counts(self) -> dict[str, int]:
-        """Entries `held`, `capacity`, and `lost`: found the outbox full. Synchronises."""
+        """Entries `held`, `capacity` (if all fill one block), and `lost`: found the outbox full. Synchronises."""
         self._handover.settle()
         return {"held": self._store.held(), "capacity": self._store.capacity, "lost": int(self.box.count[1])}
 

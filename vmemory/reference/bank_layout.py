@@ -183,6 +183,12 @@ class BankLayout:
             tuple(sorted({t for t in self.entries if t >= 0})) if self.intervals else tuple(range(min(self.tiers, 1)))
         )
 
+    @cached_property
+    def left(self) -> tuple[int, ...]:
+        """Tiers that entries leave the memory from."""
+        last = self.tiers - 1
+        return tuple(sorted({last if RULES[self.rule].cascade else min(tier + 1, last) for tier in self.entered}))
+
     def maps(self, source: int, tier: int) -> tuple[Tensor, Tensor]:
         """Row and column weights that take an input frame, entered at tier `source`, to `tier`'s grid."""
         composed = []
