@@ -71,9 +71,9 @@ class Archive(StoredFrames):
         self._paused, self._pending = False, 0
         self._branches: dict[int, list[tuple[int, int]]] = {}
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Copies of a bank have no archive: a file has one writer."""
-        return None
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Copies and pickles of a bank have no archive: a file has one writer."""
+        return type(None), ()
 
     def attach(self, layout: BankLayout, levels: tuple[int, ...], state: AnyState) -> None:
         """Make store and outbox for a bank; what banks do when they are given an archive.
@@ -97,13 +97,20 @@ class Archive(StoredFrames):
         self._way = Handover(box, self._store)
         self.branch(state.counter[:, SEEN])
 
+    def check_dtype(self, dtype: torch.dtype) -> None:
+        """The bank's tokens may be of a dtype.
+
+        Raises:
+            ValueError: What is stored has another.
+        """
+        if self._way is not None and dtype != self._way.box.parts[0].dtype:
+            raise ValueError(f"archive: expected a bank of {self._way.box.parts[0].dtype}, got {dtype}")
+
     def moved(self, state: AnyState) -> None:
-        """Follow a bank whose tensors went to another device or dtype."""
+        """Follow a bank whose tensors went to another device."""
         if self._way is None:
             return
         old = self._way.box
-        if state.slots.dtype != old.parts[0].dtype:
-            raise ValueError(f"archive: expected a bank of {old.parts[0].dtype}, got {state.slots.dtype}")
         if state.slots.device != old.device:
             self._way.settle()
             box = Outbox(old.room, old.parts[0].shape[1], self.layout, state)

@@ -18,10 +18,11 @@ from vmemory.banks.quantized import (
     push_quantized_,
 )
 from vmemory.banks.reads import BankReads
+from vmemory.banks.streams import check_rows
 from vmemory.banks.tiers import clamped, make_layout
-from vmemory.banks.times import Times, as_times
+from vmemory.banks.times import Times, as_times, check_seconds
 from vmemory.banks.tokens import MemoryTokens, compact_tokens, padded_tokens, row_tables
-from vmemory.ops._checks import check_int, check_tensor, shape_of
+from vmemory.ops._checks import check_int, shape_of
 from vmemory.ops.bank import BankPlan, bank_gather, bank_plan, bank_push_, check_push, layout_maps
 from vmemory.reference.bank_layout import (
     FRAME,
@@ -108,11 +109,10 @@ class Bank(PastModule, BankReads):
         """
         frames, valid, times = self._arrange(frames, time, valid)
         if streams is not None:
-            check_tensor("streams", streams, "[S]")
-            if streams.dtype != torch.int64:
-                raise ValueError(f"streams: expected int64, got {streams.dtype}")
-        if times is not None and times.device.type == "cpu" and not torch.compiler.is_compiling():
-            self._check_increasing(times, streams)
+            check_rows(streams, self.streams)
+        if times is not None:
+            check_seconds(times, (self.clock[..., STOP], self.entry[..., FRAME] >= 0), streams)
+            times = times.to(frames.device)
         if self._archive is None:
             self._write(frames, times, valid, streams)
         else:
@@ -172,20 +172,7 @@ class Bank(PastModule, BankReads):
         S, T = frames.shape[:2]
         if time is None:
             return frames, valid, None
-        return frames, valid, as_times(time, S, T).to(frames.device)
-
-    def _check_increasing(self, times: Tensor, streams: Tensor | None) -> None:
-        if self.clock.device.type == "cpu" and times.shape[1]:
-            held = self.clock[..., STOP] if streams is None else self.clock[streams.clamp_min(0), :, STOP]
-            live = self.entry[..., FRAME] if streams is None else self.entry[streams.clamp_min(0), :, FRAME]
-            if times.shape[0] == held.shape[0]:
-                late = (live >= 0) & (held >= times[:, :1])
-                if bool(late.any()):
-                    raise ValueError(
-                        f"time: expected more than {float(held[late].max())} s, the last seen, got {float(times[0, 0])}"
-                    )
-        if bool((times.diff(dim=1) <= 0).any()):
-            raise ValueError("time: expected strictly increasing seconds along the frames")
+        return frames, valid, as_times(time, S, T)
 
     # reading
 
@@ -200,8 +187,9 @@ class Bank(PastModule, BankReads):
                 `[S, T, H, W, D]` a padded one.
         """
         frames, valid, times = self._arrange(clip, time, valid)
-        if times is not None and times.device.type == "cpu" and bool((times.diff(dim=1) <= 0).any()):
-            raise ValueError("time: expected strictly increasing seconds along the frames")
+        if times is not None:
+            check_seconds(times)
+            times = times.to(frames.device)
         layout = clamped(self.layout, frames.shape[1])
         # a bank on the meta device holds nothing, and only compresses
         whole = layout == self.layout and self.maps.device == frames.device

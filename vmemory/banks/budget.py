@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 
@@ -20,7 +21,10 @@ def parse_bytes(budget: str | int) -> int:
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(budget))
         if match is None or match[2].upper() not in _UNITS:
             raise ValueError(f"budget: expected a size such as '64MiB' or a number of bytes, got {budget!r}")
-        size = int(float(match[1]) * _UNITS[match[2].upper()])
+        exact = float(match[1]) * _UNITS[match[2].upper()]
+        if math.isinf(exact):
+            raise ValueError(f"budget: expected fewer bytes than a float can count, got {budget!r}")
+        size = int(exact)
     if size <= 0:
         raise ValueError(f"budget: expected a positive size, got {budget!r}")
     return size

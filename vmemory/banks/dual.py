@@ -16,7 +16,9 @@ from vmemory.banks.dual_read import DualReads
 from vmemory.banks.dual_state import DualState, capacities_within, new_state
 from vmemory.banks.dual_step import DualStep
 from vmemory.banks.files import BankFile
-from vmemory.banks.tiers import make_layout
+from vmemory.banks.quantized import name_of
+from vmemory.banks.streams import check_rows
+from vmemory.banks.tiers import check_grid, make_layout
 from vmemory.banks.times import Times
 from vmemory.banks.tokens import MemoryTokens, compact_tokens, padded_tokens, row_tables
 from vmemory.ops._checks import check_device, check_int, check_tensor, shape_of
@@ -114,6 +116,7 @@ class DualMemory(DualStep, DualInput, DualReads):
             key_dim, heads, hidden, activation, empty, slots, level, rule, salience, residual, device, dtype
         )
         check_int("streams", streams, low=1)
+        check_grid("grid", grid)
         form = (1, 1) if slots == "means" else None
         tokens = 1 if slots == "means" else math.prod(grid)
         if budget is not None:
@@ -172,9 +175,7 @@ class DualMemory(DualStep, DualInput, DualReads):
         frames, valid = self._arrange(frames, valid)
         rows = self.streams
         if streams is not None:
-            check_tensor("streams", streams, "[S]")
-            if streams.dtype != torch.int64:
-                raise ValueError(f"streams: expected int64, got {streams.dtype}")
+            check_rows(streams, self.streams)
             check_device("streams", streams, "entry", self.entry)
             rows = streams.shape[0]
         if frames.shape[0] != rows:
@@ -254,7 +255,8 @@ class DualMemory(DualStep, DualInput, DualReads):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as plain values, enough to make an empty memory like this one."""
-        return {**self._config, "dtype": str(self.working_tokens.dtype).removeprefix("torch.")}
+        # a model around the memory may have been cast since
+        return self._config | {"dtype": name_of(self.working_tokens.dtype)}
 
     def like(self, grid: tuple[int, int], **changes: Any) -> DualMemory:
         """An empty memory for frames of another grid, with a copy of these weights and with these options.

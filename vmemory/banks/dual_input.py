@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vmemory.banks.dual_state import DualStateHolder
-from vmemory.banks.times import Times, as_times
+from vmemory.banks.times import Times, as_times, check_seconds
 from vmemory.ops._checks import check_device, check_same, check_tensor, shape_of
 
 
@@ -63,15 +63,5 @@ class DualInput(DualStateHolder):
         if time is None:
             return torch.full((S, T), torch.nan, dtype=torch.float64, device=frames.device)
         times = as_times(time, S, T)
-        if times.device.type == "cpu" and not torch.compiler.is_compiling():
-            if bool((times.diff(dim=1) <= 0).any()):
-                raise ValueError("time: expected strictly increasing seconds along the frames")
-            if self.clock.device.type == "cpu" and T and not fresh:
-                clock, live = self.clock, self.entry >= 0
-                if streams is not None:
-                    here = streams.clamp(0, self.streams - 1)
-                    clock, live = clock[here], live[here] & (here == streams)[:, None]
-                late = live & (clock >= times[:, :1])
-                if bool(late.any()):
-                    raise ValueError(f"time: expected more than {float(clock[late].max())} s, the last seen, got less")
+        check_seconds(times, None if fresh else (self.clock, self.entry >= 0), streams)
         return times.to(frames.device)

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vmemory.banks.budget import largest_entries
+from vmemory.banks.streams import as_streams
 from vmemory.ops._checks import check_int, shape_of
 
 
@@ -185,6 +186,16 @@ class DualStateHolder(nn.Module):
         """Bytes of state held on the device, weights apart: constant from construction to the end."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers(recurse=False))
 
+    @property
+    def archive(self) -> None:
+        """None: what leaves are tokens made of many frames, for which there is no archive; it cannot be set."""
+        return None
+
+    @archive.setter
+    def archive(self, archive: Any) -> None:
+        if archive is not None:
+            raise ValueError(f"archive: expected None, a dual memory has none, got {type(archive).__name__}")
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualStateHolder:
         kept = {name: getattr(self, name) for name in KEPT}
         super()._apply(fn, recurse)
@@ -197,12 +208,16 @@ class DualStateHolder(nn.Module):
         return self
 
     def reset(self, streams: Sequence[int] | None = None) -> None:
-        """Forget everything, of all streams or of those named; weights stay."""
+        """Forget everything, of all streams or of those named; weights stay.
+
+        Raises:
+            TypeError, ValueError: No such stream; nothing has changed then.
+        """
         if streams is None:
             self.state.clear_()
             self.masked = False
         else:
-            self.state.clear_(torch.tensor(list(streams), dtype=torch.int64, device=self.entry.device))
+            self.state.clear_(as_streams(streams, self.entry.shape[0]).to(self.entry.device))
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
@@ -264,6 +279,8 @@ class DualStateHolder(nn.Module):
         Raises:
             ValueError: The snapshot's shapes or dtypes are not this memory's; nothing has changed then.
         """
+        if not isinstance(snapshot, DualState):
+            raise ValueError(f"snapshot: expected DualState, got {type(snapshot).__name__}")
         for name, held, new in zip(DualState._fields, self.state, snapshot, strict=True):
             if held.shape != new.shape or held.dtype != new.dtype:
                 raise ValueError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from torch import nn
 from vmemory.banks.bank import Bank
 from vmemory.banks.budget import largest_entries
 from vmemory.banks.quantized import name_of
-from vmemory.banks.tiers import state_bytes
+from vmemory.banks.tiers import check_grid, state_bytes
 from vmemory.ops._checks import check_choice
 
 Grids = Sequence[tuple[int, int] | None]
@@ -89,12 +88,10 @@ class HierarchicalBank(Bank):
             "key_dim": self.layout.key_dim,
         }
 
-    def config(self) -> dict[str, Any]:
-        return dict(self._config)
-
 
 def halving(grid: tuple[int, int], tiers: int) -> list[tuple[int, int]]:
     """The grid itself, then half of the one before, never below 1."""
+    check_grid("grid", grid)
     sizes = [(int(grid[0]), int(grid[1]))]
     while len(sizes) < tiers:
         h, w = sizes[-1]

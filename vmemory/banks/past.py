@@ -157,7 +157,7 @@ class PastModule(StateModule):
     def _replayed(self, frames: list[Frame], seen: int) -> AnyState:
         """The state of one stream that took in these frames out of `seen`; the others count as skipped."""
         config = self.config() | {"streams": 1, "device": self.slots.device}
-        config["dtype"] = dtype_of(config["dtype"]) if self.quantized else self.slots.dtype
+        config["dtype"] = dtype_of(config["dtype"])
         twin = type(self)(**config)
 
         def skip_to(number: int) -> None:

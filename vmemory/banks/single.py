@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -65,9 +63,6 @@ class SingleTierBank(Bank):
             "dtype": name_of(dtype),
             "key_dim": self.layout.key_dim,
         }
-
-    def config(self) -> dict[str, Any]:
-        return dict(self._config)
 
 
 class RingBank(SingleTierBank):

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from vmemory.banks.archive import Archive
 from vmemory.banks.files import BankFile
-from vmemory.banks.quantized import AnyState, QuantizedState
+from vmemory.banks.quantized import AnyState, QuantizedState, name_of
+from vmemory.banks.streams import as_streams
 from vmemory.banks.tokens import MemoryTokens
 from vmemory.ops._checks import check_int, shape_of
+from vmemory.ops.bank import layout_maps
 from vmemory.reference.bank_layout import RULES, SEEN, BankLayout, BankState
 
-# buffers that keep their dtype when a model around them is cast
-_KEPT = ("mass", "descriptor", "norm", "link", "clock", "maps", "scale")
+# buffers that keep their dtype when a model around them is cast, and those that operators want as wide as the tokens
+_KEPT, _WIDE = ("mass", "clock", "scale"), ("descriptor", "norm", "link", "maps")
 _Self = TypeVar("_Self", bound="StateModule")
 
 
@@ -42,6 +44,8 @@ class StateModule(nn.Module):
     levels: tuple[int, ...]
     streams: int
     adapter: nn.Module | None
+    # the constructor's arguments as plain values, set by subclasses
+    _config: dict[str, Any]
     _archive: Archive | None = None
 
     # what saving needs beside the layout; subclasses name themselves in vmemory.banks.POLICIES
@@ -97,32 +101,37 @@ class StateModule(nn.Module):
         return self._archive.recall(t0, t1, stream)
 
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
-        kept = {name: getattr(self, name) for name in _KEPT if hasattr(self, name)}
+        if self._archive is not None:
+            self._archive.check_dtype(fn(self.slots.new_empty(0)).dtype)
+        kept = {name: getattr(self, name) for name in _KEPT + _WIDE if hasattr(self, name)}
         super()._apply(fn, recurse)
+        wide = torch.promote_types(self.slots.dtype, torch.float32)
         for name, old in kept.items():
-            new = getattr(self, name)
-            if new.dtype != old.dtype:
-                setattr(self, name, old.to(new.device))
+            new, kind = getattr(self, name), wide if name in _WIDE else old.dtype
+            if new.dtype != kind:
+                setattr(self, name, old.to(new.device, kind))
+        if self.maps.dtype != kept["maps"].dtype:
+            self.maps = layout_maps(self.layout, self.slots)
         if self._archive is not None:
             self._archive.moved(self.state)
         return self
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments as plain values, enough to make an empty bank like this one."""
-        raise NotImplementedError
+        """The constructor's arguments as plain values, enough to make an empty bank like this one as it is now."""
+        # a model around the bank may have been cast since
+        return self._config | ({} if self.quantized else {"dtype": name_of(self.slots.dtype)})
 
     def reset(self, streams: Sequence[int] | None = None) -> None:
         """Forget everything, of all streams or of those named, in the archive too; that synchronises.
 
         Raises:
+            TypeError, ValueError: No such stream; nothing has changed then.
             RuntimeError: The disk does not take the archive's part; it is forgotten here and there all the same.
         """
+        which = slice(None) if streams is None else as_streams(streams, self.streams).to(self.entry.device)
         if self._archive is not None:
-            for stream in range(self.streams) if streams is None else streams:
+            for stream in range(self.streams)[which] if isinstance(which, slice) else which.tolist():
                 self._archive.forget(stream, None)
-        which = (
-            slice(None) if streams is None else torch.tensor(list(streams), dtype=torch.int64, device=self.entry.device)
-        )
         for name in self._state_type._fields:
             getattr(self, name)[which] = -1 if name in ("entry", "order") else 0
         if self._archive is not None:

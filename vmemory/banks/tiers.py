@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
+from typing import Any
 
 import torch
 
@@ -23,6 +25,18 @@ def clamped(layout: BankLayout, frames: int) -> BankLayout:
     )
 
 
+def check_grid(name: str, grid: Any) -> None:
+    """A pair of ints, both at least 1.
+
+    Raises:
+        TypeError, ValueError: Something else.
+    """
+    if not isinstance(grid, Sequence) or not all(isinstance(side, Integral) for side in grid):
+        raise TypeError(f"{name}: expected two ints (H, W), got {grid!r}")
+    if len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"{name}: expected (H, W), both at least 1, got {grid!r}")
+
+
 def make_layout(
     dim: int,
     grid: tuple[int, int],
@@ -37,12 +51,14 @@ def make_layout(
     Raises:
         ValueError: The tiers, grids or intervals do not fit each other.
     """
-    if len(grid) != 2 or min(grid) < 1:
-        raise ValueError(f"grid: expected (H, W), both at least 1, got {grid!r}")
+    check_grid("grid", grid)
     if len(capacities) != len(grids):
         raise ValueError(f"grids: expected one per capacity ({len(capacities)}), got {len(grids)}")
     for c in capacities:
         check_int("capacities", c, low=0)
+    for g in grids:
+        if g is not None:
+            check_grid("grids", g)
     sizes = [(grid[0], grid[1]) if g is None else (int(g[0]), int(g[1])) for g in grids]
     for h, w in sizes:
         if not (1 <= h <= grid[0] and 1 <= w <= grid[1]):

@@ -16,9 +16,13 @@ def as_times(time: float | Sequence[float] | Tensor, streams: int, frames: int) 
     """Times of T frames of S streams as `[S, T]` float64.
 
     Raises:
+        TypeError: Not numbers.
         ValueError: Not float64, or not one number a frame.
     """
-    times = time if isinstance(time, Tensor) else torch.tensor(time, dtype=torch.float64)
+    try:
+        times = time if isinstance(time, Tensor) else torch.tensor(time, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"time: expected seconds, as numbers or a float64 tensor, got {time!r}") from None
     if times.dtype != torch.float64:
         raise ValueError(f"time: expected float64 seconds, got {times.dtype}")
     if times.dim() == 0 and frames == 1:
@@ -26,3 +30,34 @@ def as_times(time: float | Sequence[float] | Tensor, streams: int, frames: int) 
     if times.shape not in ((frames,), (streams, frames)):
         raise ValueError(f"time: expected shape [{frames}] or [{streams}, {frames}], got {shape_of(times)}")
     return times.expand(streams, frames).contiguous()
+
+
+def check_seconds(times: Tensor, held: tuple[Tensor, Tensor] | None = None, streams: Tensor | None = None) -> None:
+    """Times are seconds that increase, as far as the host knows them.
+
+    Args:
+        times: `[S', T]` float64.
+        held: Seconds `[S, M]` that they have to exceed, and which of these there are, `[S, M]` bool.
+        streams: `[S']` int64, the stream of each row; nobody looks at the times of rows that are skipped.
+
+    Raises:
+        ValueError: Infinite, not increasing along the frames, or not above what its stream holds.
+    """
+    if times.device.type != "cpu" or not times.numel() or torch.compiler.is_compiling():
+        return
+    if streams is not None:
+        if streams.device.type != "cpu":
+            return
+        fed = streams >= 0
+        times, streams = times[fed], streams[fed]
+    if bool(times.isinf().any()):
+        raise ValueError(f"time: expected finite seconds, or NaN where unknown, got {float(times[times.isinf()][0])}")
+    if held is not None and held[0].device.type == "cpu":
+        seconds, live = held if streams is None else (x[streams] for x in held)
+        late = live & (seconds >= times[:, :1]) if len(times) == len(seconds) else live[:0]
+        if bool(late.any()):
+            row = int(late.any(1).nonzero()[0])
+            last = float(seconds[row][late[row]].max())
+            raise ValueError(f"time: expected more than {last} s, the last seen, got {float(times[row, 0])}")
+    if bool((times.diff(dim=1) <= 0).any()):
+        raise ValueError("time: expected strictly increasing seconds along the frames")
