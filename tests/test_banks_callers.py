@@ -185,7 +185,7 @@ def test_grids_budgets_and_snapshots_of_another_kind_are_refused_by_name(policy:
     ):
         with pytest.raises(error, match=words):
             make(policy, **arguments)
-    for budget, words in (("1" + 400 * "0", "expected fewer bytes than a float can count"), (1, "expected at least")):
+    for budget, words in (("1" + 400 * "0", "expected a positive size below"), (1, "expected at least")):
         with pytest.raises(ValueError, match=f"budget: {words}"):
             banks.make(policy, dim=DIM, grid=GRID, budget=budget)
     bank = make(policy)
@@ -197,3 +197,31 @@ def test_grids_budgets_and_snapshots_of_another_kind_are_refused_by_name(policy:
     assert isinstance(stranger, BankState) == (policy == "dual")
     with pytest.raises(ValueError, match=f"snapshot: expected {own}, got {other}"):
         bank.restore(stranger)
+
+
+# files
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_file_that_says_what_no_memory_is_like_is_refused(policy: str, tmp_path) -> None:
+    """Its checksum is right: somebody, or another program, wrote it so."""
+    path, bank = tmp_path / "m.vmem", make(policy)
+    bank.push(clip(20), seconds(20))
+    bank.save(path)
+    banks.load(path)
+    counters, lists = ("written", "entered") if policy == "dual" else ("counter", "order")
+    for change, words in (
+        (lambda file: file.config.pop("dim"), "'dim'"),
+        (lambda file: file.config.update(more=1), "'more'"),
+        (lambda file: file.config.update(dtype="floaty"), "floaty"),
+        (lambda file: file.state.pop("clock"), "'clock'"),
+        (lambda file: file.state.update(clock=file.state["clock"][..., :1]), "snapshot.clock: expected"),
+        (lambda file: setattr(file, "policy", "none"), "policy: expected one of"),
+        (lambda file: file.state[counters].fill_(-7), "state"),
+        (lambda file: file.state[lists].fill_(-7), "state"),
+    ):
+        file = banks.BankFile.read(path)
+        change(file)
+        file.write(tmp_path / "other.vmem")
+        with pytest.raises(banks.BankFileError, match=f"other.vmem: .*{words}"):
+            banks.load(tmp_path / "other.vmem")

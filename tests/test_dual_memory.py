@@ -315,7 +315,7 @@ def test_nothing_pushed_changes_nothing() -> None:
     assert memory.push(video(0).expand(2, -1, -1, -1, -1)).shape == (2, 0, *GRID, DIM)
     assert memory.push(video(1)[None][:0], streams=torch.zeros(0, dtype=torch.int64)).shape == (0, 1, *GRID, DIM)
     assert all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(before, memory.state, strict=True))
-    skipped = memory.push(video(1)[None].expand(3, -1, -1, -1, -1), streams=torch.tensor([-1, 2, -7]))
+    skipped = memory.push(video(1)[None].expand(3, -1, -1, -1, -1), streams=torch.tensor([-1, -2, -7]))
     assert bool((skipped == 0).all())
     assert all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(before, memory.state, strict=True))
 

@@ -62,9 +62,9 @@ uint64_t sum(const Page& page) { return checksum(page.tag, kTag, page.magic ^ pa
 Blocks::Blocks(uint64_t budget, uint64_t payload, const std::string& path, const std::string& tag)
     : payload_(payload), stride_(stride(payload)), count_((budget - kPage) / stride_), bytes_(bytes(count_, payload)) {
   if (tag.size() >= kTag) throw std::invalid_argument("tag: expected less than 1024 bytes");
-  used_.assign(count_, 0);
   try {
     open(path, tag);
+    used_.assign(count_, 0);
   } catch (...) {
     close();
     throw;

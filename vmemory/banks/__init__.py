@@ -21,6 +21,7 @@ from vmemory.banks.policies import POLICIES, make
 from vmemory.banks.quantized import dtype_of
 from vmemory.banks.reservoir import ReservoirBank
 from vmemory.banks.single import MergingBank, RingBank, UniformBank
+from vmemory.banks.tiers import check_lists
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved
 
 
@@ -31,13 +32,24 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Any, Ban
         BankFileError: The file cannot be used; one line says why.
     """
     file = BankFile.read(Path(path))
+    try:
+        return _made(file, device), file
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # whole, and of this version, but not what `save` writes
+        raise BankFileError(f"{path}: {error}") from None
+
+
+def _made(file: BankFile, device: torch.device | str) -> Any:
     if file.policy == DualMemory.policy:
-        return DualMemory.from_file(file, device), file
+        return DualMemory.from_file(file, device)
     config = dict(file.config)
     config["dtype"] = dtype_of(str(config["dtype"]))
     bank = make(file.policy, device=device, **config)
-    bank.restore(type(bank.state)(**{name: t.to(device) for name, t in file.state.items()}))
-    return bank, file
+    state = type(bank.state)(**file.state)
+    bank.check(state)
+    check_lists(bank.layout, state.order, state.counter)
+    bank.restore(type(state)(*(t.to(device) for t in state)))
+    return bank
 
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,8 @@ class Archive(StoredFrames):
         """
         if self._way is not None:
             raise ValueError("archive: expected one that no bank has yet, got one in use")
+        if state.slots.is_meta:
+            raise ValueError("archive: expected a bank that holds frames, got one on the meta device")
         self.layout, self.levels = layout, levels
         H, W = layout.grid
         # what frames that come to the store can measure: as they came in, or as the tiers they leave from hold them
@@ -129,6 +131,20 @@ class Archive(StoredFrames):
         """
         if self._handover.step():
             self._pending = 0
+
+    def check_usable(self) -> None:
+        """The archive can take frames.
+
+        Raises:
+            ValueError: It was closed.
+            RuntimeError: This process was forked from the one that writes.
+        """
+        if self._handover is not None and not torch.compiler.is_compiling():
+            self._store.busy()
+
+    def taking(self) -> AbstractContextManager[Any]:
+        """Around each frame of a push: who recalls in another thread meanwhile waits until it is in or out."""
+        return nullcontext() if torch.compiler.is_compiling() else self._handover.lock
 
     def pushed(self, streams: int) -> None:
         """After each frame of a push: send on what the outbox holds, where it is time and nobody waits for it."""

@@ -22,6 +22,7 @@ from vmemory.banks.streams import check_rows
 from vmemory.banks.tiers import clamped, make_layout
 from vmemory.banks.times import Times, as_times, check_seconds
 from vmemory.banks.tokens import MemoryTokens, compact_tokens, padded_tokens, row_tables
+from vmemory.banks.unbroken import unbroken
 from vmemory.ops._checks import check_int, shape_of
 from vmemory.ops.bank import BankPlan, bank_gather, bank_plan, bank_push_, check_push, layout_maps
 from vmemory.reference.bank_layout import (
@@ -117,11 +118,13 @@ class Bank(PastModule, BankReads):
             self._write(frames, times, valid, streams)
         else:
             self._check(self.state, frames, times, valid, streams)
+            self._archive.check_usable()
             for t in range(frames.shape[1]):
                 when, there = (None if x is None else x[:, t : t + 1] for x in (times, valid))
-                self._part(self._archive, frames[:, t], when, there, streams)
-                self._write(frames[:, t : t + 1], when, there, streams)
-                self._archive.pushed(frames.shape[0])
+                with self._archive.taking(), unbroken():
+                    self._part(self._archive, frames[:, t], when, there, streams)
+                    self._write(frames[:, t : t + 1], when, there, streams)
+                    self._archive.pushed(frames.shape[0])
 
     def _part(
         self, archive: Archive, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None

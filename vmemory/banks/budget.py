@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_MOST = 2**63
 
 
 def parse_bytes(budget: str | int) -> int:
     """`"64MiB"`, `"1.5 GB"` or a number of bytes, as an int.
 
     Raises:
-        ValueError: Not a positive size.
+        ValueError: Not a positive size, or 2⁶³ bytes and more.
     """
     if isinstance(budget, int) and not isinstance(budget, bool):
         size = budget
@@ -22,11 +23,9 @@ def parse_bytes(budget: str | int) -> int:
         if match is None or match[2].upper() not in _UNITS:
             raise ValueError(f"budget: expected a size such as '64MiB' or a number of bytes, got {budget!r}")
         exact = float(match[1]) * _UNITS[match[2].upper()]
-        if math.isinf(exact):
-            raise ValueError(f"budget: expected fewer bytes than a float can count, got {budget!r}")
-        size = int(exact)
-    if size <= 0:
-        raise ValueError(f"budget: expected a positive size, got {budget!r}")
+        size = int(exact) if math.isfinite(exact) else _MOST
+    if not 0 < size < _MOST:
+        raise ValueError(f"budget: expected a positive size below 2^63 bytes, got {budget!r}")
     return size
 
 

@@ -21,7 +21,7 @@ from vmemory.banks.streams import check_rows
 from vmemory.banks.tiers import check_grid, make_layout
 from vmemory.banks.times import Times
 from vmemory.banks.tokens import MemoryTokens, compact_tokens, padded_tokens, row_tables
-from vmemory.ops._checks import check_device, check_int, check_tensor, shape_of
+from vmemory.ops._checks import check_device, check_int, shape_of
 
 _WEIGHTS = "weights."
 # what weights were trained for; the other options say how much is kept, and what of it
@@ -302,7 +302,10 @@ class DualMemory(DualStep, DualInput, DualReads):
         memory = cls(**{**file.config, "dtype": getattr(torch, str(file.config["dtype"]))}, device=device)
         weights = {n.removeprefix(_WEIGHTS): file.extra.pop(n) for n in list(file.extra) if n.startswith(_WEIGHTS)}
         memory.load_state_dict(weights)
-        memory.restore(DualState(**{name: x.to(device) for name, x in file.state.items()}))
+        state = DualState(**{name: x.to(device) for name, x in file.state.items()})
+        if bool((torch.stack([state.seen, state.entered, state.written]) < 0).any()):
+            raise ValueError("state: expected counters of at least 0")
+        memory.restore(state)
         return memory
 
 

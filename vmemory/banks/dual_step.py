@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from vmemory.banks.dual_rules import RULES, bridged_slot
 from vmemory.banks.dual_slots import Arrived, Feed, Side, put
 from vmemory.banks.dual_state import DualState
+from vmemory.banks.unbroken import unbroken
 from vmemory.ops._checks import check_choice, check_int
 from vmemory.ops.gated_fusion import gated_fusion
 from vmemory.ops.memory_attention import memory_attention
@@ -169,40 +170,43 @@ class DualStep(nn.Module):
         working, episodic = Side.both(state)
         fused = []
         for t in range(T):
-            behind = None if riding is None else riding[:, t]
-            frame = Arrived(frames[:, t], weight[:, t], times[:, t], behind, feed, masked, differentiable)
-            answers = [
-                self._recall(reader, side, query[:, t], None if own is None else (own[0][:, t], own[1][:, t]), frame)
-                for reader, side, query, own in (
-                    (self.working, working, to_working, alone[0]),
-                    (self.episodic, episodic, to_episodic, alone[1]),
-                )
-            ]
-            m = gated_fusion(
-                *answers, self.gate_in.weight, self.gate_in.bias, self.gate_out.weight, self.gate_out.bias,
-                self.activation,
-            )  # fmt: skip
-            if self.alpha is not None:
-                m = torch.lerp(frames[:, t], m, self.alpha)
-            if valid is not None:
-                m = torch.where(valid[:, t, :, None], m, 0)
-            fused.append(m if feed.whole else torch.where(feed.there[:, None, None], m, 0))
-            number = state.seen.clone()
-            state.seen.add_(feed.fed)
+            with unbroken():
+                behind = None if riding is None else riding[:, t]
+                frame = Arrived(frames[:, t], weight[:, t], times[:, t], behind, feed, masked, differentiable)
+                answers = [
+                    self._recall(
+                        reader, side, query[:, t], None if own is None else (own[0][:, t], own[1][:, t]), frame
+                    )
+                    for reader, side, query, own in (
+                        (self.working, working, to_working, alone[0]),
+                        (self.episodic, episodic, to_episodic, alone[1]),
+                    )
+                ]
+                m = gated_fusion(
+                    *answers, self.gate_in.weight, self.gate_in.bias, self.gate_out.weight, self.gate_out.bias,
+                    self.activation,
+                )  # fmt: skip
+                if self.alpha is not None:
+                    m = torch.lerp(frames[:, t], m, self.alpha)
+                if valid is not None:
+                    m = torch.where(valid[:, t, :, None], m, 0)
+                fused.append(m if feed.whole else torch.where(feed.there[:, None, None], m, 0))
+                number = state.seen.clone()
+                state.seen.add_(feed.fed)
 
-            rows, slot = torch.where(usable[:, t], feed.rows, -1), working.pushed.clone()
-            ring_push_(working.tokens, working.pushed, kept[:, t, None], rows)
-            working = working.store(slot, rows, keys[:, t], values[:, t], means[:, t], number, frame)
+                rows, slot = torch.where(usable[:, t], feed.rows, -1), working.pushed.clone()
+                ring_push_(working.tokens, working.pushed, kept[:, t, None], rows)
+                working = working.store(slot, rows, keys[:, t], values[:, t], means[:, t], number, frame)
 
-            fine = usable[:, t] & m.isfinite().flatten(1).all(1)
-            m = torch.where(fine[:, None, None], m if through_slots else m.detach(), 0)
-            mean = _mean(m.detach(), mass[:, t])
-            if self.salience is not None:
-                fine = fine & (self.salience(mean.to(m.dtype)).sigmoid()[:, 0] >= self.threshold)
-            rows, held = torch.where(fine, feed.rows, -1), self.held(m, mass[:, t])
-            slot, full = self._replace(episodic, held, mean, rows, feed)
-            episodic = episodic.store(slot, rows, *self.episodic.project(held), mean, number, frame)
-            state.overwrites.add_(episodic.hit(slot, feed.takes(rows) & full))
+                fine = usable[:, t] & m.isfinite().flatten(1).all(1)
+                m = torch.where(fine[:, None, None], m if through_slots else m.detach(), 0)
+                mean = _mean(m.detach(), mass[:, t])
+                if self.salience is not None:
+                    fine = fine & (self.salience(mean.to(m.dtype)).sigmoid()[:, 0] >= self.threshold)
+                rows, held = torch.where(fine, feed.rows, -1), self.held(m, mass[:, t])
+                slot, full = self._replace(episodic, held, mean, rows, feed)
+                episodic = episodic.store(slot, rows, *self.episodic.project(held), mean, number, frame)
+                state.overwrites.add_(episodic.hit(slot, feed.takes(rows) & full))
         out = torch.stack(fused, 1)
         if rest is None:
             return out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class Handover:
 
     Attributes:
         frames: The outbox's `frames()` on the host, `[n, ...]` each.
+        lock: Held while a batch goes from here to there, and by pushes while they fill the outbox.
     """
 
     def __init__(self, box: Outbox, store: Any) -> None:
@@ -31,20 +33,26 @@ class Handover:
         self._side = torch.cuda.Stream(box.device) if cuda else None
         self._copied = torch.cuda.Event() if cuda else None
         self._on_its_way = False
+        self.lock = threading.RLock()
 
     def _arrived(self) -> bool:
         """Whether the host's memory can take a batch; gives the thread what has come in."""
         if self._on_its_way:
             if self._copied is not None and not self._copied.query():
                 return False
-            self._on_its_way = False
             filled = int(self._count[0])
             if filled:
                 self._store.put(filled)
+            # an interrupt before this stores a batch twice; one after it, earlier, would lose the batch
+            self._on_its_way = False
         return not self._store.busy()
 
     def step(self) -> bool:
         """Send off what the outbox holds, unless a batch is still on its way; whether the outbox is empty now."""
+        with self.lock:
+            return self._step()
+
+    def _step(self) -> bool:
         if not self._arrived():
             return False
         if self._side is None or self._copied is None:
@@ -57,8 +65,8 @@ class Handover:
                 self._copy(self.box.room, non_blocking=True)
                 self._copied.record(self._side)
             pushes.wait_event(self._copied)
-        self.box.release()
         self._on_its_way = True
+        self.box.release()
         if self._side is None:
             self._arrived()
         return True
@@ -73,9 +81,10 @@ class Handover:
 
     def settle(self) -> None:
         """Return when all that the outbox held lies in the store; synchronises the host."""
-        self._wait()
-        self.step()
-        self._wait()
+        with self.lock:
+            self._wait()
+            self._step()
+            self._wait()
 
     def _wait(self) -> None:
         if self._on_its_way and self._copied is not None:
@@ -85,17 +94,19 @@ class Handover:
 
     def put(self, frames: list[tuple[Tensor, ...]]) -> None:
         """Store frames that do not come from the outbox, each as a row of `frames`, some of them shorter."""
-        self.settle()
-        for first in range(0, len(frames), self.box.room):
-            batch = frames[first : first + self.box.room]
-            for i, frame in enumerate(batch):
-                for here, new in zip(self.frames, frame, strict=True):
-                    here[i, : new.shape[0]] = new
-            self._store.put(len(batch))
-            self._store.wait()
+        with self.lock:
+            self.settle()
+            for first in range(0, len(frames), self.box.room):
+                batch = frames[first : first + self.box.room]
+                for i, frame in enumerate(batch):
+                    for here, new in zip(self.frames, frame, strict=True):
+                        here[i, : new.shape[0]] = new
+                self._store.put(len(batch))
+                self._store.wait()
 
     def clear(self) -> None:
         """Zero the outbox and the host's memory, both settled before."""
-        self.box.clear()
-        for t in self.frames:
-            t.zero_()
+        with self.lock:
+            self.box.clear()
+            for t in self.frames:
+                t.zero_()

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from vmemory.banks.unbroken import unbroken
 from vmemory.ops._checks import check_floating
 from vmemory.ops.bank import bank_push_, check_frames
 from vmemory.ops.grid_pool import grid_pool
@@ -135,17 +136,18 @@ def push_quantized_(
     # reducing one cell to one cell
     maps = means.new_ones(decider.packed_maps.numel())
     for t in range(frames.shape[1]):
-        seen, before = state.counter[:, SEEN].clone(), state.entry.clone()
-        # written and never read
-        tokens = means.new_empty((S, layout.slots, layout.key_dim))
-        bank_push_(
-            BankState(tokens, means.new_ones((S, layout.slots), dtype=torch.float32), *state[2:9]),
-            decider, means[:, t, None, None, None], time=None if times is None else times[:, t : t + 1],
-            streams=streams, maps=maps,
-        )  # fmt: skip
-        frame = frames[:, t] if streams is None else frames[row.clamp_min(0), t]
-        for tier in reversed(range(layout.tiers)):
-            _move(state, layout, tier, before, seen, frame)
+        with unbroken():
+            seen, before = state.counter[:, SEEN].clone(), state.entry.clone()
+            # written and never read
+            tokens = means.new_empty((S, layout.slots, layout.key_dim))
+            bank_push_(
+                BankState(tokens, means.new_ones((S, layout.slots), dtype=torch.float32), *state[2:9]),
+                decider, means[:, t, None, None, None], time=None if times is None else times[:, t : t + 1],
+                streams=streams, maps=maps,
+            )  # fmt: skip
+            frame = frames[:, t] if streams is None else frames[row.clamp_min(0), t]
+            for tier in reversed(range(layout.tiers)):
+                _move(state, layout, tier, before, seen, frame)
 
 
 def rows_of_streams(streams: Tensor, S: int) -> Tensor:

@@ -14,6 +14,7 @@ from vmemory.banks.quantized import (
     write_tokens,
 )
 from vmemory.banks.single import SingleTierBank
+from vmemory.banks.unbroken import unbroken
 from vmemory.ops.bank import BankPlan, check_frames
 from vmemory.ops.grid_pool import grid_pool
 from vmemory.ops.ring import ring_push_
@@ -57,7 +58,11 @@ class SlotBank(SingleTierBank):
         state = self.state
         self._check(state, frames, times, valid, streams)
         if frames.shape[0]:
-            self._replay(state, self.layout, frames, times, valid, streams, moves=True)
+            try:
+                self._replay(state, self.layout, frames, times, valid, streams, moves=True)
+            finally:
+                # also of the frames taken in before an interrupt
+                _list(state)
 
     @torch.no_grad()
     def _plan(
@@ -76,6 +81,7 @@ class SlotBank(SingleTierBank):
             }
         )
         chosen = self._replay(state, layout, frames, times, valid, None, moves=self.reads_tokens)
+        _list(state)
         assign = chosen
         if layout.slots:
             held = state.entry[..., FRAME].gather(1, chosen.clamp_min(0))
@@ -100,42 +106,42 @@ class SlotBank(SingleTierBank):
         ones = torch.ones_like(row)
         chosen = [row.new_empty((S, 0))]
         for t in range(frames.shape[1]):
-            seen = state.counter[:, SEEN]
-            if layout.slots == 0:
-                state.counter[:, : SKIPPED + 1] += fed[:, None]
-                chosen.append(torch.full_like(row, -1)[:, None])
-                continue
-            held = state.counter[:, LENGTH]
-            tokens, cells = self._enter(frames[:, t], None if valid is None else valid[:, t]) if moves else (None, None)
-            slot = self.choose(
-                state, seen - state.counter[:, SKIPPED], held, fed, _rows(means[:, t], row, streams),
-                _rows(tokens, row, streams) if tokens is not None and self.reads_tokens else None,
-            )  # fmt: skip
-            replaces = fed & (held == layout.slots)
-            if self._archive is not None and self._archive.keep == "evicted" and state.entry is self.entry:
-                self._archive.box.add_slots(state, slot, replaces)
-            at = slot.clamp_min(0)
-            written = [(state.descriptor, means[:, t]), (state.norm, norms[:, t]), (state.clock, clocks[:, t])]
-            if tokens is not None and cells is not None:
-                if isinstance(state, QuantizedState):
-                    rows = slot_rows(layout, 0, at)
-                    write_tokens(state, rows, fed, _rows(tokens, row, streams), _rows(cells, row, streams))
-                else:
-                    written += [(state.slots, tokens), (state.mass, cells)]
-            for buffer, value in written:
-                # a ring writes where its counter points to and moves it on, and skips the rows without a stream
-                flat = value.flatten(1)[:, None, None]
-                ring_push_(buffer.view(S, layout.slots, 1, -1), at.clone(), flat, streams)
-            frame = torch.stack([seen, seen, seen, ones], 1)
-            if streams is not None:
-                frame = torch.where(fed[:, None], frame, state.entry[stream, at])
-            state.entry[stream, at] = frame
-            chosen.append(slot[:, None])
-            # seen, skipped, dropped, held
-            state.counter.add_(torch.stack([fed, torch.zeros_like(fed), replaces, fed ^ replaces], 1))
-        if layout.slots:
-            place = torch.arange(layout.slots, device=frames.device)
-            state.order.copy_(torch.where(place < state.counter[:, LENGTH:], place, -1))
+            with unbroken():
+                seen = state.counter[:, SEEN]
+                if layout.slots == 0:
+                    state.counter[:, : SKIPPED + 1] += fed[:, None]
+                    chosen.append(torch.full_like(row, -1)[:, None])
+                    continue
+                held = state.counter[:, LENGTH]
+                tokens, cells = (
+                    self._enter(frames[:, t], None if valid is None else valid[:, t]) if moves else (None, None)
+                )
+                slot = self.choose(
+                    state, seen - state.counter[:, SKIPPED], held, fed, _rows(means[:, t], row, streams),
+                    _rows(tokens, row, streams) if tokens is not None and self.reads_tokens else None,
+                )  # fmt: skip
+                replaces = fed & (held == layout.slots)
+                if self._archive is not None and self._archive.keep == "evicted" and state.entry is self.entry:
+                    self._archive.box.add_slots(state, slot, replaces)
+                at = slot.clamp_min(0)
+                written = [(state.descriptor, means[:, t]), (state.norm, norms[:, t]), (state.clock, clocks[:, t])]
+                if tokens is not None and cells is not None:
+                    if isinstance(state, QuantizedState):
+                        rows = slot_rows(layout, 0, at)
+                        write_tokens(state, rows, fed, _rows(tokens, row, streams), _rows(cells, row, streams))
+                    else:
+                        written += [(state.slots, tokens), (state.mass, cells)]
+                for buffer, value in written:
+                    # a ring writes where its counter points to and moves it on, and skips the rows without a stream
+                    flat = value.flatten(1)[:, None, None]
+                    ring_push_(buffer.view(S, layout.slots, 1, -1), at.clone(), flat, streams)
+                frame = torch.stack([seen, seen, seen, ones], 1)
+                if streams is not None:
+                    frame = torch.where(fed[:, None], frame, state.entry[stream, at])
+                state.entry[stream, at] = frame
+                chosen.append(slot[:, None])
+                # seen, skipped, dropped, held
+                state.counter.add_(torch.stack([fed, torch.zeros_like(fed), replaces, fed ^ replaces], 1))
         return torch.cat(chosen, 1)
 
     def _describe(self, frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -163,6 +169,13 @@ class SlotBank(SingleTierBank):
         summed = torch.einsum("ih,jw,shwd->sijd", rows, columns, wide)
         pooled = torch.where(held[..., None] > 0, summed / held[..., None].clamp_min(1e-30), 0)
         return pooled.to(frames.dtype).flatten(1, 2), (held * (H * W / (h * w))).float().flatten(1)
+
+
+def _list(state: AnyState) -> None:
+    """Slots are filled one after the other, and listed so."""
+    place = torch.arange(state.order.shape[1], device=state.order.device)
+    if len(place):
+        state.order.copy_(torch.where(place < state.counter[:, LENGTH:], place, -1))
 
 
 def _rows(values: Tensor, row: Tensor, streams: Tensor | None) -> Tensor:

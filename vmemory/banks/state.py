@@ -86,6 +86,8 @@ class StateModule(nn.Module):
     @archive.setter
     def archive(self, archive: Archive | None) -> None:
         if archive is not None:
+            if not isinstance(archive, Archive):
+                raise TypeError(f"archive: expected an Archive or None, got {type(archive).__name__}")
             archive.attach(self.layout, self.levels, self.state)
         self._archive = archive
 
@@ -149,6 +151,18 @@ class StateModule(nn.Module):
         Raises:
             ValueError: The snapshot's shapes or dtypes are not this bank's; nothing has changed then.
         """
+        self.check(snapshot)
+        for held, new in zip(self.state, snapshot, strict=True):
+            held.copy_(new)
+        if self._archive is not None:
+            self._archive.branch(self.counter[:, SEEN])
+
+    def check(self, snapshot: AnyState) -> None:
+        """A snapshot has this bank's shapes and dtypes.
+
+        Raises:
+            ValueError: It has others.
+        """
         if type(snapshot) is not self._state_type:
             raise ValueError(f"snapshot: expected {self._state_type.__name__}, got {type(snapshot).__name__}")
         for name, held, new in zip(self._state_type._fields, self.state, snapshot, strict=True):
@@ -156,10 +170,6 @@ class StateModule(nn.Module):
                 raise ValueError(
                     f"snapshot.{name}: expected {shape_of(held)} {held.dtype}, got {shape_of(new)} {new.dtype}"
                 )
-        for held, new in zip(self.state, snapshot, strict=True):
-            held.copy_(new)
-        if self._archive is not None:
-            self._archive.branch(self.counter[:, SEEN])
 
     def save(
         self, path: str | Path, extra: dict[str, Tensor] | None = None, notes: dict[str, Any] | None = None

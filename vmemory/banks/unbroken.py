@@ -1,0 +1,42 @@
+"""Steps that an interrupt does not break off in the middle."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
+from typing import Any
+
+import torch
+
+
+class _Unbroken:
+    def __init__(self) -> None:
+        self._before: Any = None
+        self._came: tuple[int, FrameType | None] | None = None
+
+    def __enter__(self) -> None:
+        # Python calls handlers in its main thread alone
+        if threading.current_thread() is threading.main_thread():
+            before = signal.getsignal(signal.SIGINT)
+            if callable(before):
+                self._before = before
+                signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._came = number, frame
+
+    def __exit__(self, *error: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+            if self._came is not None:
+                self._before(*self._came)
+
+
+def unbroken() -> AbstractContextManager[None]:
+    """A block of several operators that change a memory together: Ctrl-C takes effect when it is done.
+
+    A frame whose tokens are there and whose number is not would be worse than none, and nobody could tell.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else _Unbroken()
