@@ -62,7 +62,8 @@ class SlotBank(SingleTierBank):
                 self._replay(state, self.layout, frames, times, valid, streams, moves=True)
             finally:
                 # also of the frames taken in before an interrupt
-                _list(state)
+                with unbroken():
+                    _list(state)
 
     @torch.no_grad()
     def _plan(

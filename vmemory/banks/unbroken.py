@@ -5,10 +5,14 @@ from __future__ import annotations
 import signal
 import threading
 from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
 from types import FrameType
 from typing import Any
 
 import torch
+
+# what `signal` itself is made of: its own functions turn handlers into enums, which takes longer than some pushes
+_raw = import_module("_signal")
 
 
 class _Unbroken:
@@ -19,17 +23,17 @@ class _Unbroken:
     def __enter__(self) -> None:
         # Python calls handlers in its main thread alone
         if threading.current_thread() is threading.main_thread():
-            before = signal.getsignal(signal.SIGINT)
+            before = _raw.getsignal(signal.SIGINT)
             if callable(before):
                 self._before = before
-                signal.signal(signal.SIGINT, self._note)
+                _raw.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._came = number, frame
 
     def __exit__(self, *error: object) -> None:
         if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+            _raw.signal(signal.SIGINT, self._before)
             if self._came is not None:
                 self._before(*self._came)
 
