@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import math
+import os
 import pickle
+import resource
+import stat
 
 import pytest
 import torch
@@ -225,3 +228,38 @@ def test_a_file_that_says_what_no_memory_is_like_is_refused(policy: str, tmp_pat
         file.write(tmp_path / "other.vmem")
         with pytest.raises(banks.BankFileError, match=f"other.vmem: .*{words}"):
             banks.load(tmp_path / "other.vmem")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_disk_that_is_full_keeps_the_old_file_and_leaves_no_other(policy: str, tmp_path) -> None:
+    path, bank = tmp_path / "m.vmem", make(policy)
+    bank.push(clip(5), seconds(5))
+    bank.save(path)
+    before = path.read_bytes()
+    bank.push(clip(5), seconds(5) + 5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+    try:
+        for target in (path, tmp_path / "new.vmem"):
+            with pytest.raises(OSError, match=f"{target}: .*File too large"):
+                bank.save(target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_save_follows_links_and_replaces_nothing_but_files(tmp_path) -> None:
+    bank, path, link, pipe = make("recent"), tmp_path / "m.vmem", tmp_path / "latest", tmp_path / "pipe"
+    bank.save(path)
+    link.symlink_to(path)
+    os.mkfifo(pipe)
+    bank.push(clip(5), seconds(5))
+    bank.save(link)
+    assert link.is_symlink()
+    same(banks.load(path)[0].state, bank.state)
+    for target in (pipe, tmp_path):
+        with pytest.raises(ValueError, match=f"path: expected a file or nothing there yet, got {target}$"):
+            bank.save(target)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "m.vmem", "pipe"]

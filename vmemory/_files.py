@@ -28,7 +28,17 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends without an error."""
+    """A temporary path beside `path` that takes its place when the block ends without an error.
+
+    Links are followed: what they point to is replaced.
+
+    Raises:
+        ValueError: What is there is no file: a directory, a device.
+    """
+    # whoever may write there could replace /dev/null by a file
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"path: expected a file or nothing there yet, got {path}")
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     temporary = Path(name)

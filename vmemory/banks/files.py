@@ -40,7 +40,13 @@ class BankFile:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """Write to a sibling, flush it to disk, then take the old file's place."""
+        """Write to a sibling, flush it to disk, then take the old file's place.
+
+        Raises:
+            OSError: The disk does not take it; an old file is still there.
+            ValueError: What is there is no file.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {f"state.{name}": t.detach().cpu().contiguous() for name, t in self.state.items()}
@@ -55,7 +61,10 @@ class BankFile:
         header["checksum"] = checksum(tensors, header)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
-            save_file(tensors, partial, metadata=header)
+            try:
+                save_file(tensors, partial, metadata=header)
+            except SafetensorError as error:
+                raise OSError(f"{path}: {error}") from None
             with partial.open("rb") as handle:
                 os.fsync(handle.fileno())
 

@@ -180,5 +180,9 @@ class StateModule(nn.Module):
             path: Where to write.
             extra: Further tensors to keep with the memory, for example thumbnails.
             notes: Further plain values, stored as JSON.
+
+        Raises:
+            OSError: The disk does not take it.
+            ValueError: At `path` there is something else than a file.
         """
         BankFile(self.policy, self.config(), self.state._asdict(), extra or {}, notes or {}).write(Path(path))
