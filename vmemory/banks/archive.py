@@ -33,7 +33,7 @@ class Archive(StoredFrames):
     outbox: call `drain()` once in `outbox` frames. The way of a CUDA device has not run on one yet.
 
     A bank in 8 or 4 bits is archived in codes and scales, as it holds them; `recall` gives float32. Another thread than
-    the one that pushes may recall, and ask for `counts`; a forked process may not, and copies of a bank have no archive.
+    the one that pushes may recall and ask for `counts`; a forked process may not, and copies of a bank have no archive.
 
     Args:
         budget: `"1GiB"` or bytes, of RAM or of the file; holds as many entries as their sizes allow, which are those
