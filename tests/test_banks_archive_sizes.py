@@ -179,7 +179,7 @@ while True:
 
 def test_a_writer_killed_among_the_blocks_of_an_entry_loses_that_at_most(tmp_path) -> None:
     path, budget = tmp_path / "a.frames", PAGE + 41 * block(1)
-    for _ in range(3):
+    for _ in range(2):
         writer = subprocess.Popen(
             [sys.executable, "-c", WRITER, str(path), str(budget)],
             cwd=Path(banks.__file__).parents[2],

@@ -150,6 +150,22 @@ def test_a_memory_with_an_archive_keeps_its_dtype(policy: str) -> None:
     assert bank.recall(0, 99).tokens.dtype == torch.float32
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_memory_made_on_the_meta_device_is_whole_after_a_reset(policy: str) -> None:
+    bank, plain = make(policy, device="meta"), make(policy)
+    bank.to_empty(device="cpu")
+    for buffer in bank.buffers():
+        # what was there before, whatever it is
+        buffer.view(-1).view(torch.uint8).fill_(3)
+    bank.load_state_dict(plain.state_dict())
+    bank.reset()
+    for memory in (bank, plain):
+        memory.push(clip(20), seconds(20))
+    same(bank.state, plain.state)
+    assert torch.equal(bank.read().source, plain.read().source)
+    assert torch.equal(bank.read().tokens, plain.read().tokens)
+
+
 # copies
 
 

@@ -86,8 +86,7 @@ class Bank(PastModule, BankReads):
         self._decider = decider_of(self.layout) if isinstance(made, QuantizedState) else None
         for name, buffer in made._asdict().items():
             self.register_buffer(name, buffer, persistent=False)
-        self.register_buffer("maps", layout_maps(self.layout, self.descriptor), persistent=False)
-        for name, table in row_tables(self.layout, self.levels).items():
+        for name, table in self._constants().items():
             self.register_buffer(name, table.to(device), persistent=False)
 
     # writing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +127,12 @@ class DualMemory(DualStep, DualInput, DualReads):
         capacities = (8, 32) if capacities is None else capacities
         if len(capacities) != 2:
             raise ValueError(f"capacities: expected (working, episodic), got {capacities!r}")
-        layout, levels = make_layout(dim, grid, capacities, (form, form), "paper", None, key_dim)
+        self._layout = make_layout(dim, grid, capacities, (form, form), "paper", None, key_dim)
         self.budget = None if budget is None else parse_bytes(budget)
-        self.dim, self.grid, self.streams, self.adapter = dim, layout.grid, streams, adapter
+        self.dim, self.grid, self.streams, self.adapter = dim, self._layout[0].grid, streams, adapter
         self.capacities = (capacities[0], capacities[1])
         self.hold(new_state(streams, self.capacities, tokens, key_dim, device, dtype, dim - key_dim))
-        for name, table in row_tables(layout, levels).items():
+        for name, table in row_tables(*self._layout).items():
             self.register_buffer(name, table.to(device), persistent=False)
         self.register_load_state_dict_post_hook(_refresh)
         self._config = {
@@ -252,6 +253,12 @@ class DualMemory(DualStep, DualInput, DualReads):
         return self.transform(clip, time, valid=valid)
 
     # keeping
+
+    def reset(self, streams: Sequence[int] | None = None) -> None:
+        super().reset(streams)
+        # a memory that `to_empty` brought from the meta device has them no more
+        for name, table in row_tables(*self._layout).items() if streams is None else ():
+            getattr(self, name).copy_(table)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as plain values, enough to make an empty memory like this one."""

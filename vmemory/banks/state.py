@@ -13,7 +13,7 @@ from vmemory.banks.archive import Archive
 from vmemory.banks.files import BankFile
 from vmemory.banks.quantized import AnyState, QuantizedState, name_of
 from vmemory.banks.streams import as_streams
-from vmemory.banks.tokens import MemoryTokens
+from vmemory.banks.tokens import MemoryTokens, row_tables
 from vmemory.ops._checks import check_int, shape_of
 from vmemory.ops.bank import layout_maps
 from vmemory.reference.bank_layout import RULES, SEEN, BankLayout, BankState
@@ -126,6 +126,8 @@ class StateModule(nn.Module):
     def reset(self, streams: Sequence[int] | None = None) -> None:
         """Forget everything, of all streams or of those named, in the archive too; that synchronises.
 
+        Of all streams it also makes a bank whole that `to_empty` brought from the meta device.
+
         Raises:
             TypeError, ValueError: No such stream; nothing has changed then.
             RuntimeError: The disk does not take the archive's part; it is forgotten here and there all the same.
@@ -136,8 +138,15 @@ class StateModule(nn.Module):
                 self._archive.forget(stream, None)
         for name in self._state_type._fields:
             getattr(self, name)[which] = -1 if name in ("entry", "order") else 0
+        if streams is None:
+            for name, table in self._constants().items():
+                getattr(self, name).copy_(table)
         if self._archive is not None:
             self._archive.flush()
+
+    def _constants(self) -> dict[str, Tensor]:
+        """Buffers that no push changes."""
+        return {"maps": layout_maps(self.layout, self.descriptor), **row_tables(self.layout, self.levels)}
 
     def snapshot(self) -> AnyState:
         """A copy of the state; `restore` takes it back."""
