@@ -65,7 +65,7 @@ def _demote_kernel(
             if tl.program_id(2) == 0:
                 tl.store(mass + to_row, held * (n * m / cells))
             if cell == 0:
-                for r in tl.static_range(g.R):
+                for r in tl.static_range(tl.constexpr(g.R)):
                     x = descriptor + ((s * g.M + source) * g.R + r) * g.K + d
                     y = descriptor + ((s * g.M + target) * g.R + r) * g.K + d
                     tl.store(y, tl.load(x, d < g.K), d < g.K)

@@ -110,7 +110,7 @@ def decide(order, counter, link, entry, norm, step, lists, shifted, g: tl.conste
     merged, fresh, drops, above = frame * 0 - 1, frame * 0 - 1, frame * 0, frame * 0
     going = first >= 0
     depth = frame * 0
-    for tier in tl.static_range(g.tiers):
+    for tier in tl.static_range(tl.constexpr(g.tiers)):
         slot0, capacity = g.slot0[tier], g.capacity[tier]
         at = step + HEAD + tier * TIER
         n = tl.load(counter + LENGTH + tier)
@@ -184,9 +184,10 @@ def row_of(descriptor, entry, slot, r, g: tl.constexpr, BY_FRAME: tl.constexpr):
 
 @triton.jit
 def dot(x, y, g: tl.constexpr):
-    d = tl.arange(0, g.block_k)
-    total = tl.zeros((g.block_k,), tl.float32)
-    for start in range(0, g.K, g.block_k):
+    block: tl.constexpr = g.block_k
+    d = tl.arange(0, block)
+    total = tl.zeros((block,), tl.float32)
+    for start in range(0, g.K, block):
         inside = start + d < g.K
         total += tl.load(x + start + d, inside, other=0.0) * tl.load(y + start + d, inside, other=0.0)
     return tl.sum(total, 0)
@@ -252,7 +253,7 @@ def commit(
                 row = row_of(descriptor, entry, merged, 0, g, BY_FRAME)
                 merged_norm = tl.sqrt_rn(dot(row, row, g))
                 tl.store(norm + merged, merged_norm)
-        for tier in tl.static_range(g.tiers):
+        for tier in tl.static_range(tl.constexpr(g.tiers)):
             r = tier if g.R > 1 else 0
             if g.R > 1 or tier == 0:
                 row = row_of(descriptor, entry, fresh, r, g, BY_FRAME)

@@ -59,7 +59,7 @@ def describe(
     frame, valid, table, out, d, source: tl.constexpr, g: tl.constexpr, block_c: tl.constexpr, block_d: tl.constexpr
 ):  # fmt: skip
     """Descriptors `[R, K]` of a frame that enters at tier `source`, channels d."""
-    for r in tl.static_range(g.R):
+    for r in tl.static_range(tl.constexpr(g.R)):
         if g.R == 1 or r >= source:
             total, weights = tl.zeros((block_d,), tl.float32), tl.zeros((), tl.float32)
             for start in range(0, g.H * g.W, block_c):

@@ -68,7 +68,7 @@ def _pool_last_kernel(frames, valid, table, out, g: tl.constexpr, block_d: tl.co
 def relabel(entry, step, assign, frame, g: tl.constexpr, block: tl.constexpr):
     """The slot each frame is in after the step; the entries are those before it."""
     merged = tl.load(step + STEP_MERGED)
-    for tier in tl.static_range(g.tiers):
+    for tier in tl.static_range(tl.constexpr(g.tiers)):
         at = step + HEAD + tier * TIER
         slot, target = tl.load(at + SLOT), tl.load(at + TARGET)
         if slot >= 0:
@@ -112,7 +112,7 @@ def _replay_kernel(
                 source = row_of(seen, entry, tl.load(step + HEAD + SLOT), 0, g, True)
                 blend(to, source, merged_share(clock, step), g.K, block_d)
         tl.debug_barrier()
-        for below in tl.static_range(g.tiers):
+        for below in tl.static_range(tl.constexpr(g.tiers)):
             # deepest first
             at = step + HEAD + (g.tiers - 1 - below) * TIER
             source, target = tl.load(at + SLOT), tl.load(at + TARGET)
@@ -202,7 +202,7 @@ def _gather_backward_kernel(
         counts = counts & (tl.load(valid + f * g.H * g.W + cell) != 0)
     source = entry_tier(t, g)
     y, x = cell // g.W, cell % g.W
-    for tier in tl.static_range(g.tiers):
+    for tier in tl.static_range(tl.constexpr(g.tiers)):
         if counts & (slot >= g.slot0[tier]) & (slot < g.slot0[tier] + g.capacity[tier]):
             first_row = s * g.L + g.row0[tier] + (slot - g.slot0[tier]) * g.height[tier] * g.width[tier]
             for k in tl.static_range(len(g.entered)):
