@@ -116,6 +116,16 @@ def test_torch_headers_are_named_in_one_file():
     assert naming == [ROOT / "csrc/torch/stable.h"]
 
 
+def test_native_code_keeps_to_the_macros_of_torch_2_11():
+    """The oldest torch that is built against; newer headers have more of them, and would not complain."""
+    sources = [path.read_text() for path in (ROOT / "csrc").rglob("*.*")]
+    named = {name for source in sources for name in re.findall(r"\b\w*TORCH_\w+\b", source)}
+    called = {name for name in named if not name.startswith(("TORCH_STABLE_ONLY", "TORCH_TARGET_VERSION"))}
+    assert called <= {
+        "STABLE_TORCH_LIBRARY_IMPL", "STD_TORCH_CHECK", "TORCH_ABI_VERSION", "TORCH_BOX", "TORCH_ERROR_CODE_CHECK"
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("folder", "own"), [("common", "common/"), ("cpu", "common/|torch/"), ("host", "common/|host/")]
 )

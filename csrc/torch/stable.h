@@ -95,7 +95,7 @@ inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::sta
 inline void product_into(const Tensor& out, const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
                                     torch::stable::detail::from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   // the returned handle is ours to release
   torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -129,7 +129,7 @@ inline cudaStream_t current_stream(const Tensor& t) {
   }();
   VMEMORY_CHECK(getter != nullptr, "this torch has no CUDA: libtorch_cuda.so is not loaded");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(getter(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
