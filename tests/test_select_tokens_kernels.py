@@ -91,7 +91,8 @@ def test_cuda_selects_as_reference(tokens, budget, dtype, impl):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("impl", ["native", "triton"])
-@pytest.mark.parametrize("segments", [1, 3, 300, 900])
+# 646: the counts take shared memory to the last bytes that a device grants unasked
+@pytest.mark.parametrize("segments", [1, 3, 300, 646, 900])
 def test_cuda_selects_by_segment(segments, impl):
     x = scores_with_ties(2, 20_000).cuda()
     ids = torch.randint(-1, segments + 1, (2, 20_000), generator=torch.Generator().manual_seed(1)).cuda()

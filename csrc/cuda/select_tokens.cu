@@ -6,7 +6,8 @@
 namespace vmemory::selection {
 namespace {
 
-constexpr int64_t kMaxShared = 48 << 10;  // what every device grants without asking
+// what every device grants without asking, less what the kernel itself declares
+constexpr int64_t kMaxShared = (48 << 10) - kWarps * sizeof(unsigned);
 
 template <class T, int kBudgets>
 void launch(SelectArgs<T, kBudgets>& args, const Tensor& like, const Ints& budgets, int64_t S) {
