@@ -12,15 +12,21 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).parent.parent
-SHARES = {"build": 0.30, "tests": 0.25, "sanitizer": 0.08, "tune": 0.08, "model": 0.09, "bench": 0.20}
+SHARES = {"build": 0.28, "tests": 0.30, "sanitizer": 0.08, "tune": 0.05, "model": 0.09, "bench": 0.20}
+# seconds between the request to end, which lets pytest print and save what it has, and the end
+GRACE = 20
 
 
 def run(name: str, command: list[str], seconds: float, out: Path, **environment: str) -> dict[str, object]:
@@ -28,86 +34,160 @@ def run(name: str, command: list[str], seconds: float, out: Path, **environment:
     start = time.perf_counter()
     with (out / f"{name}.log").open("w") as log:
         try:
-            code = subprocess.run(
+            # a session of its own: what a part leaves running would hold the device
+            child = subprocess.Popen(
                 command,
                 cwd=ROOT,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                timeout=max(seconds, 10),
+                stdin=subprocess.DEVNULL,
                 env={**os.environ, **environment},
-                check=False,
-            ).returncode
-        except subprocess.TimeoutExpired:
-            code = 124
+                start_new_session=True,
+            )
+        except OSError as error:
+            log.write(f"{error}\n")
+            return {"exit": str(error), "seconds": 0.0}
+        code: int | str = ended(child, max(seconds, 10))
     spent = time.perf_counter() - start
     tail = (out / f"{name}.log").read_text(errors="replace").splitlines()[-3:]
     print(f"{name}: exit {code} after {spent:.0f} s", *tail, sep="\n  ", flush=True)
     return {"exit": code, "seconds": round(spent, 1)}
 
 
-def machine(commit: str) -> dict[str, object]:
-    import triton
+def ended(child: subprocess.Popen[bytes], seconds: float) -> int | str:
+    """How a child that leads its own session ended; it and all it started are gone then."""
+    code: int | str
+    try:
+        code = child.wait(max(seconds - GRACE, 5))
+    except subprocess.TimeoutExpired:
+        code = "out of time"
+        child.send_signal(signal.SIGINT)
+        try:
+            child.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            code = "out of time, killed"
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    return code
 
+
+def machine(commit: str) -> dict[str, object]:
     properties = torch.cuda.get_device_properties(0)
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,memory.total", "--format=csv,noheader"]
-    return {
+    facts: dict[str, object] = {
         "device": properties.name,
         "capability": f"sm_{properties.major}{properties.minor}",
         "processors": properties.multi_processor_count,
-        "driver, clocks, memory": subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": triton.__version__,
         "python": sys.version.split()[0],
         "commit": commit,
     }
+    if shutil.which(query[0]):
+        told = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        facts["driver, clocks, memory"] = told
+    if find_spec("triton"):
+        import triton
+
+        facts["triton"] = triton.__version__
+    return facts
+
+
+def marked() -> list[str]:
+    """Test files with tests for a GPU: the others need not be importable here."""
+    return [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()]
+
+
+def build(folder: Path) -> list[str]:
+    """The native library in place, and beside it the facts that say what it holds."""
+    setup = f"{sys.executable} setup.py build_ext --inplace --build-temp {folder} build_py --build-lib {folder}/lib"
+    facts = f"cp {folder}/lib/vmemory/_build.json vmemory/_build.json"
+    return ["sh", "-c", f"{setup} && {facts} && {sys.executable} -m vmemory.info"]
+
+
+def pytest(*arguments: str) -> list[str]:
+    limit = ["--timeout", "240"] if find_spec("pytest_timeout") else []
+    return [sys.executable, "-m", "pytest", "-q", "--tb", "short", *limit, *arguments]
+
+
+def commands(out: Path, workers: int) -> dict[str, list[str]]:
+    side_by_side = ["-n", str(workers), "--dist", "worksteal"] if find_spec("xdist") else []
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    return {
+        "build": build(out.parent / "vmemory-build"),
+        "tests": pytest("-m", "gpu", *side_by_side, *marked()),
+        # kernels of our own that decide something, on small inputs
+        "sanitizer": [
+            sanitizer, "--error-exitcode", "3",
+            *pytest("-m", "gpu and not slow", "-k", "native and not replay and not captured and not waits", "-x",
+                    "tests/test_ring_kernels.py", "tests/test_select_tokens_kernels.py", "tests/test_bank_kernels.py"),
+        ],
+        "tune": [sys.executable, "-m", "benchmarks.tune", "--out", str(out / "tune.json")],
+        "model": [sys.executable, "-m", "benchmarks.attach_memory", "--device", "cuda", "--large"],
+    }  # fmt: skip
+
+
+def bench(seconds: float, out: Path) -> dict[str, object]:
+    """Every file of benchmarks in a process of its own, and a report of those that left figures."""
+    end, done = time.perf_counter() + seconds, {}
+    files = sorted((ROOT / "benchmarks").glob("bench_*.py"))
+    for index, file in enumerate(files):
+        share = (end - time.perf_counter()) / (len(files) - index)
+        timings = f"--benchmark-json={out / f'{file.stem}.json'}"
+        done[file.stem] = run(file.stem, pytest(str(file), "--bench-device", "cuda", timings), share, out)
+    found = [str(path) for path in sorted(out.glob("bench_*.json")) if path.stat().st_size]
+    if found:
+        report = [sys.executable, "-m", "benchmarks.report", *found, "--out", str(out), "--name", "gpu"]
+        done["report"] = run("report", report, 60, out)
+    return done
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
+    parser.add_argument("--pack", type=Path, help="an archive of the folder, written anew after each part")
     parser.add_argument("--minutes", type=float, default=8.5, help="time for everything")
     parser.add_argument("--commit", default="unknown", help="what is being measured, where no git is at hand")
     parser.add_argument("--skip", nargs="*", default=[], choices=SHARES, help="parts to leave out")
     given = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: the suite needs one")
+    # a shell that starts this in the background has it ignored, which children would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     end = time.perf_counter() + 60 * given.minutes
     major, minor = torch.cuda.get_device_capability()
     parts = [name for name in SHARES if name not in given.skip]
-    python, results = sys.executable, out / "timings.json"
-    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    commands = {
-        "build": [python, "setup.py", "build_ext", "--inplace", "--build-temp", str(out.parent / "vmemory-build")],
-        "tests": [python, "-m", "pytest", "-m", "gpu", "-q", "-n", "6", "--dist", "loadfile", "--timeout", "120"],
-        "sanitizer": [
-            sanitizer,
-            "--error-exitcode",
-            "3",
-            python,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu",
-            "-k",
-            "replay or captured",
-            "-q",
-        ],
-        "tune": [python, "-m", "benchmarks.tune", "--out", str(out / "tune.json")],
-        "model": [python, "-m", "benchmarks.attach_memory", "--device", "cuda", "--large"],
-        "bench": [python, "-m", "pytest", "benchmarks", "-q", "--bench-device", "cuda", f"--benchmark-json={results}"],
+    cores = os.cpu_count() or 1
+    workers = max(1, min(12, cores - 2))
+    environment = {
+        "VMEMORY_CUDA": "1",
+        "VMEMORY_CUDA_ARCHS": f"{major}{minor}-real",
+        # cmake, ninja and nvcc, wherever a shell would have found them
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/local/cuda/bin"]),
+        "PYTHONUNBUFFERED": "1",
+    }
+    alone = {
+        "tests": {"OMP_NUM_THREADS": str(max(1, cores // workers))},
+        # an allocation each, so that what lies behind one is nobody's
+        "sanitizer": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     }
     state: dict[str, object] = {"machine": machine(given.commit), "parts": (done := {})}
+    to_run = commands(out, workers)
     for index, name in enumerate(parts):
         left = end - time.perf_counter()
         # what a part leaves of its time goes to those after it
         share = left * SHARES[name] / sum(SHARES[other] for other in parts[index:])
-        done[name] = run(name, commands[name], share, out, VMEMORY_CUDA="1", VMEMORY_CUDA_ARCHS=f"{major}{minor}-real")
+        if name == "bench":
+            done[name] = bench(share, out)
+        else:
+            done[name] = run(name, to_run[name], share, out, **environment, **alone.get(name, {}))
         (out / "suite.json").write_text(json.dumps(state, indent=1))
-    if results.exists():
-        run("report", [python, "-m", "benchmarks.report", str(results), "--out", str(out), "--name", "gpu"], 60, out)
+        if given.pack is not None:
+            with tarfile.open(given.pack, "w:gz") as archive:
+                archive.add(out, out.name)
 
 
 if __name__ == "__main__":

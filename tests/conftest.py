@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +44,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """A kernel that broke the device's context would make all that follows in this process fail in its place."""
+    done = yield
+    if item.get_closest_marker("gpu") and torch.cuda.is_available():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if hasattr(item.config, "workerinput"):
+                # xdist tells which test it was and goes on with another worker
+                os._exit(3)
+            item.session.shouldfail = f"{item.nodeid} left the CUDA context unusable: {error}"
+    return done
 
 
 @pytest.fixture(scope="session")
