@@ -170,6 +170,14 @@ def test_a_failed_push_changes_nothing(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_times_known_to_the_host_are_checked_wherever_the_bank_is(policy: str) -> None:
+    bank, frames = make(policy, device="meta"), clip(2).to("meta")
+    for take_in in (bank.push, bank.compress):
+        with pytest.raises(ValueError, match="time: expected strictly increasing"):
+            take_in(frames, [6.0, 5.0])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_budget_is_a_hard_bound(policy: str) -> None:
     bank = banks.make(policy, dim=DIM, grid=GRID, budget="40KiB")
     assert bank.nbytes <= 40 * 1024

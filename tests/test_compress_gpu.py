@@ -125,6 +125,25 @@ def test_slot_memories_replay_from_a_graph(policy: str) -> None:
     assert torch.equal(got.tokens.cpu(), want.tokens)
 
 
+@pytest.mark.parametrize("make", [
+    lambda: banks.HierarchicalBank(16, (4, 4), (3, 2), ((4, 4), (3, 3)), device="cuda"),
+    lambda: banks.make("episodic", dim=16, grid=(4, 4), capacity=3, device="cuda"),
+    lambda: banks.DualMemory(16, (4, 4), (2, 3), device="cuda"),
+])  # fmt: skip
+def test_times_of_the_host_and_questions_never_wait(make: Callable[[], Any]) -> None:
+    bank, frames, query = make(), random_tensor(2, 4, 4, 16, device="cuda"), random_tensor(3, 16, device="cuda")
+    bank.push(frames, [0.0, 1.0])
+    bank.retrieve(query, 2)
+    with no_waiting():
+        bank.push(frames, [2.0, 3.0])
+        bank.push(frames[:1], 4.0)
+        bank.push(frames[1:], torch.tensor([5.0], dtype=torch.float64))
+        found = bank.retrieve(query, 2, threshold=-1.0)
+        bank.read(padded=True)
+    assert {0.0, 1.0, 2.0, 3.0, 4.0, 5.0} >= set(found.time.flatten().tolist())
+    assert sorted(bank.entries().time.unique().tolist())[-2:] == [4.0, 5.0]
+
+
 def test_tensor_type_is_kept_on_the_device() -> None:
     tokens: Tensor = random_tensor(3, 4, 4, 8, dtype=torch.float16, device="cuda")
     reduced = TokenDifference(budget=20)(tokens)

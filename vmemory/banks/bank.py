@@ -20,7 +20,7 @@ from vmemory.banks.quantized import (
 from vmemory.banks.reads import BankReads
 from vmemory.banks.streams import check_rows
 from vmemory.banks.tiers import clamped, make_layout
-from vmemory.banks.times import Times, as_times, check_seconds
+from vmemory.banks.times import Times, as_times, check_seconds, on_device
 from vmemory.banks.tokens import MemoryTokens, compact_tokens, padded_tokens, row_tables
 from vmemory.banks.unbroken import unbroken
 from vmemory.ops._checks import check_int, shape_of
@@ -112,7 +112,7 @@ class Bank(PastModule, BankReads):
             check_rows(streams, self.streams)
         if times is not None:
             check_seconds(times, (self.clock[..., STOP], self.entry[..., FRAME] >= 0), streams)
-            times = times.to(frames.device)
+            times = on_device(times, frames.device)
         if self._archive is None:
             self._write(frames, times, valid, streams)
         else:
@@ -191,7 +191,7 @@ class Bank(PastModule, BankReads):
         frames, valid, times = self._arrange(clip, time, valid)
         if times is not None:
             check_seconds(times)
-            times = times.to(frames.device)
+            times = on_device(times, frames.device)
         layout = clamped(self.layout, frames.shape[1])
         # a bank on the meta device holds nothing, and only compresses
         whole = layout == self.layout and self.maps.device == frames.device

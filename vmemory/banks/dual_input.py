@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vmemory.banks.dual_state import DualStateHolder
-from vmemory.banks.times import Times, as_times, check_seconds
+from vmemory.banks.times import Times, as_times, check_seconds, on_device
 from vmemory.ops._checks import check_device, check_same, check_tensor, shape_of
 
 
@@ -64,4 +64,4 @@ class DualInput(DualStateHolder):
             return torch.full((S, T), torch.nan, dtype=torch.float64, device=frames.device)
         times = as_times(time, S, T)
         check_seconds(times, None if fresh else (self.clock, self.entry >= 0), streams)
-        return times.to(frames.device)
+        return on_device(times, frames.device)

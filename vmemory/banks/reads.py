@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -78,7 +79,7 @@ class BankReads(StateModule):
             slot = torch.where(values >= threshold, slot, -1)
             values = torch.where(values >= threshold, values, -torch.inf)
         there, at = slot >= 0, slot.clamp_min(0)
-        levels = self.row_level_of_slot.to(slot.device)
+        levels = self._of_slots(self.levels)
         if self.layout.slots == 0:
             missing = torch.full_like(slot, -1)
             nan = torch.full(slot.shape, torch.nan, dtype=torch.float64, device=slot.device)
@@ -93,16 +94,17 @@ class BankReads(StateModule):
             clock[..., STOP],
         )
 
-    @property
-    def row_level_of_slot(self) -> Tensor:
-        return torch.tensor([self.levels[t] for t in self.layout.tier_of], dtype=torch.int64)
+    def _of_slots(self, of_tiers: Sequence[int]) -> Tensor:
+        """`[M]` int64, to each slot the number of its tier; made where it is used, since copies from the host wait."""
+        made = [self.entry.new_full((n,), value) for n, value in zip(self.layout.capacities, of_tiers, strict=True)]
+        return torch.cat([self.entry.new_empty((0,)), *made])
 
     def _keys(self) -> Tensor:
         """Each slot's mean as its own tier sees it, `[S, M, K]`."""
         if self.descriptor.shape[2] == 1:
             return self.descriptor[:, :, 0]
         slot = torch.arange(self.layout.slots, device=self.descriptor.device)
-        return self.descriptor[:, slot, torch.tensor(self.layout.tier_of, device=self.descriptor.device)]
+        return self.descriptor[:, slot, self._of_slots(range(self.layout.tiers))]
 
     def entries(self, stream: int = 0) -> Entries:
         """What a stream holds, entry by entry in stream order; synchronises the host once."""
@@ -111,7 +113,7 @@ class BankReads(StateModule):
         slots = torch.nonzero(entry[:, FRAME] >= 0).flatten()
         slots = slots[entry[slots, FRAME].argsort()]
         entry, clock = entry[slots], clock[slots]
-        level = self.row_level_of_slot.to(slots.device)[slots]
+        level = self._of_slots(self.levels)[slots]
         return Entries(
             frame=entry[:, FRAME],
             first=entry[:, FIRST],

@@ -61,3 +61,14 @@ def check_seconds(times: Tensor, held: tuple[Tensor, Tensor] | None = None, stre
             raise ValueError(f"time: expected more than {last} s, the last seen, got {float(times[row, 0])}")
     if bool((times.diff(dim=1) <= 0).any()):
         raise ValueError("time: expected strictly increasing seconds along the frames")
+
+
+def on_device(times: Tensor, device: torch.device) -> Tensor:
+    """Times where the frames are; those of the host go to a CUDA device without anybody waiting for it.
+
+    Within the capture of a CUDA graph torch refuses the copy from the host, which would not be repeated.
+    """
+    from_host = device.type == "cuda" and times.device.type == "cpu" and not torch.compiler.is_compiling()
+    if from_host and not torch.cuda.is_current_stream_capturing():
+        return times.pin_memory().to(device, non_blocking=True)
+    return times.to(device)
