@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +16,6 @@ from vmemory.reference.bank_layout import BankLayout
 from vmemory.testing import random_tensor
 
 CALLS = 100
-native = torch.ops.vmemory
 
 
 class Call(NamedTuple):
@@ -26,9 +26,18 @@ class Call(NamedTuple):
     x: Tensor
 
 
+def launchers(like: Tensor) -> SimpleNamespace:
+    """The operators that `impl="auto"` takes on a tensor's device, by the name of the public op."""
+    stored = {"dequantize_slots": like.to(torch.int8)}
+    picked = {name: getattr(vmemory.ops, name).backends.best(stored.get(name, like)) for name in PUBLIC}
+    spaces = {"native": torch.ops.vmemory, "triton": torch.ops.vmemory_triton}
+    return SimpleNamespace(**{name: getattr(spaces[impl], name) for name, impl in picked.items()})
+
+
 def calls(device: str = "cpu") -> dict[str, Call]:
     """One call for each public op."""
     ops, tokens = vmemory.ops, random_tensor(1, 2, 4, 8, device=device)
+    native = launchers(tokens)
     grid = random_tensor(1, 2, 2, 8, device=device)
     bank, size = random_tensor(1, 3, 2, 8, device=device), torch.ones(1, 3, 2, device=device)
     slots, count = random_tensor(1, 2, 4, 8, device=device), torch.zeros(1, dtype=torch.int64, device=device)
