@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
+
+
+def from_host(values: Sequence[int], like: Tensor) -> Tensor:
+    """`values` as int64 on `like`'s device. Nobody waits for them; within the capture of a CUDA graph torch refuses."""
+    held = torch.tensor(list(values), dtype=torch.int64)
+    if like.is_cuda and not torch.cuda.is_current_stream_capturing():
+        return held.pin_memory().to(like.device, non_blocking=True)
+    return held.to(like.device)
 
 
 def device_of(tensor: Tensor):

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from itertools import accumulate
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import channel_block, device_of, power_of_two
+from vmemory.kernels._launch import channel_block, device_of, from_host, power_of_two
 from vmemory.kernels.grid_pool import backward_tap, backward_taps, forward_taps, pool_tile
 
 
@@ -66,7 +65,7 @@ def _table(sizes: list[int], like: Tensor) -> Tensor:
     heights, widths = sizes[::2], sizes[1::2]
     first = [0, *accumulate(h * w for h, w in zip(heights, widths, strict=True))]
     rows = [value for row in zip(heights, widths, first, strict=False) for value in row]
-    return torch.tensor(rows, dtype=torch.int64).to(like.device)
+    return from_host(rows, like)
 
 
 def grid_pool_ragged(tokens: Tensor, sizes: list[int], mode: str) -> Tensor:

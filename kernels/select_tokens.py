@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import device_of, power_of_two
+from vmemory.kernels._launch import device_of, from_host, power_of_two
 
 _BLOCK = 4096  # scores looked at together
 
@@ -148,7 +148,7 @@ def _budgets(budgets: Sequence[int], like: Tensor) -> Tensor:
     if len(set(budgets)) == 1:
         # written on the device: nothing is copied from the host
         return like.new_full((len(budgets),), budgets[0], dtype=torch.int64)
-    return torch.tensor(list(budgets), dtype=torch.int64).to(like.device)
+    return from_host(budgets, like)
 
 
 def select_tokens(scores: Tensor, budgets: Sequence[int], segments: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vmemory import banks
 from vmemory.compress import AdaptiveFrameResampler, FrameResampler, FrameSelector, PixelDifference, TokenDifference
+from vmemory.ops import grid_pool_ragged, select_tokens
 from vmemory.testing import random_tensor
 
 pytestmark = pytest.mark.gpu
@@ -142,6 +143,19 @@ def test_times_of_the_host_and_questions_never_wait(make: Callable[[], Any]) -> 
         bank.read(padded=True)
     assert {0.0, 1.0, 2.0, 3.0, 4.0, 5.0} >= set(found.time.flatten().tolist())
     assert sorted(bank.entries().time.unique().tolist())[-2:] == [4.0, 5.0]
+
+
+def test_sizes_and_budgets_of_the_host_are_not_waited_for() -> None:
+    grids, scores = random_tensor(4, 6, 6, 8, device="cuda"), random_tensor(2, 50, device="cuda")
+    segments = torch.arange(50, device="cuda") % 2
+
+    def run() -> list[Tensor]:
+        return [grid_pool_ragged(grids, [6, 3, 3, 2]).tokens, *select_tokens(scores, [3, 5], segments, impl="triton")]
+
+    want = run()
+    with no_waiting():
+        got = run()
+    assert all(map(torch.equal, got, want))
 
 
 def test_tensor_type_is_kept_on_the_device() -> None:

@@ -161,6 +161,9 @@ class Archive(StoredFrames):
             self._pending = 0
         elif full or box.device.type == "cpu":
             self.drain()
+        else:
+            # the thread has all the time until the outbox is full again
+            self._handover.arrived()
 
     @contextmanager
     def preserved(self) -> Iterator[None]:

@@ -35,17 +35,18 @@ class Handover:
         self._on_its_way = False
         self.lock = threading.RLock()
 
-    def _arrived(self) -> bool:
-        """Whether the host's memory can take a batch; gives the thread what has come in."""
-        if self._on_its_way:
-            if self._copied is not None and not self._copied.query():
-                return False
-            filled = int(self._count[0])
-            if filled:
-                self._store.put(filled)
-            # an interrupt before this stores a batch twice; one after it, earlier, would lose the batch
-            self._on_its_way = False
-        return not self._store.busy()
+    def arrived(self) -> bool:
+        """Whether the host's memory can take a batch; gives the thread what has come in. Waits for nothing."""
+        with self.lock:
+            if self._on_its_way:
+                if self._copied is not None and not self._copied.query():
+                    return False
+                filled = int(self._count[0])
+                if filled:
+                    self._store.put(filled)
+                # an interrupt before this stores a batch twice; one after it, earlier, would lose the batch
+                self._on_its_way = False
+            return not self._store.busy()
 
     def step(self) -> bool:
         """Send off what the outbox holds, unless a batch is still on its way; whether the outbox is empty now."""
@@ -53,7 +54,7 @@ class Handover:
             return self._step()
 
     def _step(self) -> bool:
-        if not self._arrived():
+        if not self.arrived():
             return False
         if self._side is None or self._copied is None:
             self._copy(int(self.box.count[0]), non_blocking=False)
@@ -68,7 +69,7 @@ class Handover:
         self._on_its_way = True
         self.box.release()
         if self._side is None:
-            self._arrived()
+            self.arrived()
         return True
 
     def _copy(self, filled: int, non_blocking: bool) -> None:
@@ -89,7 +90,7 @@ class Handover:
     def _wait(self) -> None:
         if self._on_its_way and self._copied is not None:
             self._copied.synchronize()
-        self._arrived()
+        self.arrived()
         self._store.wait()
 
     def put(self, frames: list[tuple[Tensor, ...]]) -> None:
