@@ -37,6 +37,19 @@ def test_episodic_replaces_the_slots_of_algorithm_1(golden) -> None:
     assert torch.equal(bank.slots[0].reshape(L_e, 9, 32), data["E_final"])
 
 
+@pytest.mark.parametrize(
+    "options", [{"policy": "reservoir"}, {"policy": "episodic"}, {"policy": "episodic", "level": "flat"}]
+)
+def test_a_bank_without_memory_compresses_where_the_clip_is(options) -> None:
+    here, nowhere = (
+        banks.make(dim=DIM, grid=GRID, capacity=3, pooled=(2, 3), device=d, **options) for d in ("cpu", "meta")
+    )
+    valid = random_tensor(7, *GRID, seed=5) > -0.5
+    wanted, found = (bank.compress(clip(7), valid=valid) for bank in (here, nowhere))
+    assert torch.equal(found.tokens, wanted.tokens)
+    assert torch.equal(found.source, wanted.source)
+
+
 @pytest.mark.parametrize("level", ["mean", "flat"])
 @pytest.mark.parametrize("pooled", [None, (2, 3)])
 def test_episodic_holds_what_the_rule_says(level: str, pooled: tuple[int, int] | None) -> None:

@@ -59,7 +59,7 @@ class SlotBank(SingleTierBank):
         self._check(state, frames, times, valid, streams)
         if frames.shape[0]:
             try:
-                self._replay(state, self.layout, frames, times, valid, streams, moves=True)
+                self._replay(state, self.layout, frames, times, valid, streams, self.maps, moves=True)
             finally:
                 # also of the frames taken in before an interrupt
                 with unbroken():
@@ -81,7 +81,7 @@ class SlotBank(SingleTierBank):
                 for name, (shape, kind) in shapes.items()
             }
         )
-        chosen = self._replay(state, layout, frames, times, valid, None, moves=self.reads_tokens)
+        chosen = self._replay(state, layout, frames, times, valid, None, maps, moves=self.reads_tokens)
         _list(state)
         assign = chosen
         if layout.slots:
@@ -91,7 +91,7 @@ class SlotBank(SingleTierBank):
 
     def _replay(
         self, state: AnyState, layout: BankLayout, frames: Tensor, times: Tensor | None,
-        valid: Tensor | None, streams: Tensor | None, *, moves: bool,
+        valid: Tensor | None, streams: Tensor | None, maps: Tensor, *, moves: bool,
     ) -> Tensor:  # fmt: skip
         """Take `frames [S', T, H, W, D]` into `state`, tokens only if it `moves`; the slots `[S, T]` they got."""
         frames, S = frames.detach(), state.counter.shape[0]
@@ -114,9 +114,8 @@ class SlotBank(SingleTierBank):
                     chosen.append(torch.full_like(row, -1)[:, None])
                     continue
                 held = state.counter[:, LENGTH]
-                tokens, cells = (
-                    self._enter(frames[:, t], None if valid is None else valid[:, t]) if moves else (None, None)
-                )
+                there = None if valid is None else valid[:, t]
+                tokens, cells = self._enter(frames[:, t], there, maps) if moves else (None, None)
                 slot = self.choose(
                     state, seen - state.counter[:, SKIPPED], held, fed, _rows(means[:, t], row, streams),
                     _rows(tokens, row, streams) if tokens is not None and self.reads_tokens else None,
@@ -156,15 +155,18 @@ class SlotBank(SingleTierBank):
         mean = torch.where(valid[..., None], wide, 0).sum((2, 3)) / cells.clamp_min(1)[..., None]
         return mean, cells.double()
 
-    def _enter(self, frames: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Frames `[S, H, W, D]` as the bank holds them, `[S, n, D]`, and the cells each token stands for, `[S, n]`."""
+    def _enter(self, frames: Tensor, valid: Tensor | None, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames `[S, H, W, D]` as the bank holds them, `[S, n, D]`, and the cells each token stands for, `[S, n]`.
+
+        `maps` is `layout_maps` where the frames are, which a bank that only compresses may not be.
+        """
         (H, W), (h, w) = self.layout.grid, self.layout.grids[0] if self.layout.grids else self.layout.grid
         if valid is None:
             pooled = frames if (h, w) == (H, W) else grid_pool(frames, (h, w))
             return pooled.flatten(1, 2), torch.full((frames.shape[0], h * w), H * W / (h * w), device=frames.device)
         if (h, w) == (H, W):
             return torch.where(valid[..., None], frames, 0).flatten(1, 2), valid.flatten(1).float()
-        rows, columns = self.maps[: h * H].view(h, H), self.maps[h * H : h * H + w * W].view(w, W)
+        rows, columns = maps[: h * H].view(h, H), maps[h * H : h * H + w * W].view(w, W)
         wide = torch.where(valid[..., None], frames.to(rows.dtype), 0)
         held = torch.einsum("ih,jw,shw->sij", rows, columns, valid.to(rows.dtype))
         summed = torch.einsum("ih,jw,shwd->sijd", rows, columns, wide)
