@@ -68,7 +68,7 @@ def on_device(times: Tensor, device: torch.device) -> Tensor:
 
     Within the capture of a CUDA graph torch refuses the copy from the host, which would not be repeated.
     """
-    from_host = device.type == "cuda" and times.device.type == "cpu" and not torch.compiler.is_compiling()
-    if from_host and not torch.cuda.is_current_stream_capturing():
+    from_host = device.type == "cuda" and times.device.type == "cpu" and times.numel() > 0
+    if from_host and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing():
         return times.pin_memory().to(device, non_blocking=True)
     return times.to(device)
