@@ -65,8 +65,10 @@ def test_pushes_on_a_device_never_wait_and_lose_nothing(policy: str, keep: str, 
             bank.push(on_device[start : start + 6], device_time[start : start + 6])
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        # what the next pushes find free is what has arrived by then
+        # what the next pushes find free is what has arrived by then, and what the thread is done with
         torch.cuda.synchronize()
+        bank.archive._handover.arrived()
+        bank.archive._store.wait()
     host.push(video, time)
     found, wanted = bank.recall(0, 99), host.recall(0, 99)
     assert bank.archive.counts()["lost"] == 0
