@@ -98,4 +98,7 @@ def blocks(E: int, wide: bool, across: str = "", quantized: bool = False) -> dic
         return sizes | {"BLOCK_N": rows, "BLOCK_M": slots, "num_warps": 8, "num_stages": stages}
     if across:
         sizes[across] = max(16, side // 2)
+    if quantized and wide:
+        # rows copied ahead come as 16 channels a thread, and are four times as wide in float32
+        return sizes | {"num_warps": 8, "num_stages": 1 if block_e > 128 else 2}
     return sizes | {"num_warps": 8 if side * block_e >= 4096 else 4, "num_stages": 2}

@@ -209,7 +209,7 @@ def memory_attention(
     stats = query.new_empty((2, S, G, N), dtype=torch.float32)
     if stats.numel() == 0:
         return out, stats
-    config = blocks(E, query.dtype == torch.float32)
+    config = blocks(E, query.dtype == torch.float32, quantized=key_scale is not None)
     along = triton.cdiv(N, config["BLOCK_N"])
     splits = _splits(along * S * G, M * rows, config["BLOCK_M"], query.device)
     shares, share_stats = out, stats
