@@ -289,7 +289,7 @@ def llava(T: int, B: int, left: bool, draw: torch.Generator) -> tuple[Model, Inp
 def vipllava(T: int, B: int, left: bool, draw: torch.Generator) -> tuple[Model, Inputs]:
     config = transformers.VipLlavaConfig(
         vision_config={**_SIGLIP, "model_type": "clip_vision_model", "image_size": 4 * SIDE},
-        text_config={**_TEXT, "model_type": "llama"}, image_token_index=IMAGE, vision_feature_layer=[-2, 1],
+        text_config={**_TEXT, "model_type": "llama"}, image_token_index=IMAGE, vision_feature_layers=[-2, 1],
     )  # fmt: skip
     return transformers.VipLlavaForConditionalGeneration(config), _stamped_pictures(T, B, left, draw)
 
