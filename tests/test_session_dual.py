@@ -106,6 +106,7 @@ def test_options_come_from_the_memory_and_sizes_from_the_session():
         larger, _ = watched(model, inputs, 5, config={"memory_policy": "dual", "memory_capacities": [3, 6]})
         assert larger.memory.config() == session.memory.config() | {"capacities": [3, 6]}
         assert larger.memory.alpha == 0.5
+        assert larger.nbytes == larger.memory.nbytes + sum(weight.nbytes for weight in given.parameters())
         by_bytes, _ = watched(model, inputs, 5, config={"memory_policy": "dual", "memory_budget": "128KiB"})
         assert 64 * 1024 < by_bytes.memory.nbytes <= 128 * 1024
         plain, _ = watched(model, inputs, 5, config={"memory_policy": "recent", "memory_capacities": 3})

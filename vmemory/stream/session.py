@@ -71,9 +71,12 @@ class VideoSession(Keeping):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the memory, of an opening still shown whole, and of the cache kept between questions."""
+        """Bytes of the memory and its weights, of an opening still shown whole, and of the cache between questions."""
         cache = 0 if self._prefix is None else _cache_bytes(self._prefix[1])
-        return cache + self._opening.nbytes + (0 if self.memory is None else int(self.memory.nbytes))
+        if self.memory is None:
+            return cache
+        weights = sum(weight.nbytes for weight in self.memory.parameters())
+        return cache + self._opening.nbytes + int(self.memory.nbytes) + weights
 
     def retrieve(self, query: Tensor, k: int = 5) -> Retrieved:
         """The entries most similar to each query, by cosine; see `Bank.retrieve`.
