@@ -153,3 +153,25 @@ def test_ready_inputs_do_not_overtake_a_waiting_frame():
         session.push(film(2), time=[9.0, 9.5])
     session.push(film(2), time=[20.0, 20.5])
     assert session.memory.counts()["seen"] == 10
+
+
+@pytest.mark.parametrize(
+    ("error", "frames", "message"),
+    [
+        (ValueError, [], "frames: expected at least one, got none"),
+        (ValueError, torch.zeros(0, 3, 32, 32, dtype=torch.uint8), "frames: expected at least one, of at least one"),
+        (ValueError, torch.zeros(2, 3, 32, 32), r"frames: expected uint8 RGB .* got torch.float32"),
+        (ValueError, torch.zeros(2, 4, 32, 32, dtype=torch.uint8), r"got torch.uint8 of shape \[2, 4, 32, 32\]"),
+        (ValueError, [film(1)[0], film(1, 32, 48)[0]], r"frames: expected one size, got \(32, 32\) and \(32, 48\)"),
+        (TypeError, "film.mp4", "frames: expected a tensor, an array, pictures or Frames, got str"),
+        (TypeError, iter([film(1)]), "frames: expected an iterable of Frame, got one of Tensor"),
+    ],
+)
+def test_what_is_no_frame_is_refused_before_anything_changes(error, frames, message):
+    model, _ = tiny("qwen2_5_vl")
+    session = VideoSession(model, config={"memory_capacities": [4, 2]})
+    with pytest.raises(error, match=message):
+        session.push(frames)
+    assert session.memory is None
+    assert not session._waiting
+    session.push(film(2))

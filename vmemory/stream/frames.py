@@ -32,7 +32,11 @@ def as_frames(frames: Any, time: Any = None) -> Iterator[Timed]:
     elif isinstance(frames, (list, tuple)) and not any(isinstance(f, Frame) for f in frames):
         if not frames:
             raise ValueError("frames: expected at least one, got none")
-        yield _timed(torch.cat([_pixels(f) for f in frames]), time)
+        pixels = [_pixels(f) for f in frames]
+        sizes = sorted({tuple(p.shape[2:]) for p in pixels})
+        if len(sizes) > 1:
+            raise ValueError(f"frames: expected one size, got {sizes[0]} and {sizes[1]}")
+        yield _timed(torch.cat(pixels), time)
     elif isinstance(frames, Iterable) and not isinstance(frames, (str, bytes)):
         if time is not None:
             raise ValueError("time: expected None with frames that bring theirs")
@@ -57,6 +61,8 @@ def _pixels(frame: Any) -> Tensor:
         raise ValueError(
             f"frames: expected uint8 RGB [n, 3, H, W] or [n, H, W, 3], got {pixels.dtype} of shape {list(pixels.shape)}"
         )
+    if not pixels.numel():
+        raise ValueError(f"frames: expected at least one, of at least one pixel, got shape {list(pixels.shape)}")
     return pixels if pixels.shape[1] == 3 else pixels.permute(0, 3, 1, 2)
 
 
