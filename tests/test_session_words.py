@@ -175,3 +175,13 @@ def test_what_is_no_frame_is_refused_before_anything_changes(error, frames, mess
     assert session.memory is None
     assert not session._waiting
     session.push(film(2))
+
+
+def test_a_camera_may_change_its_size_between_two_frames_of_a_pair():
+    model, _ = tiny("qwen2_5_vl")
+    session = VideoSession(model, config={"memory_capacities": [4, 2]})
+    session.push(film(3))
+    session.push(film(1, 48, 64)[0], time=3.0)
+    session.push(film(2, 48, 64), time=[4.0, 5.0])
+    assert session.memory.counts()["seen"] == 3
+    assert session.frame_size == (32, 32)

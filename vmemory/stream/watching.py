@@ -102,7 +102,9 @@ class Watching:
         steps = [self._last, *seconds]
         if any(not a < b for a, b in pairwise(steps)):
             raise ValueError(f"time: expected strictly increasing seconds above {self._last}, got {seconds}")
-        frames = [*self._waiting, *zip(pixels, seconds, strict=True)]
+        # a camera may have changed its size meanwhile
+        waiting = [(_resized(frame, pixels), t) for frame, t in self._waiting]
+        frames = [*waiting, *zip(pixels, seconds, strict=True)]
         together = self.adapter.frames_together(self.model)
         ready = len(frames) // together * together
         if ready:
@@ -185,6 +187,13 @@ class Watching:
 
 def _size(frames: Tensor) -> tuple[int, int]:
     return frames.shape[-2], frames.shape[-1]
+
+
+def _resized(frame: Tensor, like: Tensor) -> Tensor:
+    if _size(frame) == _size(like):
+        return frame
+    scaled = nn.functional.interpolate(frame[None].float(), _size(like), mode="bilinear", antialias=True)[0]
+    return scaled.round().clamp(0, 255).to(frame.dtype)
 
 
 def _is_maker(memory: Any) -> bool:
