@@ -90,7 +90,7 @@ def print_scores(console: Console, scores: Scores) -> None:
         title = f"{scores.unbounded.asked} trailer frames looked up in the film, {caption}"
         table = Table(box=None, pad_edge=False, header_style="dim", collapse_padding=True)
         for name in _COLUMNS:
-            table.add_column(name, justify="left" if name == "memory" else "right", no_wrap=True)
+            table.add_column(name, justify="left" if name == "memory" else "right", no_wrap=name != "memory")
         for row in table_of("", group)["rows"]:
             table.add_row(*(str(row[key]) for key in _KEYS), style="bold" if row["best"] else "")
         console.print(title, style="bold", highlight=False)
