@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -44,3 +50,33 @@ def skip(bank: banks.Bank, frames: int, stream: int = 0) -> None:
 
 def holds(pattern: bytes, tensors) -> bool:
     return any(pattern in t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for t in tensors)
+
+
+WRITER = """
+import sys, torch
+from vmemory import banks
+
+bank = {bank}
+bank.archive = banks.Archive(int(sys.argv[2]), sys.argv[1], block={block})
+t = 0
+while True:
+    bank.push(torch.full((1, *bank.layout.grid, 8), float(t)), float(t))
+    t += 1
+    if t == 300:
+        print("running", flush=True)
+"""
+
+
+def kill_a_writer(bank: str, path: Path, budget: int, block: bool = False) -> None:
+    """A process that archives what `bank`, an expression, lets go, killed while it does."""
+    writer = subprocess.Popen(
+        [sys.executable, "-c", WRITER.format(bank=bank, block=block), str(path), str(budget)],
+        cwd=Path(banks.__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert writer.stdout is not None
+    assert writer.stdout.readline() == "running\n"
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.wait()
+    writer.stdout.close()

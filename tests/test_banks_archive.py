@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-from tests.memories import DIM, GRID, POLICIES, clip, holds, make, same, seconds, skip
+from tests.memories import DIM, GRID, POLICIES, clip, holds, kill_a_writer, make, same, seconds, skip
 from vmemory import banks
 
 pytest.importorskip("vmemory._host", reason="vmemory._host is not built")
@@ -201,34 +195,9 @@ def test_a_torn_block_is_left_out(tmp_path) -> None:
     assert again.recall(0, 99).frame.unique().tolist() == [n for n in range(14) if n != 4]
 
 
-WRITER = """
-import sys, torch
-from vmemory import banks
-
-bank = banks.RingBank(8, (4, 6), 6)
-bank.archive = banks.Archive(sys.argv[2], sys.argv[1])
-t = 0
-while True:
-    bank.push(torch.full((1, 4, 6, 8), float(t)), float(t))
-    t += 1
-    if t == 300:
-        print("running", flush=True)
-"""
-
-
 def test_a_killed_writer_loses_the_last_block_at_most(tmp_path) -> None:
-    path, budget = tmp_path / "a.frames", "64KiB"
-    writer = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path), budget],
-        cwd=Path(banks.__file__).parents[2],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert writer.stdout is not None
-    assert writer.stdout.readline() == "running\n"
-    os.kill(writer.pid, signal.SIGKILL)
-    writer.wait()
-    writer.stdout.close()
+    path, budget = tmp_path / "a.frames", 64 * 1024
+    kill_a_writer("banks.RingBank(8, (4, 6), 6)", path, budget)
     again = make("recent")
     again.archive = banks.Archive(budget, path)
     found = again.recall(-1, 1e9)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import struct
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.memories import seconds
+from tests.memories import kill_a_writer, seconds
 from vmemory import banks
 from vmemory.banks.tiers import make_layout
 from vmemory.reference.bank import Stream
@@ -162,35 +157,15 @@ def test_nothing_of_a_larger_entry_stays_in_the_blocks_that_it_made_free(blocks:
     assert not any(path.read_bytes()[PAGE:])
 
 
-WRITER = """
-import sys, torch
-from vmemory import banks
-
-bank = banks.HierarchicalBank(8, (4, 4), (2, 2, 3), ((4, 4), (2, 2), (1, 1)), "videochat-online", intervals=(8, 4, 1))
-bank.archive = banks.Archive(int(sys.argv[2]), sys.argv[1], block=True)
-t = 0
-while True:
-    bank.push(torch.full((1, 4, 4, 8), float(t)), float(t))
-    t += 1
-    if t == 300:
-        print("running", flush=True)
-"""
+SEVERAL_SIZES = (
+    "banks.HierarchicalBank(8, (4, 4), (2, 2, 3), ((4, 4), (2, 2), (1, 1)), 'videochat-online', intervals=(8, 4, 1))"
+)
 
 
 def test_a_writer_killed_among_the_blocks_of_an_entry_loses_that_at_most(tmp_path) -> None:
     path, budget = tmp_path / "a.frames", PAGE + 41 * block(1)
     for _ in range(2):
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(path), str(budget)],
-            cwd=Path(banks.__file__).parents[2],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "running\n"
-        os.kill(writer.pid, signal.SIGKILL)
-        writer.wait()
-        writer.stdout.close()
+        kill_a_writer(SEVERAL_SIZES, path, budget, block=True)
         again = tiered("videochat-online", (8, 4, 1))
         again.archive = banks.Archive(budget, path)
         found = again.recall(-1, 1e9)

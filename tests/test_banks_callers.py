@@ -14,22 +14,11 @@ import pytest
 import torch
 
 from tests.memories import DIM, GRID, clip, same, seconds
+from tests.test_banks import POLICIES, STORES, make
 from vmemory import banks
-from vmemory.banks import dual_state
-from vmemory.banks.hierarchical import split
 from vmemory.reference.bank_layout import BankState
 
-POLICIES = sorted(banks.POLICIES)
-STORES = [policy for policy in POLICIES if policy != "dual"]
 ROWS = torch.stack([clip(3), clip(3, seed=1)])
-
-
-def make(policy: str, entries: int = 6, **arguments):
-    sizes = {"hierarchical": split(entries, 3), "dual": dual_state.split(entries)}
-    size = {"capacities": sizes[policy]} if policy in sizes else {"capacity": entries}
-    # equal weights for all that are made
-    torch.manual_seed(0)
-    return banks.make(policy, **({"dim": DIM, "grid": GRID} | size | arguments))
 
 
 # streams and times

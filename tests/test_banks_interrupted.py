@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.memories import DIM, GRID, clip, same, seconds
-from tests.test_banks_callers import POLICIES, STORES, make
+from tests.test_banks import POLICIES, STORES, make
 from vmemory import banks
 from vmemory.banks.unbroken import unbroken
 
