@@ -25,7 +25,8 @@ class GeometryFusion(nn.Module):
             trained is its own affair.
         heads: Attention heads, a divisor of `width`.
         width: Channels of queries, keys and values; None = `dim`.
-        memory: What the tokens go through next, as `attach` takes it but for names; None = what its `config` says.
+        memory: What the tokens go through next, as `attach` takes it but for names; None = what its `config` says. Of
+            a `DualMemory` only one with `residual=True` leaves a model as it is until trained.
         device, dtype: Of the weights.
 
     Raises:
