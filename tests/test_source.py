@@ -10,37 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.clips import write_clip_at
 from vmemory.stream import FrameSource, SourceError
 
 RATE = 24
-
-
-def _write(
-    path: Path,
-    ticks: list[int],
-    *,
-    codec: str = "libx264",
-    base: Fraction = Fraction(1, RATE),
-    height: int = 48,
-    width: int = 64,
-    noise: bool = False,
-    options: dict[str, str] | None = None,
-) -> Path:
-    """A clip whose i-th frame has brightness 4 * i at `ticks[i] * base` seconds."""
-    rng = np.random.default_rng(0)
-    with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream(codec, rate=RATE)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        stream.codec_context.time_base = base
-        for i, tick in enumerate(ticks):
-            image = np.full((height, width, 3), min(255, 4 * i), np.uint8)
-            if noise:
-                image = rng.integers(0, 255, image.shape, dtype=np.uint8)
-            frame = av.VideoFrame.from_ndarray(image, "rgb24")
-            frame.pts, frame.time_base = tick, base
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
 
 
 def _cut(path: Path, name: str, share: float) -> Path:
@@ -56,7 +29,7 @@ def _times(source: FrameSource) -> list[float]:
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
 def test_every_frame_at_its_presentation_time(tmp_path: Path, suffix: str) -> None:
-    path = _write(tmp_path / f"a.{suffix}", list(range(48)))
+    path = write_clip_at(tmp_path / f"a.{suffix}", list(range(48)))
     source = FrameSource(path)
     frames = list(source)
     assert [frame.index for frame in frames] == list(range(48))
@@ -74,14 +47,14 @@ def test_every_frame_at_its_presentation_time(tmp_path: Path, suffix: str) -> No
 
 
 def test_first_timestamp_is_the_origin(tmp_path: Path) -> None:
-    path = _write(tmp_path / "late.mkv", [240 + i for i in range(10)])
+    path = write_clip_at(tmp_path / "late.mkv", [240 + i for i in range(10)])
     assert _times(FrameSource(path))[:2] == pytest.approx([0, 1 / RATE], abs=1e-3)
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 @pytest.mark.parametrize("fps", [1, 2, 5, 7.5, RATE, 100])
 def test_sampling_takes_the_first_frame_at_or_after_each_multiple(tmp_path: Path, suffix: str, fps: float) -> None:
-    path = _write(tmp_path / f"a.{suffix}", list(range(72)))
+    path = write_clip_at(tmp_path / f"a.{suffix}", list(range(72)))
     source = FrameSource(path, fps=fps)
     got = [round(time * RATE) for time in _times(source)]
     share = Fraction(fps)
@@ -93,7 +66,7 @@ def test_sampling_takes_the_first_frame_at_or_after_each_multiple(tmp_path: Path
 
 def test_variable_frame_rate(tmp_path: Path) -> None:
     ticks = [0, 1, 2, 30, 31, 100, 240, 241, 250]
-    path = _write(tmp_path / "v.mkv", ticks, base=Fraction(1, 100))
+    path = write_clip_at(tmp_path / "v.mkv", ticks, base=Fraction(1, 100))
     assert _times(FrameSource(path)) == pytest.approx([t / 100 for t in ticks])
     assert _times(FrameSource(path, fps=2)) == pytest.approx([0, 1.0, 2.4, 2.5])
 
@@ -102,7 +75,7 @@ def test_variable_frame_rate(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts", "avi"])
 def test_start_and_stop(tmp_path: Path, suffix: str, fps: float | None) -> None:
     codec = "mpeg4" if suffix == "avi" else "libx264"
-    path = _write(tmp_path / f"a.{suffix}", list(range(96)), codec=codec)
+    path = write_clip_at(tmp_path / f"a.{suffix}", list(range(96)), codec=codec)
     whole = list(FrameSource(path, fps=fps))
     part = FrameSource(path, fps=fps, start=1.2, stop=2.6)
     frames = list(part)
@@ -115,7 +88,7 @@ def test_start_and_stop(tmp_path: Path, suffix: str, fps: float | None) -> None:
 
 
 def test_stream_without_timestamps_counts_durations(tmp_path: Path) -> None:
-    path = _write(tmp_path / "a.h264", list(range(48)))
+    path = write_clip_at(tmp_path / "a.h264", list(range(48)))
     times = _times(FrameSource(path))
     assert len(times) == 48
     assert times[0] == 0
@@ -127,7 +100,7 @@ def test_stream_without_timestamps_counts_durations(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("suffix", "codec"), [("mkv", "libx264"), ("avi", "mpeg4")])
 def test_truncated_file_keeps_what_decodes(tmp_path: Path, suffix: str, codec: str) -> None:
-    path = _write(tmp_path / f"a.{suffix}", list(range(96)), codec=codec, noise=True)
+    path = write_clip_at(tmp_path / f"a.{suffix}", list(range(96)), codec=codec, noise=True)
     source = FrameSource(_cut(path, f"cut.{suffix}", 0.5))
     frames = list(source)
     assert 20 < len(frames) < 60
@@ -144,11 +117,11 @@ def test_truncated_file_keeps_what_decodes(tmp_path: Path, suffix: str, codec: s
 
 
 def test_truncated_mp4(tmp_path: Path) -> None:
-    path = _write(tmp_path / "a.mp4", list(range(96)), noise=True)
+    path = write_clip_at(tmp_path / "a.mp4", list(range(96)), noise=True)
     with pytest.raises(SourceError, match=r"cut\.mp4: not a readable video file"):
         FrameSource(_cut(path, "cut.mp4", 0.6))
     # with the index in front, the same cut can be read up to where it ends
-    fast = _write(tmp_path / "b.mp4", list(range(96)), noise=True, options={"movflags": "faststart"})
+    fast = write_clip_at(tmp_path / "b.mp4", list(range(96)), noise=True, options={"movflags": "faststart"})
     source = FrameSource(_cut(fast, "cutfast.mp4", 0.6))
     frames = list(source)
     assert 20 < len(frames) < 80
@@ -157,7 +130,7 @@ def test_truncated_mp4(tmp_path: Path) -> None:
 
 
 def test_damaged_middle_is_reported_and_passed(tmp_path: Path) -> None:
-    path = _write(tmp_path / "a.ts", list(range(96)), codec="mpeg4", noise=True)
+    path = write_clip_at(tmp_path / "a.ts", list(range(96)), codec="mpeg4", noise=True)
     data = bytearray(path.read_bytes())
     middle = len(data) // 2
     data[middle : middle + 4000] = bytes(4000)
@@ -175,7 +148,7 @@ def test_damaged_middle_is_reported_and_passed(tmp_path: Path) -> None:
     [(None, None), (32, "short"), ((31, 45), (31, 45)), ((97, 33), (97, 33)), (1, "short")],
 )
 def test_sizes(tmp_path: Path, height: int, width: int, size: int | tuple[int, int] | None, expect: object) -> None:
-    path = _write(tmp_path / "a.mkv", [0, 1, 2], height=height, width=width)
+    path = write_clip_at(tmp_path / "a.mkv", [0, 1, 2], height=height, width=width)
     frame = next(iter(FrameSource(path, size=size)))
     if expect == "short":
         assert isinstance(size, int)
@@ -194,16 +167,35 @@ def test_odd_picture(tmp_path: Path) -> None:
     np.testing.assert_array_equal(frame.image, image)
 
 
-def test_rotation_is_applied(tmp_path: Path) -> None:
-    path = _write(tmp_path / "r.mp4", [0, 1, 2])
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(("x", "y"), [(1, 1), (-1, 1), (1, -1), (-1, -1)])
+def test_display_matrices_turn_and_mirror(tmp_path: Path, across: bool, x: int, y: int) -> None:
+    height, width = 32, 48
+    picture = np.zeros((height, width, 3), np.uint8)
+    picture[: height // 2, : width // 2], picture[: height // 2, width // 2 :] = (220, 0, 0), (0, 220, 0)
+    picture[height // 2 :, : width // 2] = (0, 0, 220)
+    path = tmp_path / "m.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE, options={"qp": "0"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv444p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
+        container.mux(stream.encode(None))
+    a, b, c, d = (0, y, x, 0) if across else (x, 0, 0, y)
     data = bytearray(path.read_bytes())
-    track = data.index(b"tkhd")
-    matrix = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)
-    at = track + 4 + 4 + 20 + 16
-    data[at : at + 36] = matrix
+    at = data.index(b"tkhd") + 4 + 4 + 20 + 16
+    data[at : at + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
-    upright = next(iter(FrameSource(path)))
-    assert upright.image.shape == (64, 48, 3)
+    # pixel by pixel: what lies at (i, j) from the middle comes to (a i + c j, b i + d j)
+    tall, wide = (width, height) if across else (height, width)
+    expected = np.zeros((tall, wide, 3), np.uint8)
+    for row in range(height):
+        for column in range(width):
+            i, j = column - (width - 1) / 2, row - (height - 1) / 2
+            expected[int(b * i + d * j + (tall - 1) / 2), int(a * i + c * j + (wide - 1) / 2)] = picture[row, column]
+    (frame,) = FrameSource(path)
+    assert frame.image.shape == expected.shape
+    # stored without loss, but in 8 bits of another colour space
+    assert np.abs(frame.image.astype(int) - expected).max() <= 3
     assert next(iter(FrameSource(path, size=(40, 20)))).image.shape == (40, 20, 3)
 
 
@@ -247,7 +239,7 @@ def test_arrays(kind: str) -> None:
 
 
 def test_iterating_twice_gives_the_same(tmp_path: Path) -> None:
-    source = FrameSource(_write(tmp_path / "a.mp4", list(range(24))), fps=8)
+    source = FrameSource(write_clip_at(tmp_path / "a.mp4", list(range(24))), fps=8)
     first = list(source)
     second = list(source)
     assert [f.time for f in first] == [f.time for f in second]
@@ -279,7 +271,7 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_a_window_without_frames_raises(tmp_path: Path) -> None:
-    source = FrameSource(_write(tmp_path / "a.mp4", list(range(24))), start=5.0)
+    source = FrameSource(write_clip_at(tmp_path / "a.mp4", list(range(24))), start=5.0)
     with pytest.raises(SourceError, match=r"a\.mp4: no frame from 5 s .*lasts 1\.0 s"):
         list(source)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-IMAGE_SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+from vmemory.stream.pictures import SUFFIXES, holds_several, pictures_of
 
 
 class SourceError(ValueError):
@@ -27,8 +28,8 @@ class Reader(Protocol):
     """What `FrameSource` needs of a source.
 
     `duration` is in seconds, `rate` in pictures per second, `tick` is the resolution of the timestamps in
-    seconds. `read` fills `problems` with one phrase per kind of damage and sets `broken` when pictures that
-    the source announces are missing.
+    seconds. `read` fills `problems` with one phrase per kind of damage, counts in `dropped` the pictures that it could
+    not give, and sets `broken` when pictures that the source announces are missing.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Reader(Protocol):
     rate: float | None
     tick: float
     broken: bool
+    dropped: int
     problems: list[str]
 
     def read(self, start: float) -> Generator[Picture, None, None]:
@@ -81,6 +83,7 @@ class ArrayReader:
         self.duration: float | None = len(pictures) / rate
         self.tick = 1e-9
         self.broken = False
+        self.dropped = 0
         self.problems: list[str] = []
         self._pictures = pictures
         self._size = size
@@ -89,44 +92,53 @@ class ArrayReader:
         first = min(max(0, int(start * self._rate) - 1), len(self._pictures))
         for i in range(first, len(self._pictures)):
             picture = self._pictures[i]
-            yield Picture(i / self._rate, lambda picture=picture: _resize(picture, self._size))  # type: ignore[misc]
+            yield Picture(i / self._rate, partial(_resize, picture, self._size))
 
 
 class ImageReader:
-    """A directory of images in natural order, one every `1 / rate` seconds; a broken image leaves its gap."""
+    """Picture files in order, each shown for `1 / rate` seconds; a broken one leaves its gap.
 
-    def __init__(self, folder: Path, rate: float, size: int | tuple[int, int] | None) -> None:
-        self._paths = sorted(
-            (path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()),
-            key=natural_key,
-        )
-        if not self._paths:
-            raise SourceError(f"{folder}: no images ({', '.join(sorted(IMAGE_SUFFIXES))}) in this directory")
-        self.name = str(folder)
-        self.rate: float | None = rate
+    What moves inside a file moves at its own speed, and what comes behind it waits; pages are shown like files.
+    """
+
+    def __init__(self, name: str, paths: Sequence[Path], rate: float, size: int | tuple[int, int] | None) -> None:
+        self._paths = paths
+        self._moving = any(holds_several(path) for path in paths)
+        self.name = name
         self._rate = rate
-        self.duration: float | None = len(self._paths) / rate
+        self.rate: float | None = rate
+        self.duration: float | None = None if self._moving else len(paths) / rate
         self.tick = 1e-9
         self.broken = False
+        self.dropped = 0
         self.problems: list[str] = []
         self._size = size
 
-    def read(self, start: float) -> Generator[Picture, None, None]:
-        from PIL import Image, ImageOps
+    @classmethod
+    def of_folder(cls, folder: Path, rate: float, size: int | tuple[int, int] | None) -> ImageReader:
+        """The pictures of a directory in natural order."""
+        paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()]
+        if not paths:
+            raise SourceError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) in this directory")
+        return cls(str(folder), sorted(paths, key=natural_key), rate, size)
 
+    def read(self, start: float) -> Generator[Picture, None, None]:
         unreadable: list[str] = []
-        first = max(0, int(start * self._rate) - 1)
+        # seconds by which moving pictures have put off what is behind them
+        put_off = 0.0
+        first = 0 if self._moving else max(0, int(start * self._rate) - 1)
         for position, path in enumerate(self._paths[first:], first):
+            began = put_off + position / self._rate
+            lasted = 0.0
             try:
-                with Image.open(path) as opened:
-                    image = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-            except (OSError, SyntaxError):
-                unreadable.append(path.name)
-                continue
-            yield Picture(
-                position / self._rate,
-                lambda image=image: _resize(image, self._size),  # type: ignore[misc]
-            )
+                for image, seconds in pictures_of(path):
+                    yield Picture(began + lasted, partial(_resize, image, self._size))
+                    lasted += 1 / self._rate if seconds is None else seconds
+            # whatever a decoder makes of a damaged or hostile file, the others are still to be read
+            except Exception as error:
+                unreadable.append(f"{path.name} ({' '.join(str(error).split()) or type(error).__name__})")
+            put_off += max(0.0, lasted - 1 / self._rate)
         if unreadable:
+            self.dropped = len(unreadable)
             more = f" and {len(unreadable) - 3} more" if len(unreadable) > 3 else ""
             self.problems.append(f"skipped unreadable images: {', '.join(unreadable[:3])}{more}")

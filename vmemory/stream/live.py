@@ -11,66 +11,151 @@ from threading import Event, Thread
 from typing import Any
 
 from vmemory.stream._readers import SourceError
-from vmemory.stream.source import Frame
+from vmemory.stream.places import place_of, shown
+from vmemory.stream.source import Frame, FrameSource, check_rate, check_size
 
 # else ffmpeg looks at five seconds of a stream before it gives the first frame
 _PROMPTLY = {"fflags": "nobuffer", "flags": "low_delay", "probesize": "65536", "analyzeduration": "500000"}
+# what only ever sends what happens now
+_SENDERS = frozenset(("mms", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp", "unix"))
+# seconds before the first try to connect again; each later one waits twice as long
+_PAUSE = 0.5
 
 
 class LiveSource:
     """Iterable of `Frame` from what keeps coming: `rtsp://…`, `udp://…`, `tcp://…`, or a camera such as `/dev/video0`.
 
     A thread decodes all the time and holds one frame; while nobody takes it, a newer one replaces it. Times are seconds
-    since the first frame, by the clock of this machine.
+    since the first frame, by the clock of this machine. A connection that breaks or falls silent is opened again, and
+    times go on; a sender that ends its stream ends the iteration. Each iteration connects anew.
 
     Args:
-        address: What PyAV opens; a device under `/dev` is opened as a Linux camera.
+        address: What PyAV opens; a device under `/dev`, or its number, is opened as a Linux camera.
         fps: Frames a second at most.
+        size: `(height, width)`, or the length of the shorter side, to scale to; None = as sent.
+        timeout: Seconds of silence after which a connection counts as broken.
+        reconnects: Times in a row that a broken connection is opened again before the iteration raises.
 
     Attributes:
-        dropped: Frames that were due and replaced by newer ones.
+        dropped: Frames of the latest iteration that were due and replaced by newer ones.
 
     Raises:
-        SourceError: It cannot be opened, or has no video; also from the iteration, when the stream breaks.
+        SourceError: It cannot be opened, stays silent, or has no video; also from the iteration, when the stream breaks
+            and does not come back.
+        ValueError, TypeError: A bad argument.
     """
 
-    def __init__(self, address: str, fps: float = 1.0) -> None:
+    def __init__(
+        self,
+        address: str | Path | int,
+        fps: float = 1.0,
+        size: int | tuple[int, int] | None = None,
+        *,
+        timeout: float = 10.0,
+        reconnects: int = 3,
+    ) -> None:
+        if isinstance(address, bool) or not isinstance(address, (str, Path, int)):
+            raise TypeError(f"address: expected an address, a path or a camera's number, got {address!r}")
+        if isinstance(address, int) and address < 0:
+            raise ValueError(f"address: expected a camera's number >= 0, got {address}")
+        check_rate("fps", fps)
+        check_rate("timeout", timeout)
+        if reconnects < 0:
+            raise ValueError(f"reconnects: expected at least 0, got {reconnects}")
+        self._place = place_of(address)
+        self.name, self.fps, self.size = shown(self._place), fps, check_size(size)
+        self.timeout, self.reconnects = timeout, reconnects
+        self.dropped = 0
+        self.duration: float | None = None
+        # what does not answer is told here, and not where the first frame is asked for
+        self._opened: Any = self._open()
+        self._running: _Reading | None = None
+
+    @property
+    def warning(self) -> str | None:
+        """One line about frames that nobody had time for, or None."""
+        count = f"{self.dropped} frame{'' if self.dropped == 1 else 's'}"
+        return f"{self.name}: {count} came while nobody had time for them" if self.dropped else None
+
+    def _open(self) -> Any:
         import av
 
-        if not (math.isfinite(fps) and fps > 0):
-            raise ValueError(f"fps: expected a number > 0, got {fps}")
-        self.name, self.fps, self.dropped = address, fps, 0
-        self.duration: float | None = None
-        self.warning: str | None = None
+        began = clock.monotonic()
         try:
-            kind = "v4l2" if address.startswith("/dev/") else None
-            self._container = av.open(address, format=kind, options=_PROMPTLY)
-            self._stream = self._container.streams.video[0]
-        except (av.FFmpegError, ValueError, IndexError) as error:
-            raise SourceError(f"{address}: not a live video ({getattr(error, 'strerror', None) or error})") from error
+            camera = isinstance(self._place, Path) and self._place.is_char_device()
+            url = f"file:{self._place}" if isinstance(self._place, Path) and not camera else str(self._place)
+            container = av.open(url, format="v4l2" if camera else None, options=_PROMPTLY, timeout=self.timeout)
+            if not container.streams.video:
+                container.close()
+                raise SourceError(f"{self.name}: not a live video (no video stream)")
+        except (av.FFmpegError, ValueError) as error:
+            if isinstance(error, SourceError):
+                raise
+            silent = clock.monotonic() - began >= self.timeout
+            reason = f"silent for {self.timeout:g} s" if silent else getattr(error, "strerror", None) or error
+            raise SourceError(f"{self.name}: not a live video ({reason})") from error
+        return container
+
+    def __iter__(self) -> Iterator[Frame]:
+        container, self._opened = self._opened, None
+        self.dropped = 0
+        self._running = reading = _Reading(self, container or self._open())
+        try:
+            yield from reading
+        finally:
+            reading.stop()
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._running is not None:
+            self._running.stop()
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+
+class _Reading:
+    """One iteration over a live source: a thread that decodes, and the newest frame for whoever takes it."""
+
+    def __init__(self, source: LiveSource, container: Any) -> None:
+        from vmemory.stream._video import Upright
+
+        self._source, self._container = source, container
+        self._image = Upright(source.size)
         self._newest: Queue[Frame | Exception | None] = Queue(maxsize=1)
         self._stop = Event()
-        self._worker = Thread(target=self._read, daemon=True)
+        self._sign = clock.monotonic()
+        self._started, self._due, self._index = math.nan, 0, 0
+        # since the last picture
+        self._tried = 0
+        Thread(target=self._read, daemon=True).start()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def __iter__(self) -> Iterator[Frame]:
+        timeout = self._source.timeout
+        while True:
+            try:
+                item = self._newest.get(timeout=min(1.0, timeout))
+            except Empty:
+                if self._stop.is_set():
+                    return
+                # a device may block where no timeout reaches it
+                if clock.monotonic() - self._sign > 2 * timeout:
+                    raise SourceError(f"{self._source.name}: silent for {2 * timeout:g} s") from None
+                continue
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                return
+            yield item
 
     def _read(self) -> None:
-        import av
-
-        started, due, index = math.nan, 0, 0
+        last: Exception | None = None
         try:
-            for picture in self._container.decode(self._stream):
-                if self._stop.is_set():
-                    break
-                now = clock.monotonic()
-                started = now if math.isnan(started) else started
-                reached = math.floor((now - started) * self.fps)
-                if reached < due:
-                    continue
-                due = reached + 1
-                self._put(Frame(picture.to_ndarray(format="rgb24"), now - started, index))
-                index += 1
-            last: Exception | None = None
-        except av.FFmpegError as error:
-            last = SourceError(f"{self.name}: {error.strerror or error}")
+            while (broken := self._follow()) is not None and not self._stop.is_set():
+                self._connect_again(broken)
         except Exception as error:  # whoever iterates gets it: nobody sees what a thread raises
             last = error
         finally:
@@ -83,7 +168,57 @@ class LiveSource:
             except Full:
                 continue
 
-    def _put(self, frame: Frame) -> None:
+    def _follow(self) -> str | None:
+        """Take frames until someone stops, the sender ends (None), or the connection breaks (why)."""
+        import av
+
+        from vmemory.stream._video import decoded
+
+        stream = self._container.streams.video[0]
+        packets = self._container.demux(stream)
+        seen = clock.monotonic()
+        while not self._stop.is_set():
+            asked = self._sign = clock.monotonic()
+            try:
+                packet = next(packets)
+            except StopIteration:
+                return None
+            except av.FFmpegError as error:
+                silent = clock.monotonic() - asked >= self._source.timeout
+                return f"silent for {self._source.timeout:g} s" if silent else str(error.strerror or error)
+            for picture in decoded((packet,), []):
+                seen = clock.monotonic()
+                self._take(picture)
+            if clock.monotonic() - seen > self._source.timeout:
+                return f"no picture for {self._source.timeout:g} s"
+        return None
+
+    def _connect_again(self, broken: str) -> None:
+        self._container.close()
+        while self._tried < self._source.reconnects:
+            self._sign = clock.monotonic()
+            if self._stop.wait(_PAUSE * 2**self._tried):
+                return
+            self._tried += 1
+            self._sign = clock.monotonic()
+            try:
+                self._container = self._source._open()
+                return
+            except SourceError as error:
+                broken = str(error).removeprefix(f"{self._source.name}: ")
+        raise SourceError(f"{self._source.name}: {broken}")
+
+    def _take(self, picture: Any) -> None:
+        now = clock.monotonic()
+        self._tried = 0
+        if math.isnan(self._started):
+            self._started = now
+        reached = math.floor((now - self._started) * self._source.fps)
+        if reached < self._due:
+            return
+        self._due = reached + 1
+        frame = Frame(self._image(picture), now - self._started, self._index)
+        self._index += 1
         while True:
             try:
                 self._newest.put_nowait(frame)
@@ -91,33 +226,23 @@ class LiveSource:
             except Full:
                 try:
                     self._newest.get_nowait()
-                    self.dropped += 1
+                    self._source.dropped += 1
                 except Empty:
                     continue
 
-    def __iter__(self) -> Iterator[Frame]:
-        self._worker.start()
-        try:
-            while True:
-                item: Any = self._newest.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    return
-                yield item
-        finally:
-            self.close()
 
-    def close(self) -> None:
-        """Stop reading."""
-        self._stop.set()
+def open_video(
+    video: str | Path | int, fps: float, size: int | tuple[int, int] | None = None
+) -> FrameSource | LiveSource:
+    """A `FrameSource` of what has an end, such as a file or a film at an address; a `LiveSource` of what keeps coming.
 
-
-def open_video(video: str | Path, fps: float) -> Any:
-    """A `FrameSource` of a file or folder, a `LiveSource` of anything else: an address with a scheme, or a device."""
-    from vmemory.stream.source import FrameSource
-
-    address = str(video)
-    if "://" in address or address.startswith("/dev/"):
-        return LiveSource(address, fps)
-    return FrameSource(video, fps)
+    Raises:
+        SourceError, ValueError, TypeError: See there.
+    """
+    place = place_of(video)
+    if isinstance(place, Path):
+        return LiveSource(place, fps, size) if place.is_char_device() else FrameSource(place, fps, size=size)
+    if place.partition("://")[0].lower() in _SENDERS:
+        return LiveSource(place, fps, size)
+    film = FrameSource(place, fps, size=size)
+    return LiveSource(place, fps, size) if film.endless else film

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from vmemory.stream._readers import ArrayReader, ImageReader, Reader, SourceError
+from vmemory.stream.pictures import SUFFIXES
+from vmemory.stream.places import kind_of, place_of
 
 __all__ = ["Frame", "FrameSource", "SourceError"]
 
@@ -26,14 +28,18 @@ class Frame(NamedTuple):
 
 
 class FrameSource:
-    """Iterable of `Frame` over a video file, a directory of images or a uint8 array `[T, H, W, 3]`.
+    """Iterable of `Frame` over a video file, a film at an address, pictures or a uint8 array `[T, H, W, 3]`.
 
     Times are seconds from the first frame of the stream: presentation timestamps for a video (so variable
-    frame rates keep their true times), `position / (fps or 1)` for a directory in natural order,
-    `i / source_fps` for an array. Times strictly increase.
+    frame rates keep their true times; where timestamps start anew in the middle they go on from there),
+    `position / (fps or 1)` for a directory in natural order, `i / source_fps` for an array. Times strictly increase.
+    An animated picture, alone or among others, moves at its own speed. Pictures of more than 8 bits are scaled:
+    integers as if 65,535 were white, floating values as if 1 were, and what lies beyond from its least to its greatest.
 
     Args:
-        source: path of a video file or directory, or uint8 RGB array or tensor `[T, H, W, 3]`.
+        source: path of a video file, of a picture or of a directory of pictures; address of a film, which is read by
+            its own clock as fast as it comes (`LiveSource` reads what is sent as it happens); or uint8 RGB array or
+            tensor `[T, H, W, 3]`.
         fps: constant-rate sampling: emit the first frame at or after each multiple of `1 / fps` seconds,
             to within one tick of the container's clock; a frame is emitted once. None emits every frame.
         start, stop: emit frames with `start <= time < stop`, seconds; the sampling grid does not move.
@@ -41,17 +47,20 @@ class FrameSource:
         source_fps: frames per second of an array.
 
     Attributes:
-        duration: length of the whole source in seconds, None if the container does not tell.
+        duration: length of the whole source in seconds, None if the container does not tell; an iteration that finds
+            more corrects it.
         expected: estimated number of frames to be emitted, or None.
         emitted: number of frames emitted by the latest iteration.
+        dropped: number of pictures that it could not give: unreadable, or without a time of their own.
+        endless: True when an address tells neither how long it lasts nor how large it is.
         truncated: True when the latest iteration ended before the length the file announces.
         warning: one line about a truncated or damaged source, or None.
 
-    Video pixels are taken as stored: rotation is applied, the sample aspect ratio is not.
+    Video pixels are taken as stored: rotation and mirroring are applied, the sample aspect ratio is not.
 
     Raises:
-        SourceError: the path is missing, is not a video, has no video stream, no frame or no image; also
-            from the iteration, when no frame lies between `start` and `stop`.
+        SourceError: the path is missing, is not a video, has no video stream, no frame or no image; an address does not
+            answer within 10 s; also from the iteration, when no frame lies between `start` and `stop`.
         ValueError, TypeError: a bad argument.
     """
 
@@ -66,18 +75,21 @@ class FrameSource:
         source_fps: float = 1.0,
     ) -> None:
         if fps is not None:
-            _check_rate("fps", fps)
-        _check_rate("source_fps", source_fps)
+            check_rate("fps", fps)
+        check_rate("source_fps", source_fps)
         if not (math.isfinite(start) and start >= 0):
             raise ValueError(f"start: expected a number of seconds >= 0, got {start}")
         if stop is not None and not stop > start:
             raise ValueError(f"stop: expected more than start ({start}), got {stop}")
         self.fps, self.start, self.stop = fps, float(start), stop
-        self._reader = _open_reader(source, fps, _check_size(size), source_fps)
+        self._reader = _open_reader(source, fps, check_size(size), source_fps)
         self.name = self._reader.name
         self.duration = self._reader.duration
+        # a film that nobody has finished sending has no end to wait for
+        self.endless = getattr(self._reader, "endless", False)
         self.expected = self._estimate()
         self.emitted = 0
+        self.dropped = 0
         self.truncated = False
         self.warning: str | None = None
 
@@ -93,7 +105,7 @@ class FrameSource:
     def __iter__(self) -> Iterator[Frame]:
         reader = self._reader
         self.emitted, self.truncated, self.warning = 0, False, None
-        reader.broken = False
+        reader.broken, reader.dropped = False, 0
         reader.problems.clear()
         due = 0 if self.fps is None else math.ceil(self.start * self.fps - 1e-9)
         with closing(reader.read(self.start)) as pictures:
@@ -111,14 +123,15 @@ class FrameSource:
                 frame = Frame(image(), time, self.emitted)
                 self.emitted += 1
                 yield frame
-        self.truncated = reader.broken
+        self.truncated, self.dropped, self.duration = reader.broken, reader.dropped, reader.duration
         if reader.problems:
             count = f"{self.emitted} frame{'' if self.emitted == 1 else 's'}"
             self.warning = f"{self.name}: {'; '.join(reader.problems)} ({count} kept)"
         if self.emitted == 0:
             window = f"from {self.start:g} s" + ("" if self.stop is None else f" to {self.stop:g} s")
             length = "" if self.duration is None else f" (the source lasts {self.duration:.1f} s)"
-            raise SourceError(f"{self.name}: no frame {window}{length}")
+            problems = "".join(f"; {problem}" for problem in reader.problems)
+            raise SourceError(f"{self.name}: no frame {window}{length}{problems}")
 
 
 def _open_reader(
@@ -128,18 +141,23 @@ def _open_reader(
     source_fps: float,
 ) -> Reader:
     if isinstance(source, str | Path):
-        path = Path(source)
-        if path.is_dir():
-            return ImageReader(path, fps or 1.0, size)
-        if not path.exists():
-            raise SourceError(f"{path}: no such file or directory")
+        place = place_of(source)
+        if isinstance(place, Path):
+            if place.is_dir():
+                return ImageReader.of_folder(place, fps or 1.0, size)
+            if not place.is_file():
+                kind = kind_of(place)
+                expected = ", expected a file, a directory or an address" if place.exists() else ""
+                raise SourceError(f"{place}: {kind}{expected}")
+            if place.suffix.lower() in SUFFIXES:
+                return ImageReader(str(place), [place], fps or 1.0, size)
         try:
             from vmemory.stream._video import VideoReader
         except ModuleNotFoundError as error:
             if error.name != "av":
                 raise
-            raise SourceError(f'{path}: reading video needs PyAV: pip install "vmemory[stream]"') from error
-        return VideoReader(path, size)
+            raise SourceError(f'{place}: reading video needs PyAV: pip install "vmemory[stream]"') from error
+        return VideoReader(place, size)
     if isinstance(source, torch.Tensor):
         source = source.detach().cpu().numpy()
     if not isinstance(source, np.ndarray):
@@ -151,12 +169,12 @@ def _open_reader(
     return ArrayReader(source, source_fps, size)
 
 
-def _check_rate(name: str, value: float) -> None:
+def check_rate(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{name}: expected a number > 0, got {value}")
 
 
-def _check_size(size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+def check_size(size: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
     if size is None:
         return None
     sides = size if isinstance(size, tuple | list) else (size,)

@@ -1,0 +1,50 @@
+"""Where frames come from: files and folders, addresses, cameras."""
+
+from __future__ import annotations
+
+import re
+import stat
+from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+
+
+def place_of(given: str | Path | int) -> str | Path:
+    """A file or folder as a path, anything else as an address with its scheme; a number is that camera.
+
+    A path that swallowed a slash of an address gives it back.
+    """
+    if isinstance(given, int):
+        return Path(f"/dev/video{given}")
+    text = str(given)
+    found = _SCHEME.match(text)
+    if found is None or (isinstance(given, Path) and given.exists()):
+        return Path(given)
+    address = f"{found[1]}://{text[found.end() :].removeprefix('/')}"
+    return Path(url2pathname(urlsplit(address).path)) if found[1].lower() == "file" else address
+
+
+def shown(place: str | Path) -> str:
+    """A file's path; an address without the name, the password and the tokens that it may hold."""
+    if not isinstance(place, str):
+        return str(place)
+    scheme, _, rest = place.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+
+
+def kind_of(path: Path) -> str:
+    """What lies at a path, in words: a file, a directory, a pipe, a socket, a device, or nothing."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return "no such file or directory"
+    for is_kind, words in (
+        (stat.S_ISREG, "a file"), (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    ):  # fmt: skip
+        if is_kind(mode):
+            return words
+    return "a device"
