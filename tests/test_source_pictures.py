@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from vmemory.stream import FrameSource, SourceError
+from vmemory.stream.frames import as_frames
 
 RAMP = np.tile(np.linspace(0, 1, 64), (8, 1))
 
@@ -145,3 +146,10 @@ def test_previews_within_a_file_are_not_shown(tmp_path: Path) -> None:
     page.save(tmp_path / "a.tif", save_all=True, append_images=[preview, page])
     page.save(tmp_path / "b.jpg", format="MPO", save_all=True, append_images=[preview])
     assert [f.image.shape[0] for f in FrameSource(tmp_path)] == [32, 32, 32]
+
+
+def test_a_session_takes_deep_pictures_as_a_source_does(tmp_path: Path) -> None:
+    deep = Image.fromarray((RAMP * 65535).astype(np.uint16))
+    deep.save(tmp_path / "a.png")
+    ((pixels, _),) = as_frames(deep)
+    np.testing.assert_array_equal(pixels[0, 0].numpy(), _grey(FrameSource(tmp_path)))

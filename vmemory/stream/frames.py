@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vmemory.stream.pictures import rgb
 from vmemory.stream.source import Frame
 
 Timed = tuple[Tensor, list[float | None]]
@@ -54,7 +55,7 @@ def _is_picture(frame: Any) -> bool:
 
 def _pixels(frame: Any) -> Tensor:
     if _is_picture(frame):
-        frame = np.array(frame.convert("RGB"))
+        frame = rgb(frame)
     pixels = torch.as_tensor(frame)
     pixels = pixels[None] if pixels.dim() == 3 else pixels
     if pixels.dtype != torch.uint8 or pixels.dim() != 4 or 3 not in (pixels.shape[1], pixels.shape[3]):
