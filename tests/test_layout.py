@@ -16,11 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "vmemory"
 # what a part of the package may import directly; what those may import, it may too
 BELOW = {
+    "_cpu": set(),
     "_files": set(),
     "kernels": set(),
     "reference": set(),
     "testing": {"reference"},
-    "ops": {"kernels", "reference"},
+    "ops": {"kernels", "reference", "_cpu"},
     "_host": set(),
     "banks": {"ops", "_files", "_host"},
     "compress": {"ops"},

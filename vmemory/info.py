@@ -15,7 +15,8 @@ def collect() -> dict[str, Any]:
     import torch
 
     from vmemory import __version__
-    from vmemory.ops._native import STATUS
+    from vmemory._cpu import machine_levels
+    from vmemory.ops._native import STATUS, built_levels
 
     facts = STATUS.facts
     reasons = facts.get("reasons", {})
@@ -36,15 +37,30 @@ def collect() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_levels": list(machine_levels()),
         "device": torch.cuda.get_device_name() if cuda_device else None,
         "build": {k: v for k, v in facts.items() if k != "reasons"},
         "backends": {
-            "cpu": {"built": bool(facts.get("cpu")), "loaded": STATUS.cpu, "reason": STATUS.cpu_reason},
+            "cpu": {
+                "built": bool(built_levels()),
+                "loaded": STATUS.cpu,
+                "reason": STATUS.cpu_reason,
+                "levels": list(built_levels()),
+                "level": STATUS.level,
+                "level_reason": STATUS.level_reason,
+            },
             "cuda": {"built": bool(facts.get("cuda")), "loaded": STATUS.cuda, "reason": STATUS.cuda_reason},
             "triton": {"built": True, "loaded": not triton_reason, "reason": triton_reason},
             "host": host,
         },
     }
+
+
+def in_words(state: dict[str, Any]) -> str:
+    """A backend's state in one line."""
+    words = "loaded" if state["loaded"] else ("built, not loaded" if state["built"] else "not built")
+    why = state["reason"] or (f"{state['level']}, {state['level_reason']}" if state.get("level") else "")
+    return f"{words}: {why}" if why else words
 
 
 def main() -> None:
@@ -56,14 +72,14 @@ def main() -> None:
         return
     versions = (f"{name} {report[name]}" for name in ("vmemory", "python", "torch", "triton") if report[name])
     print(", ".join(versions))
-    print(f"CPU {report['cpu_capability']}, device {report['device'] or 'none'}")
+    levels = ", ".join(report["cpu_levels"]) or "below x86-64-v2"
+    print(f"CPU {levels}; device {report['device'] or 'none'}")
     for name, state in report["backends"].items():
-        words = "loaded" if state["loaded"] else ("built, not loaded" if state["built"] else "not built")
-        print(f"  {name:<7}{words}" + (f": {state['reason']}" if state["reason"] else ""))
+        print(f"  {name:<7}{in_words(state)}")
     build = report["build"]
-    if build.get("cpu"):
+    if build.get("compiler"):
         extra = f", CUDA for {build['cuda_archs']} by {build['nvcc']}" if build.get("cuda") else ""
-        print(f"built for {build['cpu_arch'] or 'the default CPU'} by {build['compiler']}{extra}")
+        print(f"built for {', '.join(build['levels']) or 'no CPU level'} by {build['compiler']}{extra}")
 
 
 if __name__ == "__main__":

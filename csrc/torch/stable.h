@@ -121,6 +121,7 @@ void parallel_bytes(int64_t n, int64_t bytes, const F& f) {
 #ifdef __CUDACC__
 // torch's current stream of the device. Looked up at run time because the symbol exists in CUDA builds of torch only
 // and this library must also load next to a CPU build; RTLD_DEFAULT does not find it, a handle on the library does.
+// The device is set in this library's own CUDA runtime too, which knows nothing of what torch set in its own.
 inline cudaStream_t current_stream(const Tensor& t) {
   using Getter = AOTITorchError (*)(int32_t, void**);
   static const Getter getter = [] {
@@ -128,6 +129,8 @@ inline cudaStream_t current_stream(const Tensor& t) {
     return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
   }();
   VMEMORY_CHECK(getter != nullptr, "this torch has no CUDA: libtorch_cuda.so is not loaded");
+  const cudaError_t error = cudaSetDevice(t.get_device_index());
+  VMEMORY_CHECK(error == cudaSuccess, "cudaSetDevice: ", cudaGetErrorString(error));
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(getter(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);

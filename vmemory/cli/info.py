@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from vmemory.info import collect
+from vmemory.info import collect, in_words
 
 
 def info(json: Annotated[bool, typer.Option("--json", help="Machine-readable facts.")] = False) -> None:
@@ -19,9 +19,8 @@ def info(json: Annotated[bool, typer.Option("--json", help="Machine-readable fac
         print(json_format.dumps(facts, indent=1))
         return
     table = Table(box=None, pad_edge=False, show_header=False)
-    for name in ("vmemory", "python", "torch", "triton", "cpu_capability", "device"):
-        table.add_row(name.replace("_", " "), str(facts[name] or "none"))
+    for name in ("vmemory", "python", "torch", "triton", "device"):
+        table.add_row(name, str(facts[name] or "none"))
     for name, state in facts["backends"].items():
-        words = "loaded" if state["loaded"] else ("built, not loaded" if state["built"] else "not built")
-        table.add_row(f"{name} backend", words + (f": {state['reason']}" if state["reason"] else ""))
+        table.add_row(f"{name} backend", in_words(state))
     Console().print(table)

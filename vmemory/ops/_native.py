@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from vmemory import _cpu
+
 _PACKAGE = Path(__file__).resolve().parent.parent
-_NEEDS = {"x86-64-v4": ("AVX512",), "x86-64-v3": ("AVX2", "AVX512")}
 
 
 @dataclass(frozen=True)
 class NativeStatus:
-    """What of the native library can run in this process; each reason is empty when its part can."""
+    """What of the native libraries can run in this process; each reason is empty when its part can."""
 
     cpu: bool
     cuda: bool
     cpu_reason: str
     cuda_reason: str
     facts: dict[str, Any]
+    level: str = ""
+    """Instruction set of the CPU operators that were loaded, for example x86-64-v3; empty where none were."""
+    level_reason: str = ""
+    """Why this level was chosen."""
 
 
 def _read_facts() -> dict[str, Any]:
@@ -29,30 +36,84 @@ def _read_facts() -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def built_levels() -> tuple[str, ...]:
+    """The levels whose library lies in the package, lowest first."""
+    return tuple(level for level in (_cpu.PORTABLE, *_cpu.LEVELS) if library(level).exists())
+
+
+def library(level: str) -> Path:
+    """Where the CPU operators of a level lie, built or not."""
+    return _PACKAGE / f"_ops.{level}.so"
+
+
+def _choose(facts: dict[str, Any]) -> tuple[str, str]:
+    """The level to load, empty for none, and why.
+
+    Raises:
+        RuntimeError: VMEMORY_CPU_ARCH names levels of which none was built and runs here.
+    """
+    forced = os.environ.get(_cpu.VARIABLE, "")
+    runs, built = _cpu.machine_levels(), built_levels()
+    able = [level for level in _cpu.wanted_levels("all") if level in built and level in runs]
+    if able:
+        others = f"built: {', '.join(built)}; this CPU runs {', '.join(runs)}"
+        return able[-1], f"{_cpu.VARIABLE}={forced}" if forced else f"the best for this CPU ({others})"
+    if not built:
+        why = facts.get("reasons", {}).get("cpu") or "vmemory holds no _ops.*.so: install the package with pip"
+    elif not runs:
+        why = _cpu.why_no_level()
+    else:
+        why = f"_ops was built for {', '.join(built)}, this CPU runs {', '.join(runs)}"
+    if forced not in ("", "all", "native"):
+        raise RuntimeError(f"{_cpu.VARIABLE}={forced} cannot be had: {why}")
+    return "", f"{why}: reinstall on this machine" if built and runs else why
+
+
+def _driver() -> int:
+    """The newest CUDA that the driver serves, as 1000 * major + 10 * minor; 0 without a driver."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
+
+
+def _why_no_cuda(facts: dict[str, Any]) -> str:
+    """Empty when the CUDA kernels can run: the toolkit's runtime is linked in, and asks for a driver of its day."""
+    if not facts.get("cuda"):
+        return facts.get("reasons", {}).get("cuda") or "built without CUDA"
+    if not torch.cuda.is_available():
+        return "built, but torch sees no CUDA device"
+    toolkit, driver = facts["cuda_toolkit"], _driver()
+    major, minor = map(int, toolkit.split("."))
+    # a driver of the same major version runs compiled code of a later minor one, but not its PTX, which is what a
+    # device newer than the build has to run; telling that device would start CUDA, and no process could fork then
+    if driver < 1000 * major + 10 * minor:
+        shown = f"{driver // 1000}.{driver % 1000 // 10}"
+        return f"the driver serves CUDA {shown}, the kernels were built with {toolkit}: update the driver, or rebuild"
+    return ""
+
+
 def _load() -> NativeStatus:
     facts = _read_facts()
-    reasons = facts.get("reasons", {})
-    library = _PACKAGE / "_ops.so"
-    if not library.exists():
-        why = reasons.get("cpu") or "vmemory/_ops.so does not exist: install the package with pip"
-        return NativeStatus(False, False, why, reasons.get("cuda") or why, facts)
-    needs = _NEEDS.get(facts.get("cpu_arch", ""), ())
-    capability = torch.backends.cpu.get_cpu_capability()
-    if needs and capability not in needs:
-        why = f"_ops.so was built for {facts['cpu_arch']}, this CPU offers {capability}: reinstall on this machine"
-        return NativeStatus(False, False, why, why, facts)
+    level, why_level = _choose(facts)
+    if not level:
+        cuda = facts.get("reasons", {}).get("cuda") or why_level
+        return NativeStatus(False, False, why_level, cuda, facts)
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(library(level)))
     except OSError as error:
         # loading needs torch 2.11 or newer: an older one lacks symbols, and info has to be able to say so
-        why = f"_ops.so did not load: {error}"
+        why = f"{library(level).name} did not load: {error}"
         return NativeStatus(False, False, why, why, facts)
-    if not facts.get("cuda"):
-        why = reasons.get("cuda", "built without CUDA")
-        return NativeStatus(True, False, "", why, facts)
-    if not torch.cuda.is_available():
-        return NativeStatus(True, False, "", "built, but torch sees no CUDA device", facts)
-    return NativeStatus(True, True, "", "", facts)
+    why_cuda = _why_no_cuda(facts)
+    if not why_cuda:
+        try:
+            torch.ops.load_library(str(_PACKAGE / "_ops_cuda.so"))
+        except OSError as error:
+            why_cuda = f"_ops_cuda.so did not load: {error}"
+    return NativeStatus(True, not why_cuda, "", why_cuda, facts, level, why_level)
 
 
 STATUS = _load()
