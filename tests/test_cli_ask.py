@@ -6,7 +6,7 @@ import pytest
 
 from tests.colours import Colours
 from tests.commands import Run, check_page, clip, colours, expect_error, run
-from vmemory.cli import ask
+from vmemory.cli import ask, inspect
 from vmemory.cli.common import make_encoder
 from vmemory.stream.video_bank import video_bank
 
@@ -59,15 +59,15 @@ def test_a_memory_of_another_encoder(clip: Path, tmp_path: Path, run: Run, monke
 def test_inspect_opens_the_report_of_what_was_watched(
     run: Run, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opened: list[str] = []
-    monkeypatch.setattr("typer.launch", opened.append)
+    opened: list[Path] = []
+    monkeypatch.setattr(inspect, "open_page", opened.append)
     saved, bare = tmp_path / "clip.vmem", tmp_path / "bare.vmem"
     run("stream", clip, "--entries", 9, "--save", saved)
     code, told, err = run("inspect", saved)
     assert (code, err) == (0, "")
     assert "colours" in told
     check_page(tmp_path / "clip-report")
-    assert opened == [str(tmp_path / "clip-report" / "report.html")]
+    assert opened == [tmp_path / "clip-report" / "report.html"]
     assert run("inspect", saved, "--no-open", "--out", tmp_path / "there")[0] == 0
     check_page(tmp_path / "there")
     video_bank("recent", 9, 4, entries=2).save(bare)

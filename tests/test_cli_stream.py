@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import re
+import socket
+import struct
+import threading
+import time
 from pathlib import Path
 
 import av
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.clips import served, write_clip_at
 from tests.colours import BLUE, GREEN, RED, Colours, write_clip
 from tests.commands import Run, check_page, clip, colours, expect_error, run
 from vmemory.banks import POLICIES, BankFile
@@ -221,3 +226,48 @@ def test_a_failed_run_leaves_the_old_files(
     result = run("stream", clip, "--entries", 5, "--save", saved, "--out", tmp_path)
     expect_error(result, r"clip\.vmem: No space left on device")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_address_of_a_film_is_that_film(run: Run, clip: Path) -> None:
+    code, there, err = run("stream", clip, "--ask", "blue")
+    assert (code, err) == (0, "")
+    with served(clip.parent) as address:
+        code, over_http, err = run("stream", f"{address}/clip.mp4", "--ask", "blue")
+        assert (code, err) == (0, "")
+        expect_error(run("stream", f"{address}/none.mp4"), rf"{address}/none\.mp4: not a readable video file")
+
+    def without_milliseconds(text: str) -> str:
+        return re.sub(r"a frame: .*", "", text)
+
+    assert without_milliseconds(over_http) == without_milliseconds(there)
+
+
+@pytest.mark.parametrize("calibrate", [0, 0.2])
+def test_a_camera_that_goes_away_leaves_what_it_gave(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrate: float
+) -> None:
+    monkeypatch.setattr("vmemory.stream.live._PAUSE", 0.01)
+    data = write_clip_at(tmp_path / "a.ts", list(range(24)), codec="mpeg1video").read_bytes()
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def send() -> None:
+        peer, _ = server.accept()
+        with peer:
+            for at in range(0, len(data), len(data) // 24):
+                peer.sendall(data[at : at + len(data) // 24])
+                time.sleep(0.02)
+            # goes without a word
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            server.close()
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    saved = tmp_path / "a.vmem"
+    place = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+    code, out, err = run("stream", place, "--fps", 50, "--entries", 4, "--save", saved, "--calibrate", calibrate)
+    sender.join()
+    assert code == 0
+    assert re.match(r"vmemory: warning: .*tcp://127\.0\.0\.1:\d+: not a live video \(Connection refused\)\n", err)
+    seen = re.match(r"(\d+) frames to 0:00", out)
+    assert seen
+    assert MemoryStream.load(saved, lambda name: Colours()).bank.counts()["seen"] == int(seen[1]) > 0

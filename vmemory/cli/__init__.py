@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib.util import find_spec
+from io import TextIOWrapper
 
 # what the command needs beside the library: module, and the extra that brings it
 _NEEDED = ("typer", "rich", "av", "PIL", "matplotlib", "jinja2")
@@ -16,4 +18,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f'vmemory: the command needs {", ".join(missing)}: pip install "vmemory[stream]"')
     from vmemory.cli.app import run
 
+    for stream in (sys.stdout, sys.stderr):
+        # under a locale that knows few characters the others are escaped
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if not sys.warnoptions:
+        # what libraries tell those who program with them
+        warnings.simplefilter("ignore")
     sys.exit(run(arguments))

@@ -10,18 +10,18 @@ from vmemory.banks import BankFileError
 from vmemory.cli.ask import ask
 from vmemory.cli.chat import chat
 from vmemory.cli.demo import demo
-from vmemory.cli.errors import Interrupted, UserError, one_line
+from vmemory.cli.errors import Interrupted, UserError
 from vmemory.cli.info import info
 from vmemory.cli.inspect import inspect
 from vmemory.cli.localize import localize
 from vmemory.cli.stream import stream
+from vmemory.cli.terminal import error_line
 from vmemory.data import FetchError
 from vmemory.encoders import AssetError
 from vmemory.stream import SourceError
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Watch video through a bounded memory, and ask the memory about it.",
 )
@@ -30,7 +30,8 @@ for command in (stream, ask, inspect, chat, demo, localize, info):
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run a command line and return its exit code."""
+    """Run a command line, by default this program's, and return its exit code; an empty one asks for help."""
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = app(arguments, prog_name="vmemory", standalone_mode=False) or 0
         # nothing in here exits with this code by itself: Ctrl-C where there was nothing to keep
@@ -49,5 +50,5 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def fail(message: object, code: int = 1) -> int:
-    print(f"vmemory: {one_line(message)}", file=sys.stderr)
+    error_line(message)
     return code

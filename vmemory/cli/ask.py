@@ -6,11 +6,19 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from vmemory.cli.common import answer_all, check_writable, make_encoder, print_answers, print_note, read_image
+from vmemory.cli.common import (
+    answer_all,
+    check_writable,
+    make_encoder,
+    print_answers,
+    print_note,
+    question,
+    read_image,
+)
 from vmemory.cli.errors import UserError
 from vmemory.cli.report import Report, write_report
+from vmemory.cli.terminal import Terminal
 from vmemory.stream.memory_stream import MemoryStream
 
 
@@ -24,14 +32,15 @@ def ask(
     """Ask a saved memory."""
     if not questions and not image and out is None:
         raise UserError('nothing to do: give a question, as in vmemory ask film.vmem "a rabbit", --image or --out')
+    texts = [question(text) for text in questions or []]
     if out is not None:
         check_writable(out, folder=True)
     pictures = [(path.name, read_image(path)) for path in image]
     stream = MemoryStream.load(memory, make_encoder)
-    answered = answer_all(stream, questions or [], pictures, k)
-    console = Console()
-    print_note(console, stream)
-    print_answers(console, answered)
+    answered = answer_all(stream, texts, pictures, k)
+    terminal = Terminal()
+    print_note(terminal, stream)
+    print_answers(terminal, answered)
     if out is not None:
         page = write_report(out, Report(stream, answered))
-        console.print(f"report: {page}", highlight=False, soft_wrap=True)
+        terminal.line(f"report: {page}")

@@ -11,13 +11,13 @@ from threading import Thread
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 
 from vmemory.banks import POLICIES, MemoryConfig, format_bytes
-from vmemory.cli.common import check_writable, timecode
-from vmemory.cli.errors import user_input
-from vmemory.cli.watch import stop_on_interrupt
+from vmemory.cli.common import check_writable, question, timecode
+from vmemory.cli.errors import UserError, user_input
+from vmemory.cli.terminal import Terminal, error_line
+from vmemory.cli.watch import Kept, stop_on_interrupt
 from vmemory.stream import Frame
 from vmemory.stream.live import open_video
 from vmemory.stream.session import VideoSession
@@ -26,7 +26,8 @@ from vmemory.stream.session import VideoSession
 def chat(
     model: Annotated[str, typer.Option(help="A folder with a model, or its id on a hub.")],
     video: Annotated[
-        str, typer.Option(help="A file, a folder of pictures, rtsp://…, or a camera such as /dev/video0.")
+        str,
+        typer.Option(help="A file, a folder of pictures, a film at http://…, rtsp://…, or a camera."),
     ],
     bank: Annotated[str, typer.Option(help=f"{', '.join(POLICIES)}.")] = "hierarchical",
     budget: Annotated[str, typer.Option(help="Hard bound on the memory's bytes.")] = "64MiB",
@@ -43,26 +44,30 @@ def chat(
 
     if save is not None:
         check_writable(save, folder=False)
-    console = Console()
+    texts = [question(text) for text in ask]
+    terminal = Terminal()
     with user_input():
         settings = MemoryConfig(memory_policy=bank, memory_budget=budget)
         source = open_video(video, fps)
         loaded, processor = load_model(model, device_for(device), dtype)
         session = VideoSession(loaded, processor, config=settings, fps=fps, frame_tokens=frame_tokens)
 
-        def answer(question: str) -> None:
-            console.print(f"[bold]{question}[/]", highlight=False)
-            for piece in session.stream_generate(question, max_new_tokens=tokens, do_sample=False):
-                print(piece, end="", flush=True)
-            print()
+        def answer(text: str) -> None:
+            terminal.line(text, style="bold")
+            for piece in session.stream_generate(text, max_new_tokens=tokens, do_sample=False):
+                terminal.piece(piece)
+            terminal.line()
 
-        questions = typed() if not ask else Queue()
-        watch(session, source, questions, answer, console)
-        for question in ask or waited(questions):
-            answer(question)
+        questions = typed() if not texts else Queue()
+        broken = watch(session, source, questions, answer, terminal)
+        for warning in (source.warning, broken):
+            if warning:
+                error_line(f"warning: {warning}")
+        for text in texts or waited(questions):
+            answer(text)
     if save is not None:
         session.save(save)
-    console.print(status(session), highlight=False)
+    terminal.line(status(session))
 
 
 def typed() -> Queue[str | None]:
@@ -73,7 +78,10 @@ def typed() -> Queue[str | None]:
         for line in sys.stdin:
             if not line.strip():
                 break
-            lines.put(line.strip())
+            try:
+                lines.put(question(line.strip()))
+            except UserError as error:
+                error_line(error)
         lines.put(None)
 
     Thread(target=read, daemon=True).start()
@@ -85,37 +93,43 @@ def watch(
     frames: Iterable[Frame],
     questions: Queue[str | None],
     answer: Callable[[str], None],
-    console: Console,
-) -> None:
-    """Push frames one by one; a question typed meanwhile is answered before the next one, once something is held."""
-    started, shown = clock.perf_counter(), Live(console=console, transient=True, auto_refresh=False)
+    terminal: Terminal,
+) -> str | None:
+    """Push frames one by one; a question typed meanwhile is answered before the next one, once something is held.
+
+    Returns:
+        Why the source broke after its first frame, or None.
+    """
+    started, shown = clock.perf_counter(), Live(console=terminal, transient=True, auto_refresh=False)
+    kept = Kept(frames)
     with stop_on_interrupt() as stop:
-        for count, frame in enumerate(frames, 1):
+        for count, frame in enumerate(kept, 1):
             session.push([frame])
             rate = count / (clock.perf_counter() - started)
-            if console.is_terminal:
+            if terminal.is_terminal:
                 shown.start()
                 shown.update(f"{timecode(frame.time)}  {rate:.1f} frames/s  {status(session)}", refresh=True)
             while session.num_tokens:
                 try:
-                    question = questions.get_nowait()
+                    text = questions.get_nowait()
                 except Empty:
                     break
-                if question is None:
+                if text is None:
                     # whoever has nothing more to ask still wants to see the end of a file
                     questions.put(None)
                     break
                 shown.stop()
-                answer(question)
+                answer(text)
             if stop.asked:
                 break
     shown.stop()
+    return kept.broken
 
 
 def waited(questions: Queue[str | None]) -> Iterator[str]:
     """Questions until the last one, waiting for each."""
-    while (question := questions.get()) is not None:
-        yield question
+    while (text := questions.get()) is not None:
+        yield text
 
 
 def status(session: VideoSession) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from vmemory.cli.errors import UserError, user_input
+from vmemory.cli.terminal import Terminal, plain_table
 from vmemory.encoders import FrameEncoder
 from vmemory.stream.held import Memory
 from vmemory.stream.memory_stream import Answer, MemoryStream
+from vmemory.stream.pictures import read_picture
+from vmemory.stream.places import kind_of
 from vmemory.stream.video_bank import video_bank
 
 # what watches a video where nothing else is asked for; README tells why
@@ -82,14 +84,12 @@ def check_writable(path: Path, *, folder: bool) -> None:
 
 def read_image(path: Path) -> np.ndarray:
     """A picture file as uint8 RGB `[H, W, 3]`."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise UserError(f"{path}: {f'{kind_of(path)}, expected a picture' if path.exists() else 'no such file'}")
     try:
-        with Image.open(path) as opened:
-            return np.array(ImageOps.exif_transpose(opened).convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        return read_picture(path)
+    # decoders raise whatever they like on damaged and hostile files
+    except Exception as error:
         raise UserError(f"{path}: not a picture that can be read ({error})") from error
 
 
@@ -101,8 +101,25 @@ def answer_all(
     return asked + [Question(name, image, stream.find(image, k, apart=APART)) for name, image in images]
 
 
+def question(text: str) -> str:
+    """A question as it was typed, whatever the locale made of it.
+
+    Raises:
+        UserError: It says nothing.
+    """
+    # under LC_ALL=C the bytes of other letters arrive as halves of characters
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    if not any(letter.isprintable() and not letter.isspace() for letter in text):
+        raise UserError(f"question: expected words, got {text!r}")
+    return text
+
+
 def timecode(seconds: float) -> str:
-    """`333.5` as `5:33`, hours in front where there are any."""
+    """`333.5` as `5:33`, hours in front where there are any; `?` for what is no time."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 0:
+        return f"-{timecode(-seconds)}"
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
@@ -121,24 +138,21 @@ def concepts_text(answer: Answer) -> str:
     return ", ".join(name for rank, (name, p) in enumerate(answer.concepts) if rank == 0 or p >= 0.1)
 
 
-def print_note(console: Console, stream: MemoryStream) -> None:
+def print_note(terminal: Terminal, stream: MemoryStream) -> None:
     """What is to be known of a memory before its answers are believed."""
     if note := stream.facts.get("note"):
-        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+        terminal.line(f"note: {note}")
 
 
-def print_answers(console: Console, questions: Sequence[Question]) -> None:
+def print_answers(terminal: Terminal, questions: Sequence[Question]) -> None:
     """A table a question: when, how alike, and what the encoder takes it for."""
-    for question in questions:
-        truth = "" if question.truth is None else f"  (truly at {timecode(question.truth)})"
-        # apart from the table, whose title would be wrapped to its width; a question is no markup
-        console.print(f"{'picture ' if question.image is not None else ''}{question.text}{truth}", style="bold",
-                      markup=False, highlight=False, soft_wrap=True)  # fmt: skip
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for name in ("at", "span", "score", "tier", "nearest concepts"):
-            table.add_column(name, justify="right" if name in ("at", "score", "tier") else "left")
-        for answer in question.answers:
+    for asked in questions:
+        truth = "" if asked.truth is None else f"  (truly at {timecode(asked.truth)})"
+        # apart from the table, whose title would be wrapped to its width
+        terminal.line(f"{'picture ' if asked.image is not None else ''}{asked.text}{truth}", style="bold")
+        table = plain_table("at", "span", "score", "tier", "nearest concepts", right=("at", "score", "tier"))
+        for answer in asked.answers:
             at, score, tier = timecode(answer.time), f"{answer.score:.2f}", str(answer.level + 1)
             table.add_row(at, span_text(answer), score, tier, concepts_text(answer))
-        console.print(table)
-        console.print()
+        terminal.print(table)
+        terminal.line()

@@ -9,7 +9,6 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor
 
 from vmemory.cli.common import (
@@ -27,6 +26,7 @@ from vmemory.cli.errors import Interrupted
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.scores import Scores, measure, print_scores
 from vmemory.cli.stream import summary
+from vmemory.cli.terminal import Terminal
 from vmemory.cli.tiny_model import chat_text, chatted
 from vmemory.cli.watch import origin_of, watch
 from vmemory.data import fetch_film, fetch_trailer, trailer_to_film
@@ -88,22 +88,22 @@ def demo(
     memory.encoder = encoder
     out.mkdir(parents=True, exist_ok=True)
     memory.save(out / "film.vmem")
-    console = Console()
-    console.print(summary(memory, watched), highlight=False)
-    console.print()
+    terminal = Terminal()
+    terminal.line(summary(memory, watched))
+    terminal.line()
 
     still = next(iter(FrameSource(trailer, start=STILL, size=size))).image
     questions = answer_all(memory, TEXTS, [], 5)
     picture = f"the trailer at {timecode(STILL)}"
     questions.append(Question(picture, still, memory.find(still, 5, apart=APART), trailer_to_film(STILL)))
-    print_answers(console, questions)
+    print_answers(terminal, questions)
     scores = None if watched.interrupted else _scores(recorder, between, times, trailer, encoder)
     if scores is not None:
-        print_scores(console, scores)
-        console.print(chat_text(chatted(trailer)), highlight=False, markup=False, soft_wrap=True)
-        console.print()
+        print_scores(terminal, scores)
+        terminal.line(chat_text(chatted(trailer)))
+        terminal.line()
     report = Report(memory, questions, watched=watched, warning=source.warning, scores=scores)
-    console.print(f"report: {write_report(out, report)}", highlight=False, soft_wrap=True)
+    terminal.line(f"report: {write_report(out, report)}")
     if watched.interrupted:
         raise Interrupted(f"interrupted after {memory.latency.frames} frames; kept what was seen")
 

@@ -25,7 +25,3 @@ def user_input() -> Iterator[None]:
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
-
-
-def one_line(text: object) -> str:
-    return " ".join(str(text).split())

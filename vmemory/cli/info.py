@@ -6,9 +6,8 @@ import json as json_format
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
+from vmemory.cli.terminal import Terminal, plain_table
 from vmemory.info import collect, in_words
 
 
@@ -16,11 +15,11 @@ def info(json: Annotated[bool, typer.Option("--json", help="Machine-readable fac
     """Tell what was built, what loaded, and the reason for anything missing."""
     facts = collect()
     if json:
-        print(json_format.dumps(facts, indent=1))
+        Terminal().line(json_format.dumps(facts, indent=1))
         return
-    table = Table(box=None, pad_edge=False, show_header=False)
+    table = plain_table("name", "value", header=False)
     for name in ("vmemory", "python", "torch", "triton", "device"):
         table.add_row(name, str(facts[name] or "none"))
     for name, state in facts["backends"].items():
         table.add_row(f"{name} backend", in_words(state))
-    Console().print(table)
+    Terminal().print(table)

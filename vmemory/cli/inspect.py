@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from vmemory.banks import BankFile, format_bytes, load
 from vmemory.cli.common import check_writable, make_encoder, timecode
 from vmemory.cli.report import Report, write_report
+from vmemory.cli.terminal import Terminal, open_page, plain_table
 from vmemory.stream.memory_stream import MemoryStream
 
 
@@ -22,16 +22,16 @@ def inspect(
 ) -> None:
     """Show what a saved memory holds; of a watched video, open the report."""
     bank, file = load(memory)
-    console = Console()
-    console.print(facts(bank, file), highlight=False)
+    terminal = Terminal()
+    terminal.print(facts(bank, file))
     if "encoder" not in file.notes:
         return
     folder = out or memory.with_name(f"{memory.stem}-report")
     check_writable(folder, folder=True)
     page = write_report(folder, Report(MemoryStream.load(memory, make_encoder)))
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    terminal.line(f"report: {page}")
     if show:
-        typer.launch(str(page))
+        open_page(page)
 
 
 def facts(bank: object, file: BankFile) -> Table:
@@ -39,14 +39,15 @@ def facts(bank: object, file: BankFile) -> Table:
     counts, nbytes = bank.counts(), bank.nbytes  # type: ignore[attr-defined]  # a Bank or a DualMemory
     tokens = bank.read()  # type: ignore[attr-defined]
     settings = ", ".join(f"{name} {value}" for name, value in file.config.items() if value is not None)
-    times = tokens.time[~tokens.time.isnan()]
+    times = tokens.time[tokens.time.isfinite()]
     span = f"{timecode(float(times.min()))} to {timecode(float(times.max()))}" if len(times) else "unknown"
-    table = Table(box=None, show_header=False, pad_edge=False)
+    table = plain_table("name", "value", header=False)
+    table.columns[0].style = "dim"
     for name, value in (
         ("memory", file.policy), ("settings", settings), ("bytes", format_bytes(nbytes)),
         ("frames", ", ".join(f"{count} {name}" for name, count in counts.items())),
         ("tokens", str(tokens.tokens.shape[0])), ("times", span),
         ("written by", "a video session" if "session" in file.notes else file.notes.get("encoder", "a memory alone")),
     ):  # fmt: skip
-        table.add_row(f"[dim]{name}[/]", value)
+        table.add_row(name, str(value))
     return table

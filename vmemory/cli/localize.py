@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vmemory.cli.common import check_writable, make_encoder
 from vmemory.cli.errors import UserError
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.scores import measure, print_scores
 from vmemory.cli.small_sets import print_bikes, print_walk
+from vmemory.cli.terminal import Terminal
 from vmemory.data import fetch_film, fetch_trailer
 from vmemory.data.film import ATTRIBUTION
 from vmemory.eval.features import video_features
@@ -40,14 +40,14 @@ def localize(
         raise UserError(f"out: only the film has a report, not the set {name!r}")
     if out is not None:
         check_writable(out, folder=True)
-    encoder, console = make_encoder(), Console()
+    encoder, terminal = make_encoder(), Terminal()
     if name != "film":
-        (print_walk if name == "walk" else print_bikes)(console, encoder)
+        (print_walk if name == "walk" else print_bikes)(terminal, encoder)
         return
     film, trailer = (video_features(path, encoder, 2.0) for path in (fetch_film(), fetch_trailer()))
-    with Console(stderr=True).status("every memory watches the film; this takes minutes"):
+    with Terminal(stderr=True).status("every memory watches the film; this takes minutes"):
         scores = measure(film, trailer, everything=True)
-    print_scores(console, scores)
+    print_scores(terminal, scores)
     if out is not None:
         page = write_report(out, Report(scores=scores, attribution=ATTRIBUTION))
-        console.print(f"report: {page}", highlight=False, soft_wrap=True)
+        terminal.line(f"report: {page}")

@@ -15,7 +15,9 @@ from vmemory._files import replacing
 from vmemory.banks import format_bytes, parse_bytes
 from vmemory.cli.common import Question, concepts_text, span_text, timecode
 from vmemory.cli.curve import draw_curve, draw_storage
+from vmemory.cli.errors import UserError
 from vmemory.cli.scores import Scores, table_of
+from vmemory.cli.terminal import clean
 from vmemory.cli.timeline import DARK, LIGHT, draw_timeline
 from vmemory.cli.watch import Watched
 from vmemory.eval.setups import CALIBRATION
@@ -68,8 +70,10 @@ def write_report(folder: Path, report: Report) -> Path:
     if report.scores is not None:
         context |= _score_parts(report.scores, pictures)
     environment = Environment(
-        loader=PackageLoader("vmemory.cli", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+        loader=PackageLoader("vmemory.cli", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        # control characters are no HTML; what a macro gives is clean already
+        finalize=lambda value: clean(value) if type(value) is str else value,
+    )  # fmt: skip
     defaults = dict.fromkeys(("lead", "timeline", "questions", "tables", "tiers", "latency"))
     page = environment.get_template("report.html.j2").render(defaults | context)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,10 +88,13 @@ def write_report(folder: Path, report: Report) -> Path:
 
 def _memory_parts(report: Report, memory: MemoryStream, pictures: dict[str, bytes]) -> dict[str, Any]:
     counts, latency = memory.bank.counts(), memory.latency
+    if latency.frames == 0:
+        raise UserError("no report: the memory has seen no frame")
     given = memory.facts.get("budget")
     budget = memory.bank.nbytes if given is None else parse_bytes(given)
     video, last = memory.facts.get("title") or memory.facts.get("video", "a video"), float(memory.history.time[-1])
-    duration = max(float(memory.facts.get("duration") or 0.0), last)
+    # a single frame lasts no time
+    duration = max(float(memory.facts.get("duration") or 0.0), last) or 1.0
     raw = counts["seen"] * frame_bytes(memory.bank)
     bound = ("holds" if given is None else "budget", budget)
     light, dark = (draw_timeline(memory, report.questions, bound, duration, palette) for palette in (LIGHT, DARK))

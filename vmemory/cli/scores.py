@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
 
 from vmemory.banks import format_bytes
 from vmemory.cli.curve import label
+from vmemory.cli.terminal import Terminal
 from vmemory.eval.features import Features
 from vmemory.eval.trailer import (
     BUDGETS,
@@ -83,7 +83,7 @@ _COLUMNS = ("memory", "held", "bytes", "found", "exact", "detail", "error", "pus
 _KEYS = ("name", "entries", "nbytes", "hits", "exact", "detail", "error", "push")
 
 
-def print_scores(console: Console, scores: Scores) -> None:
+def print_scores(terminal: Terminal, scores: Scores) -> None:
     """The table of the unbounded memory, then one table a group."""
     groups = {"all frames": [scores.unbounded]} | scores.by_entries | scores.by_bytes
     for caption, group in groups.items():
@@ -93,13 +93,12 @@ def print_scores(console: Console, scores: Scores) -> None:
             table.add_column(name, justify="left" if name == "memory" else "right", no_wrap=name != "memory")
         for row in table_of("", group)["rows"]:
             table.add_row(*(str(row[key]) for key in _KEYS), style="bold" if row["best"] else "")
-        console.print(title, style="bold", highlight=False)
-        console.print(table)
-        console.print()
-    console.print(
+        terminal.print(title, style="bold")
+        terminal.print(table)
+        terminal.line()
+    terminal.print(
         f"found: within {TOLERANCE:g} s, or inside a merged span of at most {LONGEST_SPAN:g} s; exact: the span's "
         "length counts as error; detail: cosine of the answer's tokens with the true frame's; error: median; push: "
         "median of one frame; calibrated unless told otherwise",
         style="dim",
-        highlight=False,
     )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 
 from vmemory.banks import format_bytes
 from vmemory.cli.common import timecode
 from vmemory.cli.curve import label
+from vmemory.cli.terminal import Terminal
 from vmemory.encoders import FrameEncoder
 from vmemory.eval import bikes, walk
 
 
-def print_walk(console: Console, encoder: FrameEncoder) -> None:
+def print_walk(terminal: Terminal, encoder: FrameEncoder) -> None:
     """Who finds the held-out photos of the walk, and which are missed."""
     features, queries, names = walk.walk(encoder)
     unbounded, groups = walk.by_bytes(features, queries, walk.BUDGETS)
@@ -23,16 +23,16 @@ def print_walk(console: Console, encoder: FrameEncoder) -> None:
             missed = ", ".join(names[i].removesuffix(".png") for i in score.missed)
             bytes_held = format_bytes(score.nbytes)
             table.add_row(label(score.setup), f"{score.held}", bytes_held, f"{score.hits} of {score.asked}", missed)
-        console.print(f"{len(names)} held-out photos looked up among {shown}, {caption}", style="bold", highlight=False)
-        console.print(table)
-        console.print()
+        terminal.print(f"{len(names)} held-out photos looked up among {shown}, {caption}", style="bold")
+        terminal.print(table)
+        terminal.line()
     rule = (
         f"found: within {walk.TOLERANCE:g} places, or in a merged span of at most {walk.LONGEST_SPAN:g} that holds it"
     )
-    console.print(rule, style="dim", highlight=False)
+    terminal.print(rule, style="dim")
 
 
-def print_bikes(console: Console, encoder: FrameEncoder) -> None:
+def print_bikes(terminal: Terminal, encoder: FrameEncoder) -> None:
     """Who answers with the right shot of the clip, and what is answered wrongly."""
     features, queries = bikes.bikes(encoder)
     unbounded, groups = bikes.by_bytes(features, queries, encoder, bikes.BUDGETS)
@@ -46,11 +46,11 @@ def print_bikes(console: Console, encoder: FrameEncoder) -> None:
             )
             right = (f"{score.pictures} of {pictures}", f"{score.sentences} of {sentences}")
             table.add_row(label(score.setup), f"{score.held}", format_bytes(score.nbytes), *right, missed)
-        console.print(f"shots of {frames} frames looked up, {caption}", style="bold", highlight=False)
-        console.print(table)
-        console.print()
+        terminal.print(f"shots of {frames} frames looked up, {caption}", style="bold")
+        terminal.print(table)
+        terminal.line()
     rule = "right: the answer lies wholly in a shot that shows it; in brackets where the wrong answer lies"
-    console.print(rule, style="dim", highlight=False)
+    terminal.print(rule, style="dim")
 
 
 def _table(*columns: str) -> Table:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vmemory.banks import POLICIES, format_bytes
 from vmemory.banks.dual_rules import RULES as DUAL_RULES
@@ -22,20 +20,27 @@ from vmemory.cli.common import (
     make_encoder,
     print_answers,
     print_note,
+    question,
     read_image,
     timecode,
 )
-from vmemory.cli.errors import Interrupted, one_line, user_input
+from vmemory.cli.errors import Interrupted, user_input
 from vmemory.cli.report import Report, write_report
-from vmemory.cli.watch import Watched, origin_of, watch
-from vmemory.stream import FrameSource
+from vmemory.cli.terminal import Terminal, error_line
+from vmemory.cli.watch import Kept, Watched, live_origin_of, origin_of, watch
+from vmemory.stream import FrameSource, LiveSource
 from vmemory.stream.held import dropped
+from vmemory.stream.live import open_video
 from vmemory.stream.memory_stream import MemoryStream
+from vmemory.stream.places import name_of, place_of
 from vmemory.stream.video_bank import UNTRAINED
 
 
 def stream(
-    video: Annotated[Path, typer.Argument(help="A video file, or a directory of pictures.")],
+    video: Annotated[
+        str,
+        typer.Argument(help="A file, a directory of pictures, a film at http://…, rtsp://…, or a camera."),
+    ],
     bank: Annotated[str, typer.Option(help=f"Policy: {', '.join(POLICIES)}.")] = POLICY,
     rule: Annotated[
         str | None,
@@ -67,37 +72,47 @@ def stream(
         check_writable(out, folder=True)
     if save is not None:
         check_writable(save, folder=False)
+    texts = [question(text) for text in ask]
     pictures = [(path.name, read_image(path)) for path in image]
-    with user_input():
-        FrameSource(video, fps)
+    place = place_of(video)
+    if isinstance(place, Path) and not place.is_char_device():
+        # what can be looked at twice is, before anything large is loaded
+        with user_input():
+            FrameSource(place, fps)
     encoder = make_encoder()
     if budget is None and entries is None:
         budget = BUDGET
     empty = make_bank(encoder, bank, rule, budget, entries, dtype, keep)
-    source = FrameSource(video, fps, size=encoder.frame_size)
-    origin = origin_of(encoder, video, fps, seconds, encoder.frame_size) if seconds > 0 else None
-    facts = {"video": video.name, "fps": fps, "budget": budget}
+    with user_input():
+        source = open_video(video, fps, encoder.frame_size)
+    origin, frames, name = None, Kept(source), name_of(place)
+    if seconds > 0 and isinstance(source, LiveSource):
+        origin = live_origin_of(encoder, frames, seconds, name)
+    elif seconds > 0:
+        origin = origin_of(encoder, video, fps, seconds, encoder.frame_size)
+    facts = {"video": name, "fps": fps, "budget": budget}
     if bank == "dual":
         facts["note"] = UNTRAINED
     memory = MemoryStream(encoder, empty, origin=origin, facts=facts)
 
-    watched = watch(memory, source, batch=encoder.batch_size, duration=source.duration, name=video.name)
+    watched = watch(memory, frames, batch=encoder.batch_size, duration=source.duration, name=name)
     memory.facts["duration"] = source.duration
     if memory.latency.frames == 0:
         raise Interrupted("interrupted before the first frame")
-    if source.warning:
-        print(f"vmemory: warning: {one_line(source.warning)}", file=sys.stderr)
+    warning = "; ".join(text for text in (source.warning, watched.broken) if text) or None
+    if warning:
+        error_line(f"warning: {warning}")
     if save is not None:
         memory.save(save)
-    console = Console()
-    console.print(summary(memory, watched), highlight=False)
-    print_note(console, memory)
-    console.print()
-    questions = answer_all(memory, ask, pictures, k)
-    print_answers(console, questions)
+    terminal = Terminal()
+    terminal.line(summary(memory, watched))
+    print_note(terminal, memory)
+    terminal.line()
+    questions = answer_all(memory, texts, pictures, k)
+    print_answers(terminal, questions)
     if out is not None:
-        page = write_report(out, Report(memory, questions, watched=watched, warning=source.warning))
-        console.print(f"report: {page}", highlight=False, soft_wrap=True)
+        page = write_report(out, Report(memory, questions, watched=watched, warning=warning))
+        terminal.line(f"report: {page}")
     if watched.interrupted:
         raise Interrupted(f"interrupted after {memory.latency.frames} frames; kept what was seen")
 

@@ -15,8 +15,11 @@ from matplotlib.ticker import FuncFormatter
 
 from vmemory.banks import format_bytes
 from vmemory.cli.common import Question, timecode
+from vmemory.cli.errors import UserError
+from vmemory.cli.terminal import clean
 from vmemory.stream.held import dropped, tiers_of
 from vmemory.stream.memory_stream import MemoryStream
+from vmemory.stream.pictures import rgb
 
 
 class Palette(NamedTuple):
@@ -96,7 +99,10 @@ def _film_strip(axis: Axes, memory: MemoryStream, duration: float) -> None:
         jpeg = max((data for data in there if data), key=len, default=None)
         if jpeg is None:
             continue
-        picture = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+        try:
+            picture = rgb(Image.open(io.BytesIO(jpeg)))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"thumbnails: not a picture ({error})") from error
         axis.imshow(_wide(picture), extent=(cell + 0.02, cell + 0.98, 0.0, 1.0), aspect="auto", interpolation="lanczos")
     axis.set_xlim(0, _STRIP)
     axis.set_ylim(0, 1)
@@ -128,7 +134,7 @@ def _lanes(axis: Axes, memory: MemoryStream, questions: Sequence[Question], pale
     for question in questions:
         lane = -len(labels)
         kind = "like " if question.image is not None else ""
-        labels.append((textwrap.shorten(kind + question.text, 25, placeholder=" …"), palette.ink))
+        labels.append((textwrap.shorten(clean(kind + question.text), 25, placeholder=" …"), palette.ink))
         times = [answer.time for answer in question.answers]
         sizes = [34.0 if rank == 0 else 13.0 for rank in range(len(times))]
         axis.scatter(times, [lane] * len(times), s=sizes, color=palette.answer, linewidths=0, zorder=4)
@@ -136,7 +142,7 @@ def _lanes(axis: Axes, memory: MemoryStream, questions: Sequence[Question], pale
             marker: dict[str, Any] = {"marker": "D", "s": 75, "facecolors": "none", "edgecolors": palette.tiers[0]}
             axis.scatter([question.truth], [lane], zorder=3, linewidths=1.2, **marker)
     axis.set_ylim(-len(labels) + 0.5, 0.5)
-    axis.set_yticks([-place for place in range(len(labels))], [text for text, _ in labels])
+    axis.set_yticks([-place for place in range(len(labels))], [text for text, _ in labels], parse_math=False)
     for tick, (_, colour) in zip(axis.get_yticklabels(), labels, strict=True):
         tick.set_color(colour)
         tick.set_fontsize(8.5)

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import signal
 import time as clock
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.status import Status
+from rich.text import Text
 from torch import Tensor
 
 from vmemory.banks import format_bytes
 from vmemory.cli.common import timecode
-from vmemory.stream import Frame, FrameSource
+from vmemory.cli.terminal import Terminal, one_line
+from vmemory.stream import Frame, FrameSource, SourceError
 from vmemory.stream.encoder import Encoder, calibrate
 from vmemory.stream.memory_stream import MemoryStream
+from vmemory.stream.places import name_of, place_of
 
 
 class Watched(NamedTuple):
-    """decode, wall: seconds spent on decoding and altogether; interrupted: someone pressed Ctrl-C."""
+    """decode, wall: seconds spent on decoding and altogether; interrupted: someone pressed Ctrl-C; broken: why a source
+    ended that gave frames before, or None."""
 
     decode: float
     wall: float
     interrupted: bool
+    broken: str | None = None
 
 
 class Stop:
@@ -72,13 +77,13 @@ def watch(
         push: Takes the batches instead of the memory itself.
     """
     take = push or memory.push
-    columns = (TextColumn("{task.description}"), BarColumn(None), TextColumn("{task.fields[state]}"))
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(None), TextColumn("{task.fields[state]}"))
     started, decode, count = clock.perf_counter(), 0.0, 0
-    console = Console(stderr=True)
+    console = Terminal(stderr=True)
     shown = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with stop_on_interrupt() as stop, shown as bar:
-        task = bar.add_task(name, total=duration, state="")
-        waiting = iter(frames)
+        task = bar.add_task(one_line(name), total=duration, state="")
+        waiting = kept = frames if isinstance(frames, Kept) else Kept(frames)
         while not stop.asked:
             began = clock.perf_counter()
             group = _next(waiting, batch, stop)
@@ -89,14 +94,63 @@ def watch(
             count += len(group)
             rate = count / (clock.perf_counter() - started)
             bar.update(task, completed=group[-1].time, state=_state(memory, group[-1].time, duration, rate))
-    return Watched(decode, clock.perf_counter() - started, stop.asked)
+    return Watched(decode, clock.perf_counter() - started, stop.asked, kept.broken)
 
 
-def origin_of(encoder: Encoder, video: Path, fps: float, seconds: float, size: int) -> Tensor:
+class Kept:
+    """Frames of a source, up to where it breaks: what it gave before is worth more than the error.
+
+    Attributes:
+        broken: Why the source ended, or None.
+    """
+
+    def __init__(self, frames: Iterable[Frame]) -> None:
+        self._frames = iter(frames)
+        self._back: list[Frame] = []
+        self._given = False
+        self.broken: str | None = None
+
+    def __iter__(self) -> Iterator[Frame]:
+        return self
+
+    def put_back(self, frames: Sequence[Frame]) -> None:
+        """Give these frames once more, before all others."""
+        self._back = [*frames, *self._back]
+
+    def __next__(self) -> Frame:
+        if self._back:
+            return self._back.pop(0)
+        try:
+            frame = next(self._frames)
+        except SourceError as error:
+            if not self._given:
+                raise
+            self.broken = str(error)
+            raise StopIteration from None
+        self._given = True
+        return frame
+
+
+def origin_of(encoder: Encoder, video: str | Path, fps: float, seconds: float, size: int) -> Tensor:
     """Mean token `[D]` of the first seconds of a video, which are decoded for it alone."""
-    console = Console(stderr=True)
-    with console.status(f"calibrating on the first {seconds:g} s of {video.name}"):
+    with _calibrating(seconds, name_of(place_of(video))):
         return calibrate(encoder, FrameSource(video, fps, stop=seconds, size=size))
+
+
+def live_origin_of(encoder: Encoder, frames: Kept, seconds: float, name: str) -> Tensor:
+    """Mean token `[D]` of the first seconds of what comes but once; they are put back."""
+    first = []
+    with _calibrating(seconds, name):
+        for frame in frames:
+            first.append(frame)
+            if frame.time >= seconds:
+                break
+        frames.put_back(first)
+        return calibrate(encoder, first)
+
+
+def _calibrating(seconds: float, name: str) -> Status:
+    return Terminal(stderr=True).status(Text(one_line(f"calibrating on the first {seconds:g} s of {name}")))
 
 
 def _next(frames: Iterator[Frame], batch: int, stop: Stop) -> list[Frame]:

@@ -16,6 +16,7 @@ from vmemory.banks.tokens import Entries
 from vmemory.ops.similarity_topk import MAX_K
 from vmemory.stream.encoder import Encoder
 from vmemory.stream.held import Memory, bytes_in_use, spans, token_device, token_dtype
+from vmemory.stream.notes import check_notes, check_times
 from vmemory.stream.search import Found, centred_search, spread
 from vmemory.stream.source import Frame
 from vmemory.stream.thumbnails import Thumbnails
@@ -167,7 +168,12 @@ class MemoryStream:
             text: What to look for.
             k: Answers at most, 1 to 1024.
             apart: Seconds that answers keep from every better one.
+
+        Raises:
+            ValueError: The sentence is empty.
         """
+        if not text.strip():
+            raise ValueError(f"text: expected a sentence, got {text!r}")
         entries = self.entries
         if len(entries.frame) == 0:
             return []
@@ -262,6 +268,12 @@ class MemoryStream:
         notes = file.notes
         if not {"encoder", "facts", "latency", "trace"} <= notes.keys():
             raise BankFileError(f"{path}: a memory without a video stream (written by Bank.save)")
+        try:
+            check_notes(notes, file.extra, (bank.layout if isinstance(bank, Bank) else bank).dim)
+            entries = bank.entries()
+            check_times(entries.time, entries.start, entries.stop)
+        except ValueError as error:
+            raise BankFileError(f"{path}: {error}") from None
         pictures = {name.partition(".")[2]: t for name, t in file.extra.items() if name.startswith("thumbnails.")}
         stream = cls(
             encoder(notes["encoder"]), bank, bool(pictures), origin=file.extra.get("origin"), facts=notes["facts"]

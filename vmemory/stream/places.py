@@ -35,6 +35,11 @@ def shown(place: str | Path) -> str:
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
 
 
+def name_of(place: str | Path) -> str:
+    """The last part of a path or of an address."""
+    return place.name if isinstance(place, Path) else shown(place).rstrip("/").rpartition("/")[2]
+
+
 def kind_of(path: Path) -> str:
     """What lies at a path, in words: a file, a directory, a pipe, a socket, a device, or nothing."""
     try:
