@@ -52,6 +52,25 @@ def test_native_matches_reference(shape, dtype, bits):
             assert_same([back], [reference.dequantize_slots(*actual, None, shape[-1], kind)])
 
 
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_half_is_read_and_float32_is_rounded_to_it(dtype):
+    """Each level of the processor converts in its own way."""
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    every = every[torch.isfinite(every)]
+    # one value a row: the scale is its size, divided and rounded
+    _, scale = quantize_slots(every[:, None], 8)
+    _, expected = reference.quantize_slots(every[:, None], 8)
+    assert torch.equal(scale, expected)
+    # between two neighbours, on them and exactly in the middle
+    fine = torch.arange(0, 2**31, 2**9 + 2**3 - 1).to(torch.int32)
+    middle = torch.arange(0, 2**31, 2**12).to(torch.int32)
+    scale = torch.cat([fine, middle, middle + 1, middle - 1]).view(torch.float32)
+    for sign in (1, -1):
+        back = dequantize_slots(torch.full((len(scale), 1), sign, dtype=torch.int8), scale, dim=1, dtype=dtype)
+        torch.testing.assert_close(back[:, 0], (sign * scale).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", DTYPES)

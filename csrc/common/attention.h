@@ -13,6 +13,7 @@
 namespace vmemory {
 
 constexpr int64_t kKeyBlock = 128;
+static_assert(kKeyBlock % kProductRows == 0, "what holds a block of keys has no room for half a tile more");
 constexpr int64_t kSmallAttention = 1 << 18;  // multiplications below which a second thread costs more than it saves
 
 // a memory of M slots of n rows each, of which the first min(count, M) are valid
@@ -52,10 +53,10 @@ struct Slots {
   }
 };
 
-// channels as stored in scratch: whole vectors and whole groups of kProductRows
+// channels as stored in scratch: whole vectors, and whole tiles where channels are rows
 template <class A>
 int64_t padded_channels(int64_t E) {
-  return round_up(round_up(E, kLanes<A>), kProductRows);
+  return tile_rows(round_up(E, kLanes<A>));
 }
 
 // rows in the accumulation type, `wide` apart, channels beyond E and rows beyond `count` up to `filled` zero
@@ -116,10 +117,13 @@ void for_query_tiles(int64_t n, const F& f) {
   });
 }
 
-// scores[key][query] of a block of keys, rows of `wide`, and a tile of queries; short chains of sums round less
+// terms of a score summed one after the other before they join the rest; short chains round less, and a weight is as
+// wrong as its score is
+constexpr int64_t kChain = 32;
+
+// scores[key][query] of a block of keys, rows of `wide`, and a tile of queries
 template <class A>
 void score_tile(const A* keys, int64_t count, int64_t wide, const A* query, int64_t E, const QueryTile& tile, A* to) {
-  constexpr int64_t kChain = 64;
   const int64_t width = tile.width<A>(), chain = std::min(E, kChain);
   for (int64_t j = 0; j < count; j += kProductRows) {
     product_tile<false, false>(tile.vectors, keys + j * wide, wide, query, width, chain, to + j * width, width);

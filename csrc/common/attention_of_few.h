@@ -133,10 +133,9 @@ class FewQueries {
     for (; j < count; j += L) score_vectors<1>(query, j, to + j);
   }
 
-  // short chains of sums round less
   template <int V>
   void score_vectors(const A* query, int64_t j, A* to) const {
-    constexpr int64_t L = kLanes<A>, kChain = 64;
+    constexpr int64_t L = kLanes<A>;
     for (int64_t e = 0; e < E_; e += kChain) {
       vec<A> part[V] = {};
       for (int64_t d = e; d < std::min(E_, e + kChain); ++d) {

@@ -23,8 +23,8 @@ class ScoreBlocks {
         wide_(padded_channels<A>(z.E)),
         lanes_(round_up(queries, L)),
         query_(lanes_ * wide_),
-        keys_((kKeyBlock + kProductRows) * wide_),
-        score_((kKeyBlock + kProductRows) * kProductVectors * L) {}
+        keys_(kKeyBlock * wide_),
+        score_(kKeyBlock * kProductVectors * L) {}
 
   template <class T>
   void take_queries(const Rows<T>& query, int64_t first, int64_t count) {
@@ -37,7 +37,7 @@ class ScoreBlocks {
   template <class T>
   void take_keys(const Rows<T>& keys, int64_t first, int64_t count) {
     first_key_ = first, keys_taken_ = count;
-    copy_rows(keys, first, count, round_up(count, kProductRows), wide_, keys_.get());
+    copy_rows(keys, first, count, tile_rows(count), wide_, keys_.get());
   }
 
   // f(tile) for the tiles of which at least the last query sees the first key of the block; score(j) is then made
@@ -103,7 +103,7 @@ struct QueryStats {
   }
   // x where there is a query and it sees the key, else 0, whatever x is there
   vec<A> where_seen(const QueryTile& t, int64_t w, int64_t key, vec<A> x) const {
-    typedef Int ints __attribute__((vector_size(64)));
+    typedef Int ints __attribute__((vector_size(kVectorBytes)));
     if (!causal && t.count == t.width<A>()) return x;
     ints limit;
     std::memcpy(&limit, seen.get() + t.first + w * kLanes<A>, sizeof limit);

@@ -81,8 +81,8 @@ inline Products<acc_t<T>> dot_and_square(const T* a, const T* b, int64_t n, cons
   int64_t i = 0;
   const auto step = [&](int k, vec<A> x, vec<A> y) {
     __builtin_prefetch(next + i + k * L, 0, 1);
-    ab[k] += x * y;
-    bb[k] += y * y;
+    ab[k] = multiply_add(x, y, ab[k]);
+    bb[k] = multiply_add(y, y, bb[k]);
   };
   for (; i + 4 * L <= n; i += 4 * L)
     for (int k = 0; k < 4; ++k) step(k, load(a + i + k * L), load(b + i + k * L));

@@ -9,17 +9,12 @@
 namespace vmemory {
 
 constexpr int kTileRows = 4;
-constexpr int kTileQueries = 6;
-
-inline vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) {
+// as many as leave every sum a register beside the rows; with squares one fewer
 #if defined(__AVX512F__)
-  return reinterpret_cast<vec<float>>(
-      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+constexpr int kTileQueries = 6;
 #else
-  return a * b + c;
+constexpr int kTileQueries = 3;
 #endif
-}
-inline vec<double> multiply_add(vec<double> a, vec<double> b, vec<double> c) { return a * b + c; }
 
 constexpr int low_nibble(uint8_t pair) { return static_cast<int>((pair & 15u) ^ 8u) - 8; }
 constexpr int high_nibble(uint8_t pair) { return static_cast<int>((pair >> 4) ^ 8u) - 8; }
@@ -46,6 +41,13 @@ inline vec<A> load_row(const T* p) {
       const __m128i apart = _mm_unpacklo_epi8(pairs, _mm_srli_epi16(pairs, 4));
       return reinterpret_cast<vec<A>>(_mm512_permutexvar_ps(_mm512_cvtepu8_epi32(apart), table));
     }
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<A, float>) {
+      int32_t pairs;
+      std::memcpy(&pairs, p, sizeof pairs);
+      const __m256i high = _mm256_sllv_epi32(_mm256_set1_epi32(pairs), _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0));
+      return reinterpret_cast<vec<A>>(_mm256_cvtepi32_ps(_mm256_srai_epi32(high, 28)));
+    }
 #endif
     vec<A> out;
     for (int64_t k = 0; k < kLanes<A> / 2; ++k) {
@@ -59,6 +61,17 @@ inline vec<A> load_row(const T* p) {
     if constexpr (std::is_same_v<A, float>) {
       const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
       return reinterpret_cast<vec<A>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw)));
+    }
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<A, float>) {
+      const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      return reinterpret_cast<vec<A>>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(raw)));
+    }
+#elif defined(__SSE4_1__)
+    if constexpr (std::is_same_v<A, float>) {
+      int32_t raw;
+      std::memcpy(&raw, p, sizeof raw);
+      return reinterpret_cast<vec<A>>(_mm_cvtepi32_ps(_mm_cvtepi8_epi32(_mm_cvtsi32_si128(raw))));
     }
 #endif
     typedef int8_t bytes __attribute__((vector_size(kLanes<A>)));
@@ -74,7 +87,6 @@ inline vec<A> load_row(const T* p) {
 template <class A, class T>
 inline vec<A> load_row(const T* p, int64_t n) {
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
-  // a call to memcpy here would keep every sum of the caller's loop out of registers
   const auto mask = static_cast<uint16_t>((1u << n) - 1);
   if constexpr (std::is_same_v<T, float>) return reinterpret_cast<vec<A>>(_mm512_maskz_loadu_ps(mask, p));
   if constexpr (std::is_same_v<T, int8_t>) {
@@ -92,8 +104,9 @@ inline vec<A> load_row(const T* p, int64_t n) {
     return load_row<A>(reinterpret_cast<const T*>(&raw));
   }
 #endif
+  if (n == kLanes<A>) return load_row<A>(p);
   T padded[kLanes<A>] = {};
-  std::memcpy(padded, p, stored_elements<T>(n) * sizeof(T));
+  copy_few<kLanes<A> / 2>(padded, p, stored_elements<T>(n));
   vec<A> x = load_row<A>(padded);
   if constexpr (std::is_same_v<T, nibbles>)
     if (n < kLanes<A>) x[n] = A(0);
@@ -114,11 +127,18 @@ inline void sum_four(vec<double> a, vec<double> b, vec<double> c, vec<double> d,
 
 typedef float quarter __attribute__((vector_size(16)));
 
-inline quarter fold(vec<float> x) {
-  typedef float half __attribute__((vector_size(32)));
-  const half h = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-                 __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  return __builtin_shufflevector(h, h, 0, 1, 2, 3) + __builtin_shufflevector(h, h, 4, 5, 6, 7);
+template <class V>
+inline quarter fold(V x) {
+  if constexpr (sizeof(V) == 64) {
+    typedef float half __attribute__((vector_size(32)));
+    const half h = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                   __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    return fold(h);
+  } else if constexpr (sizeof(V) == 32) {
+    return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+  } else {
+    return x;
+  }
 }
 
 inline void sum_four(vec<float> a, vec<float> b, vec<float> c, vec<float> d, float* out) {

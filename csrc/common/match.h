@@ -85,7 +85,7 @@ class Matcher {
     });
     std::fill_n(best_.get(), vectors * L, -std::numeric_limits<A>::infinity());
     for (int64_t j = 0; j < odds; j += kPartners) {
-      const int64_t n = std::min(kPartners, odds - j), filled = round_up(n, kProductRows);
+      const int64_t n = std::min(kPartners, odds - j), filled = tile_rows(n);
       for (int64_t i = 0; i < filled; ++i) {
         // the last tile is filled up with a row it has: its scores are not looked at
         const int64_t row = sequence.odd(j + std::min(i, n - 1));

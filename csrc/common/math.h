@@ -44,7 +44,7 @@ inline vec<float> exp2(vec<float> x) {
   const vec<float> y = polynomial(c, x - n);
   return reinterpret_cast<vec<float>>(_mm512_scalef_ps(reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(n)));
 #else
-  typedef int32_t ints __attribute__((vector_size(64)));
+  typedef int32_t ints __attribute__((vector_size(kVectorBytes)));
   constexpr float kRound = 12582912.0f;  // adding and taking it away leaves an integer
   const vec<float> n = (x + kRound) - kRound;
   const vec<float> y = polynomial(c, x - n);

@@ -5,14 +5,18 @@
 
 namespace vmemory {
 
+// sums, the vectors of a row of B and what they are multiplied by fill the registers: thirty-two of them, or sixteen
 #if defined(__AVX512F__)
 constexpr int kProductRows = 8, kProductVectors = 3;
 #else
-// sixteen registers, and a 64-byte vector takes two or four of them
-constexpr int kProductRows = 6, kProductVectors = 1;
+constexpr int kProductRows = 4, kProductVectors = 3;
 #endif
 
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// Rows in whole tiles. A tile reads and writes all its rows, so that whatever holds n rows of A or C has room for so
+// many; what lies in those past n does not matter, and nobody reads what comes of it.
+constexpr int64_t tile_rows(int64_t n) { return round_up(n, kProductRows); }
 
 // C[r][w] (+)= sum over k of A(r, k) B[k][w] for kProductRows rows and W vectors of columns. A(r, k) is
 // a[r * a_step + k], or, interleaved, a[k * kProductRows + r].

@@ -58,6 +58,18 @@ inline void narrow8(int8_t* p, vec<A> x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(whole));
     return;
   }
+#elif defined(__SSE4_1__)
+  if constexpr (sizeof(A) == 4) {
+#if defined(__AVX2__)
+    const __m256i whole = _mm256_cvtps_epi32(reinterpret_cast<__m256>(x));
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+#else
+    const __m128i whole = _mm_cvtps_epi32(reinterpret_cast<__m128>(x)), words = _mm_packs_epi32(whole, whole);
+#endif
+    const int64_t bytes = _mm_cvtsi128_si64(_mm_packs_epi16(words, words));
+    std::memcpy(p, &bytes, kLanes<A>);
+    return;
+  }
 #endif
   for (int64_t k = 0; k < kLanes<A>; ++k) p[k] = static_cast<int8_t>(x[k]);
 }

@@ -69,7 +69,7 @@ constexpr int64_t kPanelQueries = 480;  // per partial sum, whatever the number 
 
 template <class A>
 bool fits_panel(const MapSizes& z) {
-  return (z.M + kProductRows) * kProductVectors * kLanes<A> * int64_t(sizeof(A)) <= kPanelBytes;
+  return tile_rows(z.M) * kProductVectors * kLanes<A> * int64_t(sizeof(A)) <= kPanelBytes;
 }
 
 template <class T, class A>
@@ -79,8 +79,8 @@ class Panel {
       : z_(z),
         wide_(padded_channels<A>(z.E)),
         query_(kProductVectors * L * wide_),
-        keys_((kKeyBlock + kProductRows) * wide_),
-        weight_((z.M + kProductRows + kKeyBlock) * kProductVectors * L),
+        keys_(kKeyBlock * wide_),
+        weight_(tile_rows(z.M) * kProductVectors * L),
         total_(z.M * L),
         of_(kProductVectors * L) {}
 
@@ -112,7 +112,7 @@ class Panel {
     transpose_rows(query, first, t.count, t.width<A>(), A(1 / std::sqrt(double(z_.E))), query_.get());
     for (int64_t k = 0; k < seen; k += kKeyBlock) {
       const int64_t n = std::min(kKeyBlock, seen - k);
-      copy_rows(keys, k, n, round_up(n, kProductRows), wide_, keys_.get());
+      copy_rows(keys, k, n, tile_rows(n), wide_, keys_.get());
       score_tile(keys_.get(), n, wide_, query_.get(), z_.E, t, at(t, k, 0));
     }
     for (int64_t i = 0; i < t.count; ++i)

@@ -79,9 +79,9 @@ void into_keys(const MapSizes& z, ScoreBlocks<A>& blocks, const QueryStats<A>& s
   constexpr int64_t L = kLanes<A>;
   const int64_t wide = blocks.wide();
   const A scale = A(1 / std::sqrt(double(z.E)));
-  Lines<A> total((kKeyBlock + kProductRows) * wide);
+  Lines<A> total(kKeyBlock * wide);
   for (int64_t k = begin; k < end; k += kKeyBlock) {
-    const int64_t n = std::min(kKeyBlock, end - k), filled = round_up(n, kProductRows);
+    const int64_t n = std::min(kKeyBlock, end - k), filled = tile_rows(n);
     blocks.take_keys(keys, k, n);
     std::fill_n(total.get(), filled * wide, A(0));
     blocks.for_tiles([&](const QueryTile& t) {

@@ -8,7 +8,7 @@ namespace {
 struct Sizes {
   int64_t n, D, H;
   // the length of a row of all tokens: whole vectors, zero past the last token
-  int64_t padded() const { return round_up(n, 16); }
+  int64_t padded() const { return round_up(n, kLanes<float>); }
 };
 
 // Null where nobody asked. gate_slope [D, padded] and hidden_slope [H, padded] are the gradients of what the sigmoid

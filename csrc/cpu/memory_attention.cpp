@@ -17,7 +17,7 @@ class Piece {
         out_(lanes_ * wide_),
         keys_(kKeyBlock * wide_),
         values_(kKeyBlock * wide_),
-        weight_((kKeyBlock + kProductRows) * kProductVectors * kLanes<A>),
+        weight_(kKeyBlock * kProductVectors * kLanes<A>),
         most_(lanes_),
         total_(lanes_) {}
 
@@ -35,7 +35,7 @@ class Piece {
       const int64_t count = std::min(kKeyBlock, valid - j);
       copy_rows(values, j, count, count, wide_, keys_.get());
       interleave(keys_.get(), count, wide_, values_.get());
-      copy_rows(keys, j, count, round_up(count, kProductRows), wide_, keys_.get());
+      copy_rows(keys, j, count, tile_rows(count), wide_, keys_.get());
       for_query_tiles<A>(queries, [&](const QueryTile& t) { add_block(t, count); });
     }
   }

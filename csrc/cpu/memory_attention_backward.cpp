@@ -24,13 +24,13 @@ class Head {
         query_rows_(lanes_ * wide_),
         grad_rows_(lanes_ * wide_),
         to_query_(lanes_ * wide_),
-        keys_((kKeyBlock + kProductRows) * wide_),
-        values_((kKeyBlock + kProductRows) * wide_),
+        keys_(kKeyBlock * wide_),
+        values_(kKeyBlock * wide_),
         keys_by_channel_(kKeyBlock * wide_),
-        to_keys_((kKeyBlock + kProductRows) * wide_),
-        to_values_((kKeyBlock + kProductRows) * wide_),
-        weight_((kKeyBlock + kProductRows) * kProductVectors * kLanes<A>),
-        slope_((kKeyBlock + kProductRows) * kProductVectors * kLanes<A>),
+        to_keys_(kKeyBlock * wide_),
+        to_values_(kKeyBlock * wide_),
+        weight_(kKeyBlock * kProductVectors * kLanes<A>),
+        slope_(kKeyBlock * kProductVectors * kLanes<A>),
         most_(lanes_),
         inverse_(lanes_),
         delta_(lanes_) {}
@@ -60,7 +60,7 @@ class Head {
   // keys [first, first + count): what they send to the queries, and, if asked for, what they are sent
   template <class T, class Q>
   void add_block(const Rows<Q>& keys, const Rows<Q>& values, int64_t first, int64_t count, T* to_keys, T* to_values) {
-    const int64_t filled = round_up(count, kProductRows);
+    const int64_t filled = tile_rows(count);
     copy_rows(keys, first, count, filled, wide_, keys_.get());
     copy_rows(values, first, count, filled, wide_, values_.get());
     interleave(keys_.get(), count, wide_, keys_by_channel_.get());

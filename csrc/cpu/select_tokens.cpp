@@ -1,4 +1,5 @@
 #include "common/move_rows.h"
+#include "common/rows.h"
 #include "common/select.h"
 #include "torch/stable.h"
 
@@ -195,12 +196,11 @@ Tensor compact_backward(const Tensor& grad_, const Tensor& keep_, int64_t N) {
           } else if (times == 1) {
             std::memcpy(static_cast<void*>(to + n * D), from + *place * D, D * sizeof(T));
           } else {
-            for (int64_t d = 0; d < D; d += kLanes<A>) {
-              const int64_t lanes = std::min(kLanes<A>, D - d);
+            for_channels<A>(D, [&](int64_t d, int64_t lanes) {
               vec<A> sum{};
-              for (int64_t k = 0; k < times; ++k) sum += load(from + place[k] * D + d, lanes);
-              store(to + n * D + d, sum, lanes);
-            }
+              for (int64_t k = 0; k < times; ++k) sum += load_some(from + place[k] * D + d, lanes);
+              store_some(to + n * D + d, sum, lanes);
+            });
           }
         }
       });

@@ -28,6 +28,7 @@ struct Tile {
 
 // even tiles; the first takes the rows' norms along
 std::vector<Tile> tiles_of(int64_t queries, bool squares, int64_t distance) {
+  static_assert(kTileQueries >= 3, "an even tile has two places at least, so that the first has a query");
   const int64_t work = queries + squares, n = (work + kTileQueries - 1) / kTileQueries;
   const int64_t ahead = std::min<int64_t>(n, kTileRows);
   std::vector<Tile> tiles;
