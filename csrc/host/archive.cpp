@@ -13,6 +13,8 @@ namespace vmemory::host {
 namespace {
 
 constexpr uint64_t kNowhere = ~uint64_t{0};
+// sequences and frame numbers stay below: centuries of frames, and sums of two do not overflow
+constexpr uint64_t kMost = uint64_t{1} << 48;
 
 uint64_t blocks_for(uint64_t bytes, uint64_t payload) { return (bytes + payload - 1) / payload; }
 
@@ -76,28 +78,52 @@ void Archive::check_process() const {
     throw std::runtime_error("archive: expected the process that made it, got one forked from it, which cannot write");
 }
 
+// whether such a block can come from `write`: everything that is done with what it says rests on it
+bool Archive::written_here(const BlockHeader& header) const {
+  const auto& [stream, frame, first, last, frames, level] = header.facts.numbers;
+  if (level < -1 || level + 1 >= static_cast<int64_t>(cells_.size())) return false;
+  const uint64_t bytes = bytes_of(header.facts), payload = blocks_.payload();
+  if (header.sequence == 0 || header.sequence >= kMost || bytes == 0 || header.parts != blocks_for(bytes, payload))
+    return false;
+  const bool whole = header.size == std::min(payload, bytes - header.part * payload);
+  const bool counted = stream >= 0 && first >= 0 && first <= frame && frame <= last &&
+                       static_cast<uint64_t>(last) < kMost && frames >= 1 && frames <= last - first + 1;
+  for (double seconds : header.facts.clock)
+    if (std::isinf(seconds)) return false;
+  return whole && counted && !(header.facts.clock[2] < header.facts.clock[1]);
+}
+
 void Archive::recover() {
-  for (uint64_t place = blocks_.count(); place-- > 0;) {
-    const auto header = blocks_.recover(place);
-    if (!header) {
+  for (uint64_t place = 0; place < blocks_.count(); ++place) {
+    const auto header = blocks_.sealed(place);
+    if (!header || !written_here(*header)) {
       free_.push_back(place);
       continue;
     }
-    Entry& entry = entries_[header->sequence];
-    entry.facts = header->facts;
-    if (entry.places.empty()) entry.places.assign(header->parts, kNowhere);
-    entry.places.at(header->part) = place;
     next_ = std::max(next_, header->sequence + 1);
+    Entry& entry = entries_[header->sequence];
+    if (entry.places.empty()) {
+      entry.facts = header->facts;
+      entry.places.assign(header->parts, kNowhere);
+    }
+    const bool other = std::memcmp(&entry.facts, &header->facts, sizeof entry.facts) != 0;
+    if (other || entry.places[header->part] != kNowhere) {
+      // no writer gives two frames one number: neither is what it says
+      entry.torn = true;
+      free_.push_back(place);
+    } else {
+      entry.places[header->part] = place;
+    }
   }
   for (auto it = entries_.begin(); it != entries_.end();) {
     const auto& [sequence, entry] = *it++;
     index(sequence, entry.facts);
-    if (std::count(entry.places.begin(), entry.places.end(), kNowhere) == 0) continue;
     // a killed process wrote over some of its blocks, or did not come to write them all
-    for (uint64_t place : entry.places)
-      if (place != kNowhere) blocks_.wipe(place);
-    drop(sequence);
+    if (entry.torn || std::count(entry.places.begin(), entry.places.end(), kNowhere) > 0) drop(sequence);
   }
+  // what is free is zero; those in front are taken first
+  for (uint64_t place : free_) blocks_.wipe(place);
+  std::sort(free_.rbegin(), free_.rend());
 }
 
 Archive::Key Archive::key_of(const Facts& facts) {
@@ -126,7 +152,8 @@ void Archive::write(uint64_t row) {
   const uint64_t cells = cells_.at(static_cast<uint64_t>(facts.numbers[5] + 1));
   const uint64_t parts = blocks_for(cells * width_, blocks_.payload());
   std::lock_guard lock(store_lock_);
-  while (free_.size() < parts) drop(entries_.begin()->first);
+  while (free_.size() < parts && !entries_.empty()) drop(entries_.begin()->first);
+  if (free_.size() < parts) throw std::logic_error("archive: expected room for a frame once all others have left");
   Entry entry{{free_.end() - static_cast<int64_t>(parts), free_.end()}, facts};
   free_.resize(free_.size() - parts);
   // what is free is zero, also the rest of a larger frame that made room
@@ -136,7 +163,7 @@ void Archive::write(uint64_t row) {
   for (uint64_t part = 0; part < parts; ++part) {
     const uint64_t place = entry.places[part];
     BlockHeader header{0, next_, facts, part, parts, 0, 0, 0};
-    char* payload = blocks_.begin(place, next_);
+    char* payload = blocks_.draft();
     while (header.size < blocks_.payload() && piece < widths_.size()) {
       const uint64_t width = widths_[piece], n = std::min(blocks_.payload() - header.size, cells * width - from);
       std::memcpy(payload + header.size, staging_.parts[piece] + row * apart_ * width + from, n);
@@ -160,11 +187,23 @@ void Archive::work() {
     if (pending_ == 0) return;
     const uint64_t n = pending_;
     lock.unlock();
-    for (uint64_t row = 0; row < n; ++row) write(row);
+    std::string failed;
+    try {
+      blocks_.check();
+      for (uint64_t row = 0; row < n; ++row) write(row);
+    } catch (const std::exception& error) {
+      failed = error.what();
+    }
     lock.lock();
     pending_ = 0;
+    if (!failed.empty()) failed_ = failed;
     changed_.notify_all();
   }
+}
+
+// with queue_lock_ held
+void Archive::check_worker() const {
+  if (!failed_.empty()) throw std::runtime_error(failed_);
 }
 
 void Archive::stage(const Staging& staging, uint64_t rows) {
@@ -178,6 +217,7 @@ void Archive::put(uint64_t n) {
   check_process();
   std::unique_lock lock(queue_lock_);
   changed_.wait(lock, [this] { return pending_ == 0; });
+  check_worker();
   if (n > staging_.room)
     throw std::invalid_argument("n: expected at most " + std::to_string(staging_.room) + ", got " + std::to_string(n));
   // what the thread cannot write is refused here, where somebody can be told
@@ -193,6 +233,7 @@ void Archive::put(uint64_t n) {
 bool Archive::busy() {
   check_process();
   std::lock_guard lock(queue_lock_);
+  check_worker();
   return pending_ > 0;
 }
 
@@ -200,6 +241,7 @@ void Archive::wait() {
   check_process();
   std::unique_lock lock(queue_lock_);
   changed_.wait(lock, [this] { return pending_ == 0; });
+  check_worker();
 }
 
 void Archive::sync() {
@@ -231,13 +273,16 @@ uint64_t Archive::read(uint64_t sequence, void* out, uint64_t room) {
   const auto found = entries_.find(sequence);
   if (found == entries_.end()) return 0;
   const Entry& entry = found->second;
-  uint64_t size = 0;
+  const uint64_t size = bytes_of(entry.facts), payload = blocks_.payload();
+  if (room < size)
+    throw std::invalid_argument("out: expected room for " + std::to_string(size) + " bytes, got " +
+                                std::to_string(room));
   for (uint64_t part = 0; part < entry.places.size(); ++part) {
-    const auto more = blocks_.read(entry.places[part], sequence, part, static_cast<char*>(out) + size, room - size);
-    if (!more)
+    const uint64_t from = part * payload;
+    if (!blocks_.read(entry.places[part], sequence, part, static_cast<char*>(out) + from,
+                      std::min(payload, size - from)))
       throw std::runtime_error("archive: the checksum of frame " + std::to_string(entry.facts.numbers[1]) +
                                " does not match");
-    size += *more;
   }
   return size;
 }
@@ -245,6 +290,7 @@ uint64_t Archive::read(uint64_t sequence, void* out, uint64_t room) {
 uint64_t Archive::erase(int64_t stream, double t0, double t1, bool any) {
   wait();
   std::lock_guard lock(store_lock_);
+  blocks_.check();
   const std::vector<uint64_t> gone = overlapping(stream, t0, t1, any);
   for (uint64_t sequence : gone) {
     for (uint64_t place : entries_.at(sequence).places) blocks_.wipe(place);
@@ -254,11 +300,13 @@ uint64_t Archive::erase(int64_t stream, double t0, double t1, bool any) {
 }
 
 uint64_t Archive::next() {
+  check_process();
   std::lock_guard lock(store_lock_);
   return next_;
 }
 
 uint64_t Archive::held() {
+  check_process();
   std::lock_guard lock(store_lock_);
   return entries_.size();
 }

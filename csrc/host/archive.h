@@ -1,4 +1,5 @@
-// Bounded host store of frames that left a memory, written by a thread.
+// Bounded host store of frames that left a memory, written by a thread. Beside the blocks it keeps an index of about
+// 250 bytes an entry, which the budget does not count.
 #pragma once
 
 #include <sys/types.h>
@@ -38,7 +39,7 @@ class Archive {
   void stage(const Staging& staging, uint64_t rows);
   // has the first n frames of the staging memory written, which belongs to the thread until then
   void put(uint64_t n);
-  // whether the thread has frames still to write
+  // whether the thread has frames still to write; like all below it throws what stopped the thread, where something did
   bool busy();
   // waits until all that was put lies in its blocks
   void wait();
@@ -46,7 +47,7 @@ class Archive {
   void sync();
   // sequence and facts of the frames that overlap [t0, t1], oldest frame first; all of the stream with any
   std::vector<std::pair<uint64_t, Facts>> find(int64_t stream, double t0, double t1, bool any);
-  // payload bytes copied to out (room bytes there), 0 when the frame has left meanwhile
+  // payload bytes copied to out (room bytes there), 0 when the frame has left meanwhile; never a part of them
   uint64_t read(uint64_t sequence, void* out, uint64_t room);
   // overwrites the frames that overlap [t0, t1] with zeros, or all of the stream with any; sync brings that to the disk
   uint64_t erase(int64_t stream, double t0, double t1, bool any);
@@ -62,16 +63,20 @@ class Archive {
   struct Entry {
     std::vector<uint64_t> places;
     Facts facts;
+    bool torn = false;
   };
   using Key = std::pair<int64_t, double>;
 
   static Key key_of(const Facts& facts);
+  uint64_t bytes_of(const Facts& facts) const { return cells_[static_cast<size_t>(facts.numbers[5] + 1)] * width_; }
+  bool written_here(const BlockHeader& header) const;
   void recover();
   void work();
   void write(uint64_t row);
   void index(uint64_t sequence, const Facts& facts);
   void drop(uint64_t sequence);
   void check_process() const;
+  void check_worker() const;
   std::vector<uint64_t> overlapping(int64_t stream, double t0, double t1, bool any) const;
 
   std::vector<uint64_t> cells_, widths_;
@@ -90,6 +95,8 @@ class Archive {
   Staging staging_{};
   uint64_t apart_ = 0, pending_ = 0;
   bool stop_ = false;
+  // why the thread no longer writes
+  std::string failed_;
   std::thread worker_;
 };
 

@@ -7,7 +7,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <cstring>
@@ -53,8 +52,14 @@ struct Page {
 
 uint64_t sum(const Page& page) { return checksum(page.tag, kTag, page.magic ^ page.payload ^ (page.count << 20)); }
 
-[[noreturn]] void fail(const std::string& path, const std::string& what) {
-  throw std::runtime_error(path + ": " + what);
+[[noreturn]] void fail(const std::string& what) { throw std::runtime_error(what); }
+[[noreturn]] void fail_by_errno() { fail(std::strerror(errno)); }
+
+// a tag as a file has it, which may hold anything
+std::string shown(const char* tag) {
+  std::string text(tag, strnlen(tag, kTag));
+  std::replace_if(text.begin(), text.end(), [](char c) { return c < ' ' || c > '~'; }, '?');
+  return text;
 }
 
 }  // namespace
@@ -63,8 +68,9 @@ Blocks::Blocks(uint64_t budget, uint64_t payload, const std::string& path, const
     : payload_(payload), stride_(stride(payload)), count_((budget - kPage) / stride_), bytes_(bytes(count_, payload)) {
   if (tag.size() >= kTag) throw std::invalid_argument("tag: expected less than 1024 bytes");
   try {
-    open(path, tag);
+    scratch_.resize(stride_);
     used_.assign(count_, 0);
+    open(path, tag);
   } catch (...) {
     close();
     throw;
@@ -74,12 +80,10 @@ Blocks::Blocks(uint64_t budget, uint64_t payload, const std::string& path, const
 Blocks::~Blocks() { close(); }
 
 void Blocks::close() {
-  if (data_ != nullptr) {
-    if (file_ >= 0) msync(data_, bytes_, MS_SYNC);
-    munmap(data_, bytes_);
-    data_ = nullptr;
-  }
+  if (data_ != nullptr) munmap(data_, bytes_);
+  data_ = nullptr;
   if (file_ >= 0) {
+    fdatasync(file_);
     // a forked process that still has the file open would keep it locked
     flock(file_, LOCK_UN);
     ::close(file_);
@@ -88,112 +92,144 @@ void Blocks::close() {
 }
 
 void Blocks::open(const std::string& path, const std::string& tag) {
-  int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-  bool fresh = true;
-  if (!path.empty()) {
-    flags = MAP_SHARED;
-    file_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
-    if (file_ < 0) fail(path, std::strerror(errno));
-    struct stat facts;
-    if (fstat(file_, &facts) != 0) fail(path, std::strerror(errno));
-    if (!S_ISREG(facts.st_mode)) fail(path, "expected a regular file");
-    if (flock(file_, LOCK_EX | LOCK_NB) != 0) fail(path, "another archive has this file open");
-    // again: whoever made the file may have done so since
-    if (fstat(file_, &facts) != 0) fail(path, std::strerror(errno));
-    Page page{};
-    if (facts.st_size > 0 && pread(file_, &page, sizeof page, 0) < 0) fail(path, std::strerror(errno));
-    // a file killed before its first page was written holds nothing yet
-    fresh = page.magic == 0;
-    if (!fresh && page.magic << 8 == kMagic << 8 && page.magic != kMagic)
-      fail(path, std::string("an archive of version ") + static_cast<char>(page.magic >> 56) +
-                     ", this vmemory reads version " + static_cast<char>(kMagic >> 56));
-    if (!fresh && (page.magic != kMagic || page.checksum != sum(page))) fail(path, "not an archive");
-    if (!fresh && (page.payload != payload_ || std::strncmp(page.tag, tag.c_str(), kTag) != 0))
-      fail(path, "expected the frames of " + tag + ", got those of " + std::string(page.tag));
-    if (facts.st_size != 0 && static_cast<uint64_t>(facts.st_size) != bytes_)
-      fail(path, "expected an archive of " + std::to_string(bytes_) + " bytes, got " + std::to_string(facts.st_size));
-    if (facts.st_size == 0) {
-      int failed;
-      // space is taken at once: a full disk is an error here, and not a signal at some later write
-      while ((failed = fallocate(file_, 0, 0, static_cast<off_t>(bytes_))) != 0 && errno == EINTR) {
-      }
-      if (failed != 0 && (errno != EOPNOTSUPP || ftruncate(file_, static_cast<off_t>(bytes_)) != 0)) {
-        const std::string what = std::strerror(errno);
-        unlink(path.c_str());
-        fail(path, what);
-      }
-    }
+  if (path.empty()) {
+    void* mapped = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED) fail_by_errno();
+    data_ = static_cast<char*>(mapped);
+    return;
   }
-  void* mapped = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, flags, file_, 0);
-  if (mapped == MAP_FAILED) fail(path, std::strerror(errno));
-  data_ = static_cast<char*>(mapped);
+  // what is no file is not waited for
+  file_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, 0666);
+  if (file_ < 0) fail_by_errno();
+  struct stat facts;
+  if (fstat(file_, &facts) != 0) fail_by_errno();
+  if (!S_ISREG(facts.st_mode)) fail("expected a regular file");
+  if (flock(file_, LOCK_EX | LOCK_NB) != 0) fail("another archive has this file open");
+  // again: whoever made the file may have done so since, or removed it
+  if (fstat(file_, &facts) != 0) fail_by_errno();
+  if (facts.st_nlink == 0) fail("the file was removed while it was opened");
+  const uint64_t size = static_cast<uint64_t>(facts.st_size);
+  Page page{};
+  if (size > 0) load(0, &page, std::min<uint64_t>(size, sizeof page));
+  // a file killed before its first page was written holds nothing yet
+  const char* bytes = reinterpret_cast<const char*>(&page);
+  const bool fresh = std::all_of(bytes, bytes + sizeof page, [](char c) { return c == 0; });
+  if (!fresh) {
+    if (page.magic << 8 != kMagic << 8) fail("not an archive");
+    if (page.magic != kMagic)
+      fail("an archive of version " + std::string(1, shown(reinterpret_cast<char*>(&page.magic) + 7)[0]) +
+           ", this vmemory reads version " + static_cast<char>(kMagic >> 56));
+    if (page.checksum != sum(page)) fail("not an archive");
+    if (page.payload != payload_ || std::strncmp(page.tag, tag.c_str(), kTag) != 0)
+      fail("expected the frames of " + tag + ", got those of " + shown(page.tag));
+  }
+  if (size != 0 && size != bytes_)
+    fail("expected an archive of " + std::to_string(bytes_) + " bytes, got " + std::to_string(size));
+  int failed;
+  // space is taken at once, for the holes of a sparse copy too: a full disk is an error here, not at some later write
+  while ((failed = fallocate(file_, 0, 0, static_cast<off_t>(bytes_))) != 0 && errno == EINTR) {
+  }
+  if (failed != 0 && errno == EOPNOTSUPP) failed = size == 0 ? ftruncate(file_, static_cast<off_t>(bytes_)) : 0;
+  if (failed != 0) {
+    const std::string what = std::strerror(errno);
+    if (size == 0) unlink(path.c_str());
+    fail(what);
+  }
   if (!fresh) return;
   Page made{kMagic, payload_, count_, 0, {}};
   std::memcpy(made.tag, tag.data(), tag.size());
   made.checksum = sum(made);
-  std::memcpy(data_, &made, sizeof made);
+  store(0, &made, sizeof made);
 }
 
-std::optional<BlockHeader> Blocks::recover(uint64_t place) {
-  if (file_ < 0) return std::nullopt;
+void Blocks::load(uint64_t from, void* out, uint64_t n) const {
+  if (data_ != nullptr) {
+    std::memcpy(out, data_ + from, n);
+    return;
+  }
+  for (char* to = static_cast<char*>(out); n > 0;) {
+    const ssize_t got = pread(file_, to, n, static_cast<off_t>(from));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) fail("archive: " + std::string(std::strerror(errno)));
+    if (got == 0) fail("archive: the file was cut short while it was open");
+    to += got;
+    from += static_cast<uint64_t>(got);
+    n -= static_cast<uint64_t>(got);
+  }
+}
+
+void Blocks::store(uint64_t to, const void* bytes, uint64_t n) {
+  if (data_ != nullptr) {
+    std::memcpy(data_ + to, bytes, n);
+    return;
+  }
+  for (const char* from = static_cast<const char*>(bytes); n > 0;) {
+    const ssize_t put = pwrite(file_, from, n, static_cast<off_t>(to));
+    if (put < 0 && errno == EINTR) continue;
+    if (put < 0) fail("archive: " + std::string(std::strerror(errno)));
+    from += put;
+    to += static_cast<uint64_t>(put);
+    n -= static_cast<uint64_t>(put);
+  }
+}
+
+std::optional<BlockHeader> Blocks::sealed(uint64_t place) {
+  if (data_ != nullptr) return std::nullopt;
+  load(at(place), scratch_.data(), stride_);
   BlockHeader header;
-  std::memcpy(&header, at(place), sizeof header);
+  std::memcpy(&header, scratch_.data(), sizeof header);
   if (header.magic == kMagic && header.part < header.parts && header.parts <= count_ && header.size <= payload_ &&
-      header.checksum == sum(header, at(place) + sizeof header)) {
+      header.checksum == sum(header, draft())) {
     used_[place] = sizeof header + header.size;
     return header;
   }
   // the rest of a block that a killed process did not finish
-  if (header.magic != 0 || header.sequence != 0) {
-    used_[place] = stride_;
-    wipe(place);
-  }
+  const bool zero = std::all_of(scratch_.begin(), scratch_.end(), [](char c) { return c == 0; });
+  used_[place] = zero ? 0 : stride_;
   return std::nullopt;
 }
 
-char* Blocks::begin(uint64_t place, uint64_t sequence) {
-  char* block = at(place);
-  std::memset(block, 0, sizeof(BlockHeader));
-  reinterpret_cast<BlockHeader*>(block)->sequence = sequence;
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-  return block + sizeof(BlockHeader);
-}
-
 void Blocks::seal(uint64_t place, BlockHeader header) {
-  char* payload = at(place) + sizeof header;
-  const uint64_t used = sizeof header + header.size;
+  const uint64_t used = sizeof header + header.size, before = used_[place];
   // nothing of what lay here and was longer
-  if (used_[place] > used) std::memset(at(place) + used, 0, used_[place] - used);
-  used_[place] = used;
+  if (before > used) std::memset(scratch_.data() + used, 0, before - used);
   header.magic = kMagic;
-  header.checksum = sum(header, payload);
-  // the header goes last: until then the block counts as torn, whatever the payload holds
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-  std::memcpy(at(place), &header, sizeof header);
+  header.checksum = sum(header, draft());
+  std::memcpy(scratch_.data(), &header, sizeof header);
+  used_[place] = std::max(used, before);
+  store(at(place), scratch_.data(), used_[place]);
+  used_[place] = used;
 }
 
-std::optional<uint64_t> Blocks::read(uint64_t place, uint64_t sequence, uint64_t part, char* out, uint64_t room) const {
+bool Blocks::read(uint64_t place, uint64_t sequence, uint64_t part, char* out, uint64_t size) const {
   BlockHeader header;
-  std::memcpy(&header, at(place), sizeof header);
-  if (header.sequence != sequence || header.part != part || header.size > std::min(room, payload_) ||
-      header.checksum != sum(header, at(place) + sizeof header))
-    return std::nullopt;
-  std::memcpy(out, at(place) + sizeof header, header.size);
-  return header.size;
+  load(at(place), &header, sizeof header);
+  if (header.magic != kMagic || header.sequence != sequence || header.part != part || header.size != size) return false;
+  load(at(place) + sizeof header, out, size);
+  return header.checksum == sum(header, out);
 }
 
 void Blocks::wipe(uint64_t place) {
   if (wiped(place)) return;
   // a kill in between leaves a block that does not match its header, to be wiped when the file is opened again
-  std::memset(at(place) + sizeof(BlockHeader), 0, used_[place] - sizeof(BlockHeader));
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-  std::memset(at(place), 0, sizeof(BlockHeader));
+  const std::vector<char> zeros(used_[place]);
+  store(at(place) + sizeof(BlockHeader), zeros.data(), used_[place] - sizeof(BlockHeader));
+  store(at(place), zeros.data(), sizeof(BlockHeader));
   used_[place] = 0;
 }
 
-void Blocks::sync() {
-  if (file_ >= 0 && msync(data_, bytes_, MS_SYNC) != 0)
-    throw std::runtime_error(std::string("archive: ") + std::strerror(errno));
+void Blocks::check() const {
+  if (file_ < 0) return;
+  struct stat facts;
+  if (fstat(file_, &facts) != 0) fail("archive: " + std::string(std::strerror(errno)));
+  if (facts.st_nlink == 0) fail("archive: the file was removed while it was open");
+  if (static_cast<uint64_t>(facts.st_size) < bytes_) fail("archive: the file was cut short while it was open");
+}
+
+void Blocks::sync() const {
+  if (file_ < 0) return;
+  check();
+  if (fdatasync(file_) != 0) fail("archive: " + std::string(std::strerror(errno)));
 }
 
 }  // namespace vmemory::host

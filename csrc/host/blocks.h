@@ -1,4 +1,5 @@
-// Blocks of one size in anonymous memory or in a memory-mapped file, each sealed by a checksum.
+// Blocks of one size in RAM or in a file, each sealed by a checksum. A file is read and written by calls, not mapped:
+// what others do to it (cut it short, fill the disk) is then an error and not a signal.
 #pragma once
 
 #include <array>
@@ -41,28 +42,35 @@ class Blocks {
 
   uint64_t count() const { return count_; }
   uint64_t payload() const { return payload_; }
-  // what a block of the opened file holds; nothing if it is free, which it becomes when it is torn
-  std::optional<BlockHeader> recover(uint64_t place);
-  // room for a payload; until it is sealed the block counts as torn
-  char* begin(uint64_t place, uint64_t sequence);
-  // makes header and the header.size bytes of payload written since `begin` count
+  // what a block of the opened file holds; nothing if it is not sealed: then it is wiped, or has to be before it is
+  // used
+  std::optional<BlockHeader> sealed(uint64_t place);
+  // where the payload of the next block to be sealed is put together
+  char* draft() { return scratch_.data() + sizeof(BlockHeader); }
+  // writes the draft's header.size bytes of payload with the header; killed in between the block counts as torn
   void seal(uint64_t place, BlockHeader header);
-  // payload bytes copied to out, which has room for room bytes; nothing if the block was altered from outside
-  std::optional<uint64_t> read(uint64_t place, uint64_t sequence, uint64_t part, char* out, uint64_t room) const;
+  // the payload copied to out, `size` bytes; false if the block was altered from outside
+  bool read(uint64_t place, uint64_t sequence, uint64_t part, char* out, uint64_t size) const;
   bool wiped(uint64_t place) const { return used_[place] == 0; }
   void wipe(uint64_t place);
+  // throws where the file has been removed or cut short since it was opened
+  void check() const;
   // waits until a file lies on disk
-  void sync();
+  void sync() const;
 
  private:
   void open(const std::string& path, const std::string& tag);
   void close();
-  char* at(uint64_t place) const { return data_ + kPage + place * stride_; }
+  uint64_t at(uint64_t place) const { return kPage + place * stride_; }
+  void load(uint64_t from, void* out, uint64_t n) const;
+  void store(uint64_t to, const void* bytes, uint64_t n);
 
   static constexpr uint64_t kPage = 4096;
   uint64_t payload_, stride_, count_, bytes_;
   int file_ = -1;
-  char* data_ = nullptr;
+  char* data_ = nullptr;  // of blocks in RAM
+  // a block on its way
+  std::vector<char> scratch_;
   // bytes of each block, header included, that are not known to be zero
   std::vector<uint64_t> used_;
 };

@@ -87,5 +87,6 @@ PYBIND11_MODULE(_host, m) {
       .def("erase", &Archive::erase, py::arg("stream"), py::arg("t0"), py::arg("t1"), py::arg("any"), Release())
       .def("next", &Archive::next, Release())
       .def("held", &Archive::held, Release())
+      .def_property_readonly("forked", &Archive::forked)
       .def_property_readonly("capacity", &Archive::capacity);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vmemory._files import sync_folder
 from vmemory.banks.budget import parse_bytes
 from vmemory.banks.erase import Frame
 from vmemory.banks.handover import Handover
@@ -32,13 +34,16 @@ class Archive(StoredFrames):
     finds the outbox full is dropped and counted. Pushes that are compiled or replayed from a CUDA graph only fill the
     outbox: call `drain()` once in `outbox` frames. The way of a CUDA device has not run on one yet.
 
-    A bank in 8 or 4 bits is archived in codes and scales, as it holds them; `recall` gives float32. Another thread than
-    the one that pushes may recall and ask for `counts`; a forked process may not, and copies of a bank have no archive.
+    A bank in 8 or 4 bits is archived in codes and scales, as it holds them; `recall` gives float32. Other threads than
+    the one that pushes may call whatever there is here, and find whole frames; a forked process may not, and copies of
+    a bank have no archive. A file that is cut short or removed while it is open, or a disk that is full, is a
+    RuntimeError in the next push; `bank.archive = None` goes on without.
 
     Args:
         budget: `"1GiB"` or bytes, of RAM or of the file; holds as many entries as their sizes allow, which are those
-            of the tiers that they can leave from.
-        path: A file instead of RAM; opened again it holds what it held, but for blocks torn by a killed process.
+            of the tiers that they can leave from. Beside it the host keeps about 250 bytes an entry to find them by.
+        path: A file instead of RAM; opened again it holds what it held, but for blocks torn by a killed process and
+            those that no archive writes. It is locked: one archive at a time.
         keep: `"evicted"`: entries as they were when they left (of two merged the newer, before it was folded).
             `"frames"`: every frame as it comes in, from which `fork(time)` and `erase` can repeat the past under any
             policy.
@@ -62,6 +67,8 @@ class Archive(StoredFrames):
         check_choice("keep", keep, ("evicted", "frames"))
         check_int("outbox", outbox, low=1)
         self.budget, self.path, self.keep = parse_bytes(budget), None if path is None else Path(path), keep
+        if path is not None and (not str(path) or "\0" in str(path)):
+            raise ValueError(f"path: expected the name of a file, got {str(path)!r}")
         self.outbox, self.block = outbox, block
         try:
             self._make: Callable[..., Any] = import_module("vmemory._host").Archive
@@ -95,8 +102,13 @@ class Archive(StoredFrames):
         box = Outbox(max(self.outbox, state.slots.shape[0]), max(sizes, default=1), layout, state)
         tag = f"{layout.grid} {layout.dim} {layout.grids} {state.slots.dtype} {self.keep} {sorted(sizes)}"
         self._widths = [math.prod(part.shape[2:]) * part.element_size() for part in box.parts]
-        path = "" if self.path is None else str(self.path)
-        self._store = self._make(self.budget, cells, self._widths, path, tag)
+        try:
+            name = b"" if self.path is None else os.fsencode(self.path)
+            self._store = self._make(self.budget, cells, self._widths, name, tag)
+        except RuntimeError as error:
+            raise RuntimeError(f"{self.path}: {error}") from None
+        if self.path is not None:
+            sync_folder(self.path.resolve().parent)
         self._way = Handover(box, self._store)
         self.branch(state.counter[:, SEEN])
 
@@ -122,8 +134,10 @@ class Archive(StoredFrames):
 
     def counts(self) -> dict[str, int]:
         """Entries `held`, `capacity` (if all fill one block), and `lost`: found the outbox full. Synchronises."""
-        self._handover.settle()
-        return {"held": self._store.held(), "capacity": self._store.capacity, "lost": int(self.box.count[1])}
+        with self._handover.lock:
+            self._handover.settle()
+            lost = int(self.box.count[1])
+        return {"held": self._opened.held(), "capacity": self._opened.capacity, "lost": lost}
 
     def drain(self) -> None:
         """Send what the outbox holds on to the thread, unless the batch before is still on its way.
@@ -140,8 +154,8 @@ class Archive(StoredFrames):
             ValueError: It was closed.
             RuntimeError: This process was forked from the one that writes.
         """
-        if self._handover is not None and not torch.compiler.is_compiling():
-            self._store.busy()
+        if not torch.compiler.is_compiling() and self._handover is not None:
+            self._opened.busy()
 
     def taking(self) -> AbstractContextManager[Any]:
         """Around each frame of a push: who recalls in another thread meanwhile waits until it is in or out."""
@@ -184,19 +198,26 @@ class Archive(StoredFrames):
             RuntimeError: The disk does not take it.
         """
         self._handover.settle()
-        self._store.sync()
+        self._opened.sync()
 
     def close(self) -> None:
-        """Flush, and let go of the file; the archive cannot be used afterwards."""
-        self.flush()
-        self._store = self._way = None
+        """Flush, and let go of the file; the archive cannot be used afterwards.
+
+        Raises:
+            RuntimeError: As `flush`; the file is let go of all the same.
+        """
+        with self._handover.lock:
+            try:
+                self.flush()
+            finally:
+                self._store = self._way = None
 
     def branch(self, seen: Tensor) -> None:
         """Streams go on after `seen [S]` frames: what is stored of later ones is recalled, but repeats no past."""
         if self._paused:
             return
         self._handover.settle()
-        sequence = self._store.next()
+        sequence = self._opened.next()
         for stream, number in enumerate(seen.tolist()):
             earlier = [branch for branch in self._branches.get(stream, []) if branch[1] < number]
             self._branches[stream] = [*earlier, (sequence, number)]
@@ -208,7 +229,7 @@ class Archive(StoredFrames):
             ValueError: One came in without.
         """
         self._handover.settle()
-        found: list[Found] = self._store.find(stream, 0.0, 0.0, True)
+        found: list[Found] = self._opened.find(stream, 0.0, 0.0, True)
         timeless = sum(any(t != t for t in clock) for _, _, clock in found)
         if timeless:
             raise ValueError(
@@ -222,18 +243,19 @@ class Archive(StoredFrames):
             RuntimeError: The disk does not take it; no entry can be recalled all the same.
         """
         gone = self.forget(stream, (t0, t1))
-        self._store.sync()
+        self._opened.sync()
         return gone
 
     def forget(self, stream: int, span: tuple[float, float] | None) -> int:
         """`erase`, or with None all of a stream, for every reader; `flush` then brings it to the disk."""
         if self._paused:
             return 0
-        self._handover.settle()
-        self._handover.clear()
-        if span is None:
-            self._branches.pop(stream, None)
-        return int(self._store.erase(stream, *(span or (0.0, 0.0)), span is None))
+        with self._handover.lock:
+            self._handover.settle()
+            self._handover.clear()
+            if span is None:
+                self._branches.pop(stream, None)
+            return int(self._opened.erase(stream, *(span or (0.0, 0.0)), span is None))
 
     def rows_of(self, stream: int, frames: list[Frame]) -> list[tuple[Tensor, ...]]:
         """Copies of whole frames, as `put` stores them."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vmemory.banks.archive import Archive
+from vmemory.banks.lock import MemoryLock, locked
 from vmemory.banks.past import PastModule
 from vmemory.banks.quantized import (
     AnyState,
@@ -75,6 +76,7 @@ class Bank(PastModule, BankReads):
         adapter: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        self._lock = MemoryLock()
         check_int("dim", dim, low=1)
         check_int("streams", streams, low=1)
         key_dim = dim if key_dim is None else key_dim
@@ -83,7 +85,9 @@ class Bank(PastModule, BankReads):
         self.streams, self.adapter = streams, adapter
         made = new_state(self.layout, streams, device, dtype)
         self._state_type = type(made)
-        self._decider = decider_of(self.layout) if isinstance(made, QuantizedState) else None
+        # a memory on the meta device takes nothing in
+        decides = isinstance(made, QuantizedState) and not made.slots.is_meta
+        self._decider = decider_of(self.layout) if decides else None
         for name, buffer in made._asdict().items():
             self.register_buffer(name, buffer, persistent=False)
         for name, table in self._constants().items():
@@ -92,6 +96,7 @@ class Bank(PastModule, BankReads):
     # writing
 
     @torch.no_grad()
+    @locked
     def push(
         self, frames: Tensor, time: Times = None, *, valid: Tensor | None = None, streams: Tensor | None = None
     ) -> None:

@@ -6,7 +6,10 @@ import math
 import re
 from collections.abc import Callable
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
+}  # fmt: skip
 _MOST = 2**63
 
 
@@ -19,7 +22,8 @@ def parse_bytes(budget: str | int) -> int:
     if isinstance(budget, int) and not isinstance(budget, bool):
         size = budget
     else:
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", str(budget))
+        text = budget if isinstance(budget, str) else ""
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text, re.ASCII)
         if match is None or match[2].upper() not in _UNITS:
             raise ValueError(f"budget: expected a size such as '64MiB' or a number of bytes, got {budget!r}")
         exact = float(match[1]) * _UNITS[match[2].upper()]
@@ -31,8 +35,8 @@ def parse_bytes(budget: str | int) -> int:
 
 def format_bytes(size: float) -> str:
     """`67108864` as `"64.0 MiB"`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size < 1024 or unit == "TiB":
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     raise AssertionError("unreachable")

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from vmemory.banks.budget import parse_bytes
 from vmemory.banks.dual_input import DualInput, own_dtype
 from vmemory.banks.dual_read import DualReads
-from vmemory.banks.dual_state import DualState, capacities_within, new_state
+from vmemory.banks.dual_state import capacities_within, new_state
 from vmemory.banks.dual_step import DualStep
 from vmemory.banks.files import BankFile
+from vmemory.banks.lock import MemoryLock, locked
 from vmemory.banks.quantized import name_of
 from vmemory.banks.streams import check_rows
 from vmemory.banks.tiers import check_grid, make_layout
@@ -116,6 +117,7 @@ class DualMemory(DualStep, DualInput, DualReads):
         super().__init__(
             key_dim, heads, hidden, activation, empty, slots, level, rule, salience, residual, device, dtype
         )
+        self._lock = MemoryLock()
         check_int("streams", streams, low=1)
         check_grid("grid", grid)
         form = (1, 1) if slots == "means" else None
@@ -132,8 +134,8 @@ class DualMemory(DualStep, DualInput, DualReads):
         self.dim, self.grid, self.streams, self.adapter = dim, self._layout[0].grid, streams, adapter
         self.capacities = (capacities[0], capacities[1])
         self.hold(new_state(streams, self.capacities, tokens, key_dim, device, dtype, dim - key_dim))
-        for name, table in row_tables(*self._layout).items():
-            self.register_buffer(name, table.to(device), persistent=False)
+        for name, table in row_tables(*self._layout, device).items():
+            self.register_buffer(name, table, persistent=False)
         self.register_load_state_dict_post_hook(_refresh)
         self._config = {
             "dim": dim, "grid": list(grid), "capacities": list(capacities), "heads": heads, "hidden": hidden,
@@ -149,6 +151,7 @@ class DualMemory(DualStep, DualInput, DualReads):
     # writing
 
     @torch.no_grad()
+    @locked
     def push(
         self, frames: Tensor, time: Times = None, *, valid: Tensor | None = None, streams: Tensor | None = None
     ) -> Tensor:
@@ -189,6 +192,7 @@ class DualMemory(DualStep, DualInput, DualReads):
         return fused[0] if alone else fused
 
     @torch.no_grad()
+    @locked
     def refresh(self) -> None:
         """Project the keys and values of every slot again, with the weights as they are now."""
         for reader, memory in ((self.working, "working"), (self.episodic, "episodic")):
@@ -254,6 +258,7 @@ class DualMemory(DualStep, DualInput, DualReads):
 
     # keeping
 
+    @locked
     def reset(self, streams: Sequence[int] | None = None) -> None:
         super().reset(streams)
         # a memory that `to_empty` brought from the meta device has them no more
@@ -299,21 +304,33 @@ class DualMemory(DualStep, DualInput, DualReads):
             extra: Further tensors to keep with the memory, for example thumbnails.
             notes: Further plain values, stored as JSON.
         """
-        weights = {_WEIGHTS + name: weight for name, weight in self.state_dict().items() if _saved(name)}
-        state = self.state._asdict()
-        BankFile(self.policy, self.config(), state, {**(extra or {}), **weights}, notes or {}).write(Path(path))
+        self.to_file(extra, notes).write(Path(path))
 
-    @classmethod
-    def from_file(cls, file: BankFile, device: torch.device | str = "cpu") -> DualMemory:
-        """The memory that `save` wrote, with its weights, which leave `file.extra`."""
-        memory = cls(**{**file.config, "dtype": getattr(torch, str(file.config["dtype"]))}, device=device)
-        weights = {n.removeprefix(_WEIGHTS): file.extra.pop(n) for n in list(file.extra) if n.startswith(_WEIGHTS)}
-        memory.load_state_dict(weights)
-        state = DualState(**{name: x.to(device) for name, x in file.state.items()})
-        if bool((torch.stack([state.seen, state.entered, state.written]) < 0).any()):
-            raise ValueError("state: expected counters of at least 0")
-        memory.restore(state)
-        return memory
+    @locked
+    def to_file(self, extra: dict[str, Tensor] | None = None, notes: dict[str, Any] | None = None) -> BankFile:
+        """What `save` writes, as it is now: a copy of state and weights, and `extra` and `notes` as they are."""
+        weights = {_WEIGHTS + name: x.clone() for name, x in self.state_dict().items() if _saved(name)}
+        state = self.snapshot()._asdict()
+        return BankFile(self.policy, self.config(), state, {**(extra or {}), **weights}, notes or {})
+
+    @staticmethod
+    def weights_of(extra: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights among a file's further tensors, which they leave."""
+        return {name.removeprefix(_WEIGHTS): extra.pop(name) for name in list(extra) if name.startswith(_WEIGHTS)}
+
+    def check_weights(self, weights: dict[str, Tensor]) -> None:
+        """Weights are as many and as large as this memory's, its adapter's left out.
+
+        Raises:
+            ValueError: They are others.
+        """
+        own = {name: weight for name, weight in self.state_dict().items() if _saved(name)}
+        if set(weights) != set(own):
+            raise ValueError(f"weights: expected {', '.join(sorted(own))}, got {', '.join(sorted(weights))}")
+        for name, weight in own.items():
+            if weights[name].shape != weight.shape or weights[name].dtype != weight.dtype:
+                want, got = (f"{shape_of(x)} {x.dtype}" for x in (weight, weights[name]))
+                raise ValueError(f"weights.{name}: expected {want}, got {got}")
 
 
 def _saved(name: str) -> bool:

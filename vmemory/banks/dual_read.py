@@ -7,6 +7,7 @@ from torch import Tensor
 
 from vmemory.banks.dual_rules import overwrite_entropy
 from vmemory.banks.dual_state import DualStateHolder
+from vmemory.banks.lock import locked
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved, compact_tokens, padded_tokens
 from vmemory.ops._checks import check_int, check_tensor, shape_of
 from vmemory.ops.similarity_topk import similarity_topk
@@ -19,6 +20,7 @@ class DualReads(DualStateHolder):
     row_cell: Tensor
     row_level: Tensor
 
+    @locked
     def read(self, stream: int = 0, *, padded: bool = False) -> MemoryTokens:
         """The slots of both memories in stream order, `level` 0 = working (H_t), 1 = episodic (M_t).
 
@@ -45,6 +47,7 @@ class DualReads(DualStateHolder):
         check_int("stream", stream, low=0, high=self.entry.shape[0] - 1)
         return compact_tokens(tokens, stream)
 
+    @locked
     def retrieve(self, query: Tensor, k: int, *, threshold: float | None = None, stream: int = 0) -> Retrieved:
         """The slots most similar to each query, by cosine with their means. No host synchronisation.
 
@@ -74,6 +77,7 @@ class DualReads(DualStateHolder):
         level = torch.where(slot < 0, -1, (slot >= self.working_means.shape[1]).long())
         return Retrieved(values, frame, time, level, time, time)
 
+    @locked
     def entries(self, stream: int = 0) -> Entries:
         """What a stream holds, slot by slot in stream order, working before episodic; synchronises the host once.
 
@@ -88,6 +92,7 @@ class DualReads(DualStateHolder):
         level = (slot >= self.working_means.shape[1]).long()
         return Entries(frame, frame, frame, torch.ones_like(frame), time, time, time, level, means[slot])
 
+    @locked
     def counts(self, stream: int = 0) -> dict[str, int]:
         """Frames `seen`, that `entered` the working and were `written` into the episodic memory; slots `held`.
 
@@ -99,6 +104,7 @@ class DualReads(DualStateHolder):
         numbers = torch.stack([self.seen[stream], self.entered[stream], self.written[stream], held]).tolist()
         return dict(zip(("seen", "entered", "written", "held"), numbers, strict=True))
 
+    @locked
     def overwrite_entropy(self) -> Tensor:
         """`[S]` float64 bits: how evenly overwrites fell on the episodic slots, see `overwrite_entropy`."""
         return overwrite_entropy(self.overwrites)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from vmemory.banks.budget import largest_entries
+from vmemory.banks.checks import check_dual_state
+from vmemory.banks.lock import MemoryLock, alone, locked
 from vmemory.banks.streams import as_streams
 from vmemory.ops._checks import check_int, shape_of
 
@@ -171,6 +173,8 @@ class DualStateHolder(nn.Module):
     grid: tuple[int, int]
     # some token of a slot does not exist, so attention has to look at the mass of each
     masked = False
+    # held by every call that reads or changes the state
+    _lock: MemoryLock
 
     def hold(self, state: DualState) -> None:
         for name, buffer in state._asdict().items():
@@ -196,6 +200,7 @@ class DualStateHolder(nn.Module):
         if archive is not None:
             raise ValueError(f"archive: expected None, a dual memory has none, got {type(archive).__name__}")
 
+    @locked
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DualStateHolder:
         kept = {name: getattr(self, name) for name in KEPT}
         super()._apply(fn, recurse)
@@ -207,6 +212,7 @@ class DualStateHolder(nn.Module):
                 setattr(self, name, old.to(getattr(self, name).device, kind))
         return self
 
+    @locked
     def reset(self, streams: Sequence[int] | None = None) -> None:
         """Forget everything, of all streams or of those named; weights stay.
 
@@ -222,13 +228,15 @@ class DualStateHolder(nn.Module):
     @contextmanager
     def preserved(self) -> Iterator[None]:
         """Pushes within the block leave no trace: the state comes back, in the same tensors, also after an error."""
-        before = self.snapshot()
-        try:
-            yield
-        finally:
-            self.restore(before)
+        with alone(self._lock):
+            before = self.snapshot()
+            try:
+                yield
+            finally:
+                self._take(before)
 
     @torch.no_grad()
+    @locked
     def erase(self, t0: float, t1: float, stream: int = 0) -> int:
         """Take the span [t0, t1] out of a stream: nothing computed from a frame in it remains, its bytes are zero.
 
@@ -251,6 +259,7 @@ class DualStateHolder(nn.Module):
         return self.state.until_(stream, t0, included=False)
 
     @torch.no_grad()
+    @locked
     def fork(self: Holder, time: float | None = None) -> Holder:
         """A memory of its own with the same weights that holds the same, or what this one held at second `time`.
 
@@ -269,15 +278,32 @@ class DualStateHolder(nn.Module):
                 raise ValueError(f"time: expected a second since which nothing was given up, got {time:g} s")
         return copy
 
+    @locked
     def snapshot(self) -> DualState:
         """A copy of the state; `restore` takes it back."""
         return DualState(*(x.clone() for x in self.state))
 
+    @locked
     def restore(self, snapshot: DualState) -> None:
         """Go back to a snapshot of a memory of the same shape and weights; synchronises the host.
 
         Raises:
-            ValueError: The snapshot's shapes or dtypes are not this memory's; nothing has changed then.
+            ValueError: The snapshot's shapes or dtypes are not this memory's, or its counters are none that a memory
+                has; nothing has changed then.
+        """
+        self.check(snapshot)
+        self._take(snapshot)
+
+    def _take(self, snapshot: DualState) -> None:
+        for held, new in zip(self.state, snapshot, strict=True):
+            held.copy_(new)
+        self.masked = bool(((self.mass == 0) & (self.entry >= 0)[..., None]).any())
+
+    def check(self, snapshot: DualState) -> None:
+        """A snapshot is one that this memory can hold.
+
+        Raises:
+            ValueError: Its shapes, dtypes, entries or counters are others.
         """
         if not isinstance(snapshot, DualState):
             raise ValueError(f"snapshot: expected DualState, got {type(snapshot).__name__}")
@@ -286,6 +312,5 @@ class DualStateHolder(nn.Module):
                 raise ValueError(
                     f"snapshot.{name}: expected {shape_of(held)} {held.dtype}, got {shape_of(new)} {new.dtype}"
                 )
-        for held, new in zip(self.state, snapshot, strict=True):
-            held.copy_(new)
-        self.masked = bool(((self.mass == 0) & (self.entry >= 0)[..., None]).any())
+        if not snapshot.entry.is_meta:
+            check_dual_state(snapshot._asdict())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmemory._files import replacing
+from vmemory._files import remove_stale, replacing
 
 VERSION = 1
 
@@ -65,8 +64,6 @@ class BankFile:
                 save_file(tensors, partial, metadata=header)
             except SafetensorError as error:
                 raise OSError(f"{path}: {error}") from None
-            with partial.open("rb") as handle:
-                os.fsync(handle.fileno())
 
     @classmethod
     def read(cls, path: Path) -> BankFile:
@@ -75,29 +72,57 @@ class BankFile:
         Raises:
             BankFileError: Missing, not a `.vmem`, cut short, altered, or of another version; one line says which.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not path.is_file():
-            raise BankFileError(f"{path}: no such file")
-        try:
-            with safe_open(path, framework="pt") as handle:
-                header = handle.metadata() or {}
-                tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118  not a dict
-        except (SafetensorError, OSError) as error:
-            raise BankFileError(f"{path}: not a whole .vmem file ({error})") from None
+        header, tensors = _contents(path)
         if header.get("format") != "vmem":
             raise BankFileError(f"{path}: not a .vmem file")
         if header.get("version") != str(VERSION):
-            raise BankFileError(f"{path}: version {header.get('version')}, this vmemory reads version {VERSION}")
+            raise BankFileError(f"{path}: version {header.get('version')!r}, this vmemory reads version {VERSION}")
         if header.pop("checksum", None) != checksum(tensors, header):
             raise BankFileError(f"{path}: the checksum does not match, the file was altered")
+        if missing := {"policy", "config", "notes"} - header.keys():
+            raise BankFileError(f"{path}: not a whole .vmem file (no {', '.join(sorted(missing))})")
         parts: dict[str, dict[str, Tensor]] = {"state": {}, "extra": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition(".")
+            if kind not in parts:
+                raise BankFileError(f"{path}: expected tensors of state and extra, got {name!r}")
             parts[kind][rest] = tensor
-        return cls(
-            header["policy"], json.loads(header["config"]), parts["state"], parts["extra"], json.loads(header["notes"])
-        )
+        config, notes = (_values(path, name, header[name]) for name in ("config", "notes"))
+        return cls(header["policy"], config, parts["state"], parts["extra"], notes)
+
+
+def _contents(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file, which is read and not mapped: nobody can cut short what is held."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    # of names with NUL nothing exists
+    if "\0" in str(path) or not path.exists():
+        raise BankFileError(f"{path}: no such file")
+    if not path.is_file():
+        raise BankFileError(f"{path}: expected a file, got a {'folder' if path.is_dir() else 'device or a pipe'}")
+    remove_stale(path)
+    try:
+        data = path.read_bytes()
+        tensors = load(data)
+    except (SafetensorError, OSError) as error:
+        raise BankFileError(f"{path}: not a whole .vmem file ({error})") from None
+    except (KeyError, ValueError, AttributeError) as error:
+        # of safetensors itself: a dtype that this torch does not have
+        raise BankFileError(f"{path}: not a .vmem file ({type(error).__name__}: {error})") from None
+    # checked by load: length in front, and whole JSON
+    described = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return described.get("__metadata__") or {}, tensors
+
+
+def _values(path: Path, name: str, text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BankFileError(f"{path}: {name}: not JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(values, dict):
+        raise BankFileError(f"{path}: {name}: expected names and values, got {type(values).__name__}")
+    return values
 
 
 def checksum(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
@@ -105,6 +130,6 @@ def checksum(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
     digest = hashlib.sha256(json.dumps(sorted(header.items())).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode("utf-8", "surrogatepass"))
         digest.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
     return digest.hexdigest()

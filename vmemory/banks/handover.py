@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vmemory.banks.lock import MemoryLock
 from vmemory.banks.outbox import Outbox
 
 
@@ -33,7 +33,7 @@ class Handover:
         self._side = torch.cuda.Stream(box.device) if cuda else None
         self._copied = torch.cuda.Event() if cuda else None
         self._on_its_way = False
-        self.lock = threading.RLock()
+        self.lock = MemoryLock()
 
     def arrived(self) -> bool:
         """Whether the host's memory can take a batch; gives the thread what has come in. Waits for nothing."""

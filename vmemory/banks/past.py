@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vmemory.banks.erase import Frame, check_times, may_have_seen, whole_frames, without
+from vmemory.banks.lock import alone, locked
 from vmemory.banks.quantized import AnyState, dtype_of
 from vmemory.banks.state import StateModule
 from vmemory.ops._checks import check_choice, check_int
@@ -31,15 +32,17 @@ class PastModule(StateModule):
         """Pushes within the block leave no trace: the state comes back, in the same tensors, also after an error.
 
         For warm-up, compilation and graph capture, which push frames that nobody is to remember. Holds a second copy
-        of the state while it lasts.
+        of the state while it lasts. Other threads wait for the block to end.
         """
-        before = self.snapshot()
-        with nullcontext() if self._archive is None else self._archive.preserved():
-            try:
-                yield
-            finally:
-                self.restore(before)
+        with alone(self._lock):
+            before = self.snapshot()
+            with nullcontext() if self._archive is None else self._archive.preserved():
+                try:
+                    yield
+                finally:
+                    self._take(before)
 
+    @locked
     def fork(self: _Self, time: float | None = None) -> _Self:
         """An independent memory in the state of this one; the adapter, which holds weights and no state, is shared.
 
@@ -78,6 +81,7 @@ class PastModule(StateModule):
         return twin
 
     @torch.no_grad()
+    @locked
     def erase(self, t0: float, t1: float, stream: int = 0, *, survivors: str = "clear") -> int:
         """Forget the frames from `t0` to `t1`: nothing computed from them stays; what becomes free is zeroed.
 

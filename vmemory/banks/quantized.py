@@ -56,8 +56,15 @@ def name_of(dtype: torch.dtype | str) -> str:
 
 
 def dtype_of(name: str) -> torch.dtype | str:
-    """What `name_of` named."""
-    return name if name in STORAGE else getattr(torch, name)
+    """What `name_of` named.
+
+    Raises:
+        ValueError: Nothing of that name.
+    """
+    dtype = name if name in STORAGE else getattr(torch, name, None)
+    if not isinstance(dtype, (str, torch.dtype)):
+        raise ValueError(f"dtype: expected the name of a dtype, got {name!r}")
+    return dtype
 
 
 def new_state(

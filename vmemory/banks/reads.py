@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from vmemory.banks.lock import locked
 from vmemory.banks.quantized import QuantizedState, read_tokens
 from vmemory.banks.state import StateModule
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved, compact_tokens, padded_tokens
@@ -31,6 +32,7 @@ from vmemory.reference.bank_layout import (
 class BankReads(StateModule):
     """Reading a bank changes nothing in it."""
 
+    @locked
     def read(self, stream: int = 0, *, padded: bool = False) -> MemoryTokens:
         """Everything held, in stream order, with provenance.
 
@@ -54,6 +56,7 @@ class BankReads(StateModule):
     def _tables(self) -> dict[str, Tensor]:
         return {name: getattr(self, name) for name in ("row_slot", "row_cell", "row_level")}
 
+    @locked
     def retrieve(self, query: Tensor, k: int, *, threshold: float | None = None, stream: int = 0) -> Retrieved:
         """The entries most similar to each query, by cosine with their means. No host synchronisation.
 
@@ -106,6 +109,7 @@ class BankReads(StateModule):
         slot = torch.arange(self.layout.slots, device=self.descriptor.device)
         return self.descriptor[:, slot, self._of_slots(range(self.layout.tiers))]
 
+    @locked
     def entries(self, stream: int = 0) -> Entries:
         """What a stream holds, entry by entry in stream order; synchronises the host once."""
         check_int("stream", stream, low=0, high=self.streams - 1)
@@ -126,6 +130,7 @@ class BankReads(StateModule):
             descriptor=self._keys()[stream, slots],
         )
 
+    @locked
     def counts(self, stream: int = 0) -> dict[str, int]:
         """Frames `seen`, `skipped` (taken by no interval, or erased), `dropped` and entries `held`; synchronises."""
         counter = self.counter[stream].tolist()

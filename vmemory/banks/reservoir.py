@@ -13,6 +13,8 @@ from vmemory.ops._checks import check_int
 from vmemory.reference.bank_layout import FRAME
 
 _MASK = 0xFFFFFFFF
+# times a 32-bit number it still fits int64
+_MOST = 2**31 - 1
 _Word = TypeVar("_Word", int, Tensor)
 
 
@@ -26,7 +28,8 @@ def mixed(x: _Word) -> _Word:
 class ReservoirBank(SlotBank):
     """The newest frame and a uniform random sample of all frames before it.
 
-    With M slots, each of the frames before the newest is held with the same probability, (M − 1) / (frames before).
+    With M slots, each of the frames before the newest is held with the same probability, (M − 1) / (frames before);
+    from 2³¹ frames on, two years of 30 a second, later ones enter as if there had been no more.
     The draw depends on `seed` and the number of frames taken in before alone: runs repeat, however the frames are split
     into pushes, and all streams of a bank draw alike.
 
@@ -53,7 +56,7 @@ class ReservoirBank(SlotBank):
     ) -> Tensor:
         M = state.entry.shape[1]
         # the frame held back so far is the taken-th, and stays with probability (M - 1) / taken
-        drawn = (mixed(mixed(self.seed) ^ (taken & _MASK)) * taken) >> 32
+        drawn = (mixed(mixed(self.seed) ^ (taken & _MASK)) * taken.clamp_max(_MOST)) >> 32
         newest = state.entry[..., FRAME].argmax(1)
         # its own slot cannot be drawn
         other = drawn + (drawn >= newest)

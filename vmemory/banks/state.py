@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from vmemory.banks.archive import Archive
+from vmemory.banks.checks import check_state
 from vmemory.banks.files import BankFile
+from vmemory.banks.lock import MemoryLock, locked
 from vmemory.banks.quantized import AnyState, QuantizedState, name_of
 from vmemory.banks.streams import as_streams
 from vmemory.banks.tokens import MemoryTokens, row_tables
@@ -47,6 +49,8 @@ class StateModule(nn.Module):
     # the constructor's arguments as plain values, set by subclasses
     _config: dict[str, Any]
     _archive: Archive | None = None
+    # held by every call that reads or changes the state
+    _lock: MemoryLock
 
     # what saving needs beside the layout; subclasses name themselves in vmemory.banks.POLICIES
     policy = "bank"
@@ -84,6 +88,7 @@ class StateModule(nn.Module):
         return self._archive
 
     @archive.setter
+    @locked
     def archive(self, archive: Archive | None) -> None:
         if archive is not None:
             if not isinstance(archive, Archive):
@@ -102,6 +107,7 @@ class StateModule(nn.Module):
             raise ValueError("archive: expected a bank with an archive, got one without")
         return self._archive.recall(t0, t1, stream)
 
+    @locked
     def _apply(self: _Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Self:
         if self._archive is not None:
             self._archive.check_dtype(fn(self.slots.new_empty(0)).dtype)
@@ -123,6 +129,7 @@ class StateModule(nn.Module):
         # a model around the bank may have been cast since
         return self._config | ({} if self.quantized else {"dtype": name_of(self.slots.dtype)})
 
+    @locked
     def reset(self, streams: Sequence[int] | None = None) -> None:
         """Forget everything, of all streams or of those named, in the archive too; that synchronises.
 
@@ -146,31 +153,40 @@ class StateModule(nn.Module):
 
     def _constants(self) -> dict[str, Tensor]:
         """Buffers that no push changes."""
-        return {"maps": layout_maps(self.layout, self.descriptor), **row_tables(self.layout, self.levels)}
+        tables = row_tables(self.layout, self.levels, self.entry.device)
+        return {"maps": layout_maps(self.layout, self.descriptor), **tables}
 
+    @locked
     def snapshot(self) -> AnyState:
         """A copy of the state; `restore` takes it back."""
         return self._state_type(*(t.clone() for t in self.state))
 
+    @locked
     def restore(self, snapshot: AnyState) -> None:
         """Go back to a snapshot of a bank of the same shape.
 
         An archive keeps what has left since, for `recall`; `fork` and `erase` no longer take it for this memory's past.
 
+        Looks at what the snapshot says of itself, which synchronises the host.
+
         Raises:
-            ValueError: The snapshot's shapes or dtypes are not this bank's; nothing has changed then.
+            ValueError: The snapshot's shapes or dtypes are not this bank's, or its lists and counters are none that a
+                bank has; nothing has changed then.
         """
         self.check(snapshot)
+        self._take(snapshot)
+
+    def _take(self, snapshot: AnyState) -> None:
         for held, new in zip(self.state, snapshot, strict=True):
             held.copy_(new)
         if self._archive is not None:
             self._archive.branch(self.counter[:, SEEN])
 
     def check(self, snapshot: AnyState) -> None:
-        """A snapshot has this bank's shapes and dtypes.
+        """A snapshot is one that this bank can hold.
 
         Raises:
-            ValueError: It has others.
+            ValueError: Its shapes, dtypes, lists or counters are others.
         """
         if type(snapshot) is not self._state_type:
             raise ValueError(f"snapshot: expected {self._state_type.__name__}, got {type(snapshot).__name__}")
@@ -179,6 +195,8 @@ class StateModule(nn.Module):
                 raise ValueError(
                     f"snapshot.{name}: expected {shape_of(held)} {held.dtype}, got {shape_of(new)} {new.dtype}"
                 )
+        if not snapshot.order.is_meta:
+            check_state(self.layout, snapshot)
 
     def save(
         self, path: str | Path, extra: dict[str, Tensor] | None = None, notes: dict[str, Any] | None = None
@@ -186,7 +204,7 @@ class StateModule(nn.Module):
         """Write the state to a `.vmem` file (safetensors); a file that exists survives until the new one is whole.
 
         Args:
-            path: Where to write.
+            path: Where to write. One copy of the state is taken first; other threads may push while it is written.
             extra: Further tensors to keep with the memory, for example thumbnails.
             notes: Further plain values, stored as JSON.
 
@@ -194,4 +212,9 @@ class StateModule(nn.Module):
             OSError: The disk does not take it.
             ValueError: At `path` there is something else than a file.
         """
-        BankFile(self.policy, self.config(), self.state._asdict(), extra or {}, notes or {}).write(Path(path))
+        self.to_file(extra, notes).write(Path(path))
+
+    @locked
+    def to_file(self, extra: dict[str, Tensor] | None = None, notes: dict[str, Any] | None = None) -> BankFile:
+        """What `save` writes, as it is now: a copy of the state, and `extra` and `notes` as they are."""
+        return BankFile(self.policy, self.config(), self.snapshot()._asdict(), extra or {}, notes or {})

@@ -32,9 +32,21 @@ class StoredFrames:
 
     @property
     def _handover(self) -> Handover:
-        if self._way is None:
+        way = self._way
+        if way is None:
             raise ValueError("archive: expected one that a bank has, got one without")
-        return self._way
+        # before any lock is taken: in a forked process its holder may not be there to let it go
+        if not torch.compiler.is_compiling() and self._opened.forked:
+            raise RuntimeError("archive: expected the process that made it, got one forked from it, which cannot write")
+        return way
+
+    @property
+    def _opened(self) -> Any:
+        """The store, which another thread may close at any time."""
+        store = self._store
+        if store is None:
+            raise ValueError("archive: expected one that a bank has, got one that was closed")
+        return store
 
     @property
     def box(self) -> Outbox:
@@ -45,9 +57,12 @@ class StoredFrames:
         sequence, numbers, _ = found
         cells = self.layout.cells[numbers[LEVEL]] if numbers[LEVEL] >= 0 else self.layout.grid[0] * self.layout.grid[1]
         box = self.box
-        payload = torch.empty(cells * sum(self._widths), dtype=torch.uint8)
-        if not self._store.read(sequence, payload.numpy()):
+        payload = torch.zeros(cells * sum(self._widths), dtype=torch.uint8)
+        read = self._opened.read(sequence, payload.numpy())
+        if not read:
             return None
+        if read != len(payload):
+            raise RuntimeError(f"archive: expected {len(payload)} bytes of frame {numbers[1]}, got {read}")
         pieces = payload.split([cells * width for width in self._widths])
         parts = [
             piece.clone().view(part.dtype).view(cells, *part.shape[2:]).to(box.device)
@@ -68,7 +83,7 @@ class StoredFrames:
         if not t0 <= t1:
             raise ValueError(f"t0: expected at most t1 ({t1} s), got {t0}")
         self._handover.settle()
-        latest = {found[1][1]: found for found in sorted(self._store.find(stream, t0, t1, False))}
+        latest = {found[1][1]: found for found in sorted(self._opened.find(stream, t0, t1, False))}
         H, W = self.layout.grid
         owned = row_tables(self.layout, self.levels)
         parts: list[tuple[Tensor, ...]] = []
@@ -101,7 +116,7 @@ class StoredFrames:
         branches = self._branches.get(stream, [])
         latest = {
             numbers[1]: (sequence, numbers, clock)
-            for sequence, numbers, clock in sorted(self._store.find(stream, 0.0, 0.0, True))
+            for sequence, numbers, clock in sorted(self._opened.find(stream, 0.0, 0.0, True))
             if not any(sequence < mark and numbers[1 + LAST] >= number for mark, number in branches)
         }
         return {

@@ -8,11 +8,13 @@ from numbers import Integral
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vmemory.banks.quantized import new_bytes, storage_of
 from vmemory.ops._checks import check_int
-from vmemory.reference.bank_layout import LENGTH, BankLayout
+from vmemory.reference.bank_layout import BankLayout
+
+# numbers in a layout's weight table: a line of 5,792 tokens, or frames of 256 × 256 in eight tiers
+MOST_WEIGHTS = 2**25
 
 
 @lru_cache(maxsize=64)
@@ -64,6 +66,9 @@ def make_layout(
     for h, w in sizes:
         if not (1 <= h <= grid[0] and 1 <= w <= grid[1]):
             raise ValueError(f"grids: expected between (1, 1) and {tuple(grid)}, got {(h, w)}")
+    weights = sum((i + 1) * (h * grid[0] + w * grid[1]) for i, (h, w) in enumerate(sizes))
+    if weights > MOST_WEIGHTS:
+        raise ValueError(f"grid: expected reductions of at most 2^25 weights, got {weights} for {tuple(grid)}")
     levels = tuple(i for i, c in enumerate(capacities) if c > 0)
     steps = tuple(intervals or ())
     if steps and len(steps) > len(capacities):
@@ -100,22 +105,3 @@ def state_bytes(
     wide = torch.promote_types(storage_of(dtype), torch.float32)
     # the weight table and three int64 facts of each token row
     return new_bytes(layout, streams, dtype) + layout.packed_maps.numel() * wide.itemsize + 3 * 8 * layout.rows
-
-
-def check_lists(layout: BankLayout, order: Tensor, counter: Tensor) -> None:
-    """Every tier's list names its first slots, each once: operators follow it without looking.
-
-    Args:
-        layout: Of the memory.
-        order: `[S, M]` int64, of its state.
-        counter: `[S, 3 + tiers]` int64, of its state.
-
-    Raises:
-        ValueError: A list or a counter is another.
-    """
-    if bool((counter < 0).any()):
-        raise ValueError(f"state.counter: expected at least 0, got {int(counter.min())}")
-    for listed, counts in zip(order.tolist(), counter.tolist(), strict=True):
-        for first, capacity, held in zip(layout.first_slot, layout.capacities, counts[LENGTH:], strict=True):
-            if held > capacity or sorted(listed[first : first + held]) != list(range(first, first + held)):
-                raise ValueError(f"state.order: expected the slots from {first} on, got {listed[first : first + held]}")

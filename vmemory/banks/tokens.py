@@ -89,7 +89,7 @@ class Entries(NamedTuple):
     descriptor: Tensor
 
 
-def row_tables(layout: BankLayout, levels: tuple[int, ...]) -> dict[str, Tensor]:
+def row_tables(layout: BankLayout, levels: tuple[int, ...], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Static facts of each token row: `row_slot`, `row_cell`, `row_level`, all `[L]` int64.
 
     Output cell i of h along an axis owns input cell floor((i + 1/2) · H / h).
@@ -97,14 +97,16 @@ def row_tables(layout: BankLayout, levels: tuple[int, ...]) -> dict[str, Tensor]
     slot, cell, level = [], [], []
     H, W = layout.grid
     for tier, (h, w) in enumerate(layout.grids):
-        rows = torch.tensor([(2 * i + 1) * H // (2 * h) for i in range(h)], dtype=torch.int64)
-        columns = torch.tensor([(2 * j + 1) * W // (2 * w) for j in range(w)], dtype=torch.int64)
+        rows, columns = (
+            ((2 * torch.arange(n, device=device) + 1) * whole).div(2 * n, rounding_mode="floor")
+            for n, whole in ((h, H), (w, W))
+        )
         owned = (rows[:, None] * W + columns).flatten()
         capacity = layout.capacities[tier]
-        slot.append(layout.first_slot[tier] + torch.arange(capacity).repeat_interleave(h * w))
+        slot.append(layout.first_slot[tier] + torch.arange(capacity, device=device).repeat_interleave(h * w))
         cell.append(owned.repeat(capacity))
-        level.append(torch.full((capacity * h * w,), levels[tier], dtype=torch.int64))
-    empty = [torch.zeros(0, dtype=torch.int64)]
+        level.append(torch.full((capacity * h * w,), levels[tier], dtype=torch.int64, device=device))
+    empty = [torch.zeros(0, dtype=torch.int64, device=device)]
     return {
         "row_slot": torch.cat(slot or empty),
         "row_cell": torch.cat(cell or empty),

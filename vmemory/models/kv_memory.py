@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vmemory.banks.budget import parse_bytes
+from vmemory.banks.lock import MemoryLock, locked
 from vmemory.models.kv_attention import observed_queries
 from vmemory.models.kv_cache import new_cache, one_input, plain_layers
 from vmemory.models.kv_rules import SHARES, Attention, KeyDifference, Recent, Reservoir, RowRule, Rows
@@ -48,6 +49,9 @@ class KVMemory:
     What is evicted together is a choice: `share="cache"` takes the same tokens out of all layers, `"layer"` decides
     layer by layer, `"head"` for each key head of each layer. The number of rows is the same everywhere, because layers
     share one mask. Entries of a batch decide on their own, and must all have the same length: there is no padding.
+
+    A memory belongs to one cache. Threads that use it at once take turns pass by pass; one whose cache is not the one of
+    the last pass is told so by its rows.
 
     Args:
         budget: Rows a layer may hold between two passes of the model, for each entry of the batch, or bytes of all
@@ -89,6 +93,8 @@ class KVMemory:
         for name in options:
             if name not in known:
                 raise TypeError(f"{name}: expected an option of {policy!r}, {', '.join(known)}, got {options[name]!r}")
+        # held by each pass with its update
+        self._lock = MemoryLock()
         self.budget, self.policy, self.sinks = budget, policy, sinks
         self._options = options
         # rows that a budget in bytes comes to are known with the first cache
@@ -100,6 +106,7 @@ class KVMemory:
     def _rule(self, rows: int) -> Rule:
         return POLICIES[self.policy](rows, self.sinks, **self._options)
 
+    @locked
     def reset(self) -> None:
         """Forget everything; the next cache may be another one."""
         self.rule: Rule | None = None
@@ -115,6 +122,7 @@ class KVMemory:
         return observed_queries(model, self._queries, self._last)
 
     @torch.no_grad()
+    @locked
     def update(self, cache: Any, span: int | None = None, time: float | None = None) -> Tensor:
         """Take note of the rows that came since the last call and evict what goes beyond the budget.
 
@@ -212,16 +220,17 @@ class KVMemory:
         step = N if time is not None else chunk
         for start in range(0, N, max(step, 1)):
             part = slice(start, start + step)
-            with torch.no_grad(), self.observing(model):
-                output = model(
-                    **{name: inputs[:, part]},
-                    position_ids=positions[..., part],
-                    past_key_values=cache,
-                    use_cache=True,
-                    **kwargs,
-                )
-            self.update(cache, inputs[:, part].shape[1], time)
-            self._next = positions[..., part][..., -1:] + 1
+            with self._lock:
+                with torch.no_grad(), self.observing(model):
+                    output = model(
+                        **{name: inputs[:, part]},
+                        position_ids=positions[..., part],
+                        past_key_values=cache,
+                        use_cache=True,
+                        **kwargs,
+                    )
+                self.update(cache, inputs[:, part].shape[1], time)
+                self._next = positions[..., part][..., -1:] + 1
             yield Prefill(cache, output)
 
     def prefill(self, model: nn.Module, input_ids: Tensor | None = None, **arguments: Any) -> Prefill:
@@ -277,7 +286,7 @@ class KVMemory:
                 return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
         before = self.seen
-        with self.observing(model):
+        with self._lock, self.observing(model):
             out = model.generate(
                 input_ids=input_ids,
                 attention_mask=input_ids.new_ones(B, self.token.shape[3] + N),

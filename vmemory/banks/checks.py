@@ -1,0 +1,108 @@
+"""What a state must say of itself before it is held: operators follow its lists and counters without looking."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vmemory.banks.quantized import AnyState
+from vmemory.reference.bank_layout import (
+    DROPPED,
+    FIRST,
+    FRAME,
+    FRAMES,
+    LAST,
+    LENGTH,
+    MASS,
+    SEEN,
+    SKIPPED,
+    START,
+    STOP,
+    BankLayout,
+)
+
+# numbers of frames stay below: centuries of video, and what is computed from them stays within int64
+MOST = 2**48
+
+
+def check_state(layout: BankLayout, state: AnyState) -> None:
+    """Lists, counters, entries, times and masses of a state of this layout fit each other; synchronises the host.
+
+    Args:
+        layout: Of the memory.
+        state: Of its shapes and dtypes.
+
+    Raises:
+        ValueError: Something that no memory says; the message names it.
+    """
+    order, counter, entry, clock, mass = (
+        getattr(state, name).detach().cpu() for name in ("order", "counter", "entry", "clock", "mass")
+    )
+    _counters("counter", counter)
+    held = counter[:, LENGTH:]
+    capacities = torch.tensor(layout.capacities, dtype=torch.int64)
+    if bool((held > capacities).any()):
+        raise ValueError(f"state.counter: expected at most {list(layout.capacities)} entries, got {held.tolist()}")
+    seen, skipped = counter[:, SEEN], counter[:, SKIPPED]
+    if bool(((skipped + held.sum(1) > seen) | (counter[:, DROPPED] > seen)).any()):
+        raise ValueError(f"state.counter: expected no more frames than were seen, got {counter.tolist()}")
+    # of each slot its tier, and that tier's first slot
+    tier = torch.arange(layout.tiers).repeat_interleave(capacities)
+    first = torch.tensor(layout.first_slot, dtype=torch.int64)[tier]
+    place = torch.arange(layout.slots)
+    count = held[:, tier]
+    live = place - first < count
+    listed = torch.where(live, order, place)
+    inside = (listed >= first) & (listed - first < torch.where(live, count, layout.slots))
+    if not bool(inside.all()) or not torch.equal(listed.sort(1).values, place.expand_as(listed)):
+        raise ValueError("state.order: expected each tier's first slots, each once, got others")
+    _entries(entry[..., [FRAME, FIRST, LAST]], live, seen)
+    span = entry[..., LAST] - entry[..., FIRST] + 1
+    if bool((live & ((entry[..., FRAMES] < 1) | (entry[..., FRAMES] > span))).any()):
+        raise ValueError("state.entry: expected between 1 and as many frames as a span has, got others")
+    times = clock[live]
+    if bool(times.isinf().any() | (times[:, STOP] < times[:, START]).any() | ~(times[:, MASS] >= 0).all()):
+        raise ValueError("state.clock: expected finite seconds, or NaN, and masses of at least 0, got others")
+    cells = torch.tensor(layout.cells, dtype=torch.int64)[tier]
+    _masses(mass, live.repeat_interleave(cells, 1))
+
+
+def check_dual_state(state: dict[str, Tensor]) -> None:
+    """Counters, entries, times and masses of a `DualState` as a dict fit each other; synchronises the host.
+
+    Raises:
+        ValueError: Something that no memory says; the message names it.
+    """
+    seen, entered, written, overwrites, entry, clock, mass = (
+        state[name].detach().cpu() for name in ("seen", "entered", "written", "overwrites", "entry", "clock", "mass")
+    )
+    for name, counter in (("seen", seen), ("entered", entered), ("written", written), ("overwrites", overwrites)):
+        _counters(name, counter)
+    if bool(((entered > seen) | (written > seen)).any()):
+        raise ValueError("state.entered: expected no more frames than were seen, got more")
+    L_w, L_e = state["working_tokens"].shape[1], state["episodic_tokens"].shape[1]
+    # slots are taken one after the other
+    live = torch.cat([torch.arange(L_w) < entered[:, None], torch.arange(L_e) < written[:, None]], 1)
+    _entries(entry[..., None].expand(*entry.shape, 3), live, seen)
+    if bool(clock[live].isinf().any()):
+        raise ValueError("state.clock: expected finite seconds, or NaN, got infinite ones")
+    _masses(mass, live[..., None].expand_as(mass))
+
+
+def _counters(name: str, counter: Tensor) -> None:
+    if counter.numel() and not (int(counter.min()) >= 0 and int(counter.max()) < MOST):
+        raise ValueError(f"state.{name}: expected 0 to 2^48, got {int(counter.min())} to {int(counter.max())}")
+
+
+def _entries(numbers: Tensor, live: Tensor, seen: Tensor) -> None:
+    """`numbers [S, M, 3]`: frame, first, last."""
+    frame, first, last = numbers.unbind(-1)
+    if not torch.equal(frame >= 0, live):
+        raise ValueError("state.entry: expected a frame in each slot that is listed and in no other")
+    if bool((live & ~((first >= 0) & (first <= frame) & (frame <= last) & (last < seen[:, None]))).any()):
+        raise ValueError("state.entry: expected frames within their span, and spans within what was seen, got others")
+
+
+def _masses(mass: Tensor, live: Tensor) -> None:
+    if bool((~(mass >= 0) | mass.isinf() | (~live & (mass != 0))).any()):
+        raise ValueError("state.mass: expected finite masses of at least 0, and 0 in free slots, got others")
