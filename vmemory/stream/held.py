@@ -45,9 +45,14 @@ def token_dtype(bank: Memory) -> torch.dtype | None:
     return None if bank.quantized else bank.slots.dtype
 
 
+def shape_of_tokens(bank: Memory) -> tuple[tuple[int, int], int]:
+    """Token grid (H, W) of the frames that come in, and their channels."""
+    return (bank.grid, bank.dim) if isinstance(bank, DualMemory) else (bank.layout.grid, bank.layout.dim)
+
+
 def frame_bytes(bank: Memory) -> int:
     """Bytes of a whole frame's tokens in the dtype held, or in 16 bits where fewer are held."""
-    grid, dim = (bank.grid, bank.dim) if isinstance(bank, DualMemory) else (bank.layout.grid, bank.layout.dim)
+    grid, dim = shape_of_tokens(bank)
     dtype = token_dtype(bank)
     return math.prod(grid) * dim * (2 if dtype is None else dtype.itemsize)
 

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vmemory.banks import BankFileError, load
+from vmemory.banks import BankFile, BankFileError, load
+from vmemory.banks.lock import locked
+from vmemory.models.adapter import Clip
+from vmemory.stream.held import shape_of_tokens
 from vmemory.stream.opening import Opening
+from vmemory.stream.session_notes import SessionNotes, frame_size
 from vmemory.stream.watching import Watching
 
 _Self = TypeVar("_Self", bound="Keeping")
@@ -19,16 +23,24 @@ _Self = TypeVar("_Self", bound="Keeping")
 class Keeping(Watching):
     """A stream that can be put down and taken up again; see `VideoSession`."""
 
+    @locked
     def reset(self) -> None:
-        """Forget the stream; the memory's size and the frame size stay."""
+        """Forget the stream, where a pool keeps it on disk too; the memory's size and the frame size stay."""
+        self._check_here()
+        # first what can fail
+        if self._home is not None:
+            self._home.unlink(missing_ok=True)
         if self.memory is not None:
             self.memory.reset()
         self._opening.reset()
         self._waiting, self._frames, self._last, self._prefix = [], 0, -math.inf, None
         self._pushes += 1
 
+    @locked
     def erase(self, t0: float, t1: float, **how: Any) -> int:
         """Forget the frames from `t0` to `t1` seconds: memory, archive, the prompt's cache and a waiting frame.
+
+        Where a pool keeps the session on disk, its file is written anew; other files that `save` wrote are not touched.
 
         Where two frames become one of the memory, it goes if either of them is in the span (of ready inputs, two that
         follow each other by `fps`).
@@ -43,7 +55,9 @@ class Keeping(Watching):
         Raises:
             ValueError: `t0` above `t1`, or a setting the memory's `erase` does not have; nothing has changed then.
             RuntimeError: The archive's disk does not take its part; see `Bank.erase`.
+            OSError: The pool's disk does not take its part; the session's file there is gone then.
         """
+        self._check_here()
         if not t0 <= t1:
             raise ValueError(f"t0: expected at most t1 ({t1} s), got {t0}")
         # an entry has one time, and its frames lie up to a step around it
@@ -62,27 +76,58 @@ class Keeping(Watching):
         if self._opening.bank is not None:
             self._opening.bank.erase(*span)
         self._waiting = [(frame, t) for frame, t in self._waiting if not t0 <= t <= t1]
+        # an answer that is being prepared must not keep what it had
+        self._pushes += 1
         self._prefix = None
+        if self._home is not None and self._home.exists():
+            try:
+                self.save(self._home)
+            except BaseException:
+                self._home.unlink(missing_ok=True)
+                raise
 
     def save(self, path: str | Path) -> None:
         """Write the memory to a `.vmem` file, with all that `load` needs to go on; a frame waiting for its pair too.
 
+        What is written is the session of one moment; other threads may push while the disk takes it.
+
         Raises:
+            OSError: The disk does not take it; an old file is still there.
             ValueError: Nothing has been pushed.
         """
+        self._to_file().write(Path(path))
+
+    @locked
+    def _to_file(self) -> BankFile:
+        self._check_here()
         if self.memory is None or self._grid is None:
             raise ValueError("session: expected frames before saving, got none")
         extra, opening = self._opening.saved()
         if self._tail is not None:
-            extra["tail"] = self._tail
+            extra["tail"] = self._tail.clone()
         if self._waiting:
             extra["waiting"] = torch.stack([frame for frame, _ in self._waiting])
-        notes = {
-            "frames": self._frames, "last": self._last, "fps": self.fps, "frame_size": self.frame_size,
-            "grid": self._grid, "time_origin": self.time_origin, "waiting": [t for _, t in self._waiting],
-            "step": self._step, "opening": opening,
-        }  # fmt: skip
-        self.memory.save(path, extra, {"session": notes})
+        notes = SessionNotes(
+            self._frames, self._last, self.fps, self.frame_size, self._grid, self.time_origin,
+            tuple(t for _, t in self._waiting), self._step, opening,
+        )  # fmt: skip
+        file: BankFile = self.memory.to_file(extra, {"session": notes._asdict()})
+        return file
+
+    def kept_at(self, path: Path) -> None:
+        """What a pool says: where it keeps this session, so that what is erased is erased there too."""
+        self._home = path
+
+    @locked
+    def leave(self, why: str, *, keep: bool) -> None:
+        """What a pool says when it lets go of a session: it is written, or not kept, and takes no more frames.
+
+        Raises:
+            OSError: The disk does not take it; it goes on then.
+        """
+        if keep and self._home is not None:
+            self.save(self._home)
+        self._left, self._home = why, None
 
     @classmethod
     def load(cls: type[_Self], path: str | Path, model: nn.Module, processor: Any = None, **settings: Any) -> _Self:
@@ -106,24 +151,52 @@ class Keeping(Watching):
         Raises:
             BankFileError: As in `load`; nothing has changed then.
         """
-        memory, file = load(path, next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
+        memory, file = load(path, device)
         if "session" not in file.notes:
             raise BankFileError(f"{path}: holds a memory without a session")
-        notes = file.notes["session"]
-        waiting = list(zip(file.extra["waiting"], notes["waiting"], strict=True)) if notes["waiting"] else []
-        grid, size = (notes["grid"][0], notes["grid"][1]), notes["frame_size"]
-        output = self._blank(grid, size and tuple(size))
-        opening = Opening.resumed(file.extra, notes["opening"], next(self.model.parameters()).device)
-        self.memory, self._grid, self._output, self._waiting = memory, grid, output, waiting
-        self._frames, self._last, self._tail = notes["frames"], notes["last"], file.extra.get("tail")
-        self.fps, self.time_origin, self.frame_size = notes["fps"], notes["time_origin"], size and tuple(size)
-        self._prefix, self._pushes = None, self._pushes + 1
-        self._step, self._opening = notes["step"], opening
+        try:
+            notes = SessionNotes.of(file.notes["session"])
+            waiting = notes.frames_waiting(file.extra, self.adapter.frames_together(self.model))
+            opening = Opening.resumed(file.extra, notes.opening, device)
+            output = self._checked(notes, memory, opening, file.extra)
+        except ValueError as error:
+            raise BankFileError(f"{path}: {error}") from None
+        with self._lock:
+            self._check_here()
+            self.memory, self._grid, self._output, self._waiting = memory, notes.grid, output, waiting
+            self._frames, self._last, self._tail = notes.frames, notes.last, file.extra.get("tail")
+            self.fps, self.time_origin, self.frame_size = notes.fps, notes.time_origin, notes.frame_size
+            self._prefix, self._pushes = None, self._pushes + 1
+            self._step, self._opening = notes.step, opening
+
+    def _checked(self, notes: SessionNotes, memory: Any, opening: Opening, extra: dict[str, Tensor]) -> Any:
+        """The tower's output for a blank frame, whose tokens are those that a session's parts are made for.
+
+        Raises:
+            ValueError: They are made for others.
+        """
+        (H, W), D = shape_of_tokens(memory)
+        if memory.streams != 1 or notes.grid != (H, W):
+            raise ValueError(f"session.grid: expected a memory of one stream and {notes.grid} tokens, got {(H, W)}")
+        size = frame_size(notes.frame_size or self.adapter.size_of(self.model, notes.grid))
+        try:
+            clip, output = self._blank(size)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"frame_size: {size} pixels do not go through this model ({error})") from error
+        if tuple(clip.frames.shape[1:]) != (H, W, D):
+            raise ValueError(f"session: expected tokens {list(clip.frames.shape[1:])} of this model, got {[H, W, D]}")
+        if opening.bank is not None and shape_of_tokens(opening.bank) != ((H, W), D):
+            raise ValueError(f"opening: expected tokens {[H, W, D]}, got {list(shape_of_tokens(opening.bank))}")
+        want, got = (None if x is None else list(x.shape) for x in (clip.tail, extra.get("tail")))
+        if want != got:
+            raise ValueError(f"tail: expected {want}, got {got}")
+        return output
 
     @torch.no_grad()
-    def _blank(self, grid: tuple[int, int], size: tuple[int, int] | None) -> Any:
-        """The tower's output for a blank frame, which prompts imitate."""
-        size = size or self.adapter.size_of(self.model, grid)
+    def _blank(self, size: tuple[int, int]) -> tuple[Clip, Any]:
+        """A blank frame's tokens, and the tower's output for it, which prompts imitate."""
         frames = torch.zeros(self.adapter.frames_together(self.model), 3, *size, dtype=torch.uint8)
         inputs = self.adapter.prepare(self.model, frames, self.processor, size)
-        return self.adapter.encode(self.model, self._moved(inputs)).output
+        clips, output = self.adapter.encode(self.model, self._moved(inputs))
+        return clips[0], output

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from vmemory.banks import RingBank
-from vmemory.banks.quantized import dtype_of
+from vmemory.banks.checks import MOST
+from vmemory.banks.loading import restored
+from vmemory.stream.session_notes import integer
 
 _STATE = "opening."
 
@@ -44,22 +46,34 @@ class Opening:
         return 0 if self.bank is None else self.bank.nbytes
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and plain values for `resumed`."""
+        """Tensors, copied, and plain values for `resumed`."""
         notes = {"frames": self.frames, "seen": self.seen}
         if self.bank is None:
             return {}, notes
-        return {_STATE + name: x for name, x in self.bank.state._asdict().items()}, {
-            **notes,
-            "bank": self.bank.config(),
-        }
+        file = self.bank.to_file()
+        return {_STATE + name: x for name, x in file.state.items()}, {**notes, "bank": file.config}
 
     @classmethod
     def resumed(cls, extra: dict[str, Tensor], notes: dict[str, Any], device: torch.device) -> Opening:
-        """The one that `saved` tells of."""
-        opening = cls(notes["frames"])
-        opening.seen = notes["seen"]
-        if "bank" in notes:
-            config = {**notes["bank"], "dtype": dtype_of(notes["bank"]["dtype"])}
-            bank = opening.bank = RingBank(**config, device=device)
-            bank.restore(type(bank.state)(**{name: extra[_STATE + name].to(device) for name in bank.state._fields}))
+        """The one that `saved` tells of.
+
+        Raises:
+            ValueError: They are not what `saved` gives.
+        """
+        if not {"frames", "seen"} <= notes.keys() <= {"frames", "seen", "bank"}:
+            raise ValueError(f"opening: expected frames, seen and perhaps bank, got {', '.join(notes)}")
+        opening = cls(integer("opening.frames", notes["frames"], MOST))
+        opening.seen = integer("opening.seen", notes["seen"], MOST)
+        # as long as a stream is short, and only then, its frames are here
+        if ("bank" in notes) != (0 < opening.seen <= opening.frames):
+            raise ValueError(f"opening: expected frames while at most {opening.frames} were seen, got {opening.seen}")
+        if "bank" not in notes:
+            return opening
+        config = notes["bank"]
+        if not isinstance(config, dict) or config.get("capacity") != opening.frames or config.get("streams") != 1:
+            raise ValueError(f"opening: expected a memory of one stream and {opening.frames} frames, got another")
+        state = {name.removeprefix(_STATE): x for name, x in extra.items() if name.startswith(_STATE)}
+        opening.bank = restored(RingBank.policy, config, state, device)
+        if opening.bank.counts()["seen"] != opening.seen:
+            raise ValueError(f"opening: expected a memory that has seen {opening.seen} frames, got another")
         return opening

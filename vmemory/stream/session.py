@@ -6,14 +6,19 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from threading import Thread
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vmemory.banks import MemoryTokens, Retrieved
+from vmemory.banks.lock import MemoryLock, locked
 from vmemory.models.adapter import Inputs
 from vmemory.models.stream_prompt import HeldFrame, held_frames, positions
 from vmemory.stream.keeping import Keeping
+
+# of each model, held while it answers
+_answers: WeakKeyDictionary[nn.Module, MemoryLock] = WeakKeyDictionary()
 
 VideoIds = Callable[[Sequence[HeldFrame]], Tensor]
 
@@ -47,6 +52,7 @@ class VideoSession(Keeping):
     """
 
     @property
+    @locked
     def held(self) -> MemoryTokens:
         """What is remembered now.
 
@@ -93,6 +99,7 @@ class VideoSession(Keeping):
         found: Retrieved = self.memory.retrieve(query, k, threshold=self.config.memory_similarity_threshold)
         return found
 
+    @locked
     def prompt(
         self, text: str | None = None, *, input_ids: Tensor | None = None, video_ids: VideoIds | None = None
     ) -> Inputs:
@@ -104,6 +111,7 @@ class VideoSession(Keeping):
             video_ids: With `input_ids`: ids that stand for the video, for families that write times between frames;
                 None = placeholders alone.
         """
+        self._check_here()
         memory = self.held
         if not len(memory.source):
             raise ValueError("session: expected frames before a question, got none that the gate let through")
@@ -163,11 +171,21 @@ class VideoSession(Keeping):
         Returns:
             With `text` the answer in words, else what `generate` returns, whose sequences hold the prompt.
         """
-        inputs = self.prompt(text, input_ids=input_ids, video_ids=video_ids)
+        return self._answer(*self._asked(text, input_ids, video_ids), text, generation)
+
+    @locked
+    def _asked(self, text: str | None, input_ids: Tensor | None, video_ids: VideoIds | None) -> tuple[Inputs, int]:
+        return self.prompt(text, input_ids=input_ids, video_ids=video_ids), self._pushes
+
+    @torch.no_grad()
+    def _answer(self, inputs: Inputs, pushes: int, text: str | None, generation: dict[str, Any]) -> Any:
         length = inputs["input_ids"].shape[1]
-        if self.reuse_prefix:
-            inputs = self._continued(inputs)
-        out = self.model.generate(**inputs, **generation)
+        # a model keeps what belongs to its last prompt, so that it answers one question after the other; frames may be
+        # pushed meanwhile
+        with _answers.setdefault(self.model, MemoryLock()):
+            if self.reuse_prefix:
+                inputs = self._continued(inputs, pushes)
+            out = self.model.generate(**inputs, **generation)
         if text is None:
             return out
         sequences = out if isinstance(out, Tensor) else out.sequences
@@ -188,9 +206,11 @@ class VideoSession(Keeping):
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         failed: list[BaseException] = []
 
+        asked = self._asked(text, None, None)
+
         def answer() -> None:
             try:
-                self.ask(text, streamer=streamer, **generation)
+                self._answer(*asked, text, {"streamer": streamer, **generation})
             except BaseException as error:  # handed to the caller's thread below
                 failed.append(error)
                 streamer.end()
@@ -202,22 +222,25 @@ class VideoSession(Keeping):
         if failed:
             raise failed[0]
 
-    def _continued(self, inputs: Inputs) -> Inputs:
+    def _continued(self, inputs: Inputs, pushes: int) -> Inputs:
         """The inputs on top of a cache of everything up to the video's end, filled when the memory has changed."""
         ids = inputs["input_ids"]
         end = int((ids[0] == self.adapter.placeholder(self.model)).nonzero()[-1]) + 1
-        key = (self._pushes, self.time_origin, ids[0, :end].tolist())
-        if self._prefix is None or self._prefix[0] != key:
+        key, prefix = (pushes, self.time_origin, ids[0, :end].tolist()), self._prefix
+        if prefix is None or prefix[0] != key:
             cut = {name: x[..., :end] if torch.is_tensor(x) else x for name, x in inputs.items()}
             if "position_ids" in cut:
                 cut["position_ids"] = cut["position_ids"][1:]
-            self._prefix = (key, self.model(**cut, use_cache=True).past_key_values)
+            prefix = self._prefix = (key, self.model(**cut, use_cache=True).past_key_values)
+            if self._pushes != pushes:
+                # another thread pushed or erased: what was true of the question is not kept for the next
+                self._prefix = None
         rest = {name: x for name, x in inputs.items() if name != "mm_encoder_outputs"}
         rows = rest.get("position_ids")
         if rows is not None:
             # the model keeps this between calls: it has to be this prompt's
             self.adapter.located(self.model, rows[1:, :, -1:].amax(0) + 1 - ids.shape[1])
-        return {**rest, "past_key_values": copy.deepcopy(self._prefix[1])}
+        return {**rest, "past_key_values": copy.deepcopy(prefix[1])}
 
 
 def _cache_bytes(cache: Any) -> int:

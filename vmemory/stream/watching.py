@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from vmemory.attach import adapter_of, attached, base_of
 from vmemory.banks import DualMemory, MemoryConfig
+from vmemory.banks.lock import MemoryLock, locked
 from vmemory.models.adapter import Clip, Inputs
 from vmemory.ops._checks import check_choice, check_int
 from vmemory.stream.frames import as_frames
@@ -61,6 +63,11 @@ class Watching:
         self._pushes, self._step = 0, 0.0
         self._opening = Opening(self.config.max_frames_before_compression)
         self._prefix: tuple[Any, Any] | None = None
+        # held by whatever reads or changes what the session has; not while the model writes an answer
+        self._lock = MemoryLock()
+        # why this session is no longer used, and where a pool keeps it on disk
+        self._left: str | None = None
+        self._home: Path | None = None
 
     @torch.no_grad()
     def push(self, frames: Any = None, time: Any = None, **inputs: Any) -> Watching:
@@ -81,24 +88,38 @@ class Watching:
                 "frames: expected frames or ready inputs, got " + ("neither" if frames is None else "both")
             )
         if frames is None:
-            if self._waiting:
-                raise ValueError("inputs: expected no frame that waits for its pair before ready inputs, got one")
-            given = None if time is None else torch.as_tensor(time).double().reshape(-1).tolist()
-            taken = self._take(dict(inputs), given)
-            together = self.adapter.frames_together(self.model)
-            self._last = max([self._last, *taken])
-            self._step = max(self._step, (together - 1) / self.fps)
-            self._frames += len(taken) * together
+            self._push_inputs(inputs, time)
             self._call()
             return self
         for pixels, seconds in as_frames(frames, time):
-            self._push(pixels, [self._seconds(i) if t is None else t for i, t in enumerate(seconds)])
+            if self._push(pixels, seconds):
+                self._call()
         return self
+
+    @locked
+    def _push_inputs(self, inputs: Inputs, time: Any) -> None:
+        self._check_here()
+        if self._waiting:
+            raise ValueError("inputs: expected no frame that waits for its pair before ready inputs, got one")
+        given = None if time is None else torch.as_tensor(time).double().reshape(-1).tolist()
+        taken = self._take(dict(inputs), given)
+        together = self.adapter.frames_together(self.model)
+        self._last = max([self._last, *taken])
+        self._step = max(self._step, (together - 1) / self.fps)
+        self._frames += len(taken) * together
+
+    def _check_here(self) -> None:
+        if self._left is not None:
+            raise RuntimeError(f"session: expected one in use, got one that {self._left}")
 
     def _seconds(self, i: int) -> float:
         return (self._frames + i) / self.fps
 
-    def _push(self, pixels: Tensor, seconds: list[float]) -> None:
+    @locked
+    def _push(self, pixels: Tensor, given: list[float | None]) -> bool:
+        """Take frames in; whether the memory has changed."""
+        self._check_here()
+        seconds = [self._seconds(i) if t is None else t for i, t in enumerate(given)]
         steps = [self._last, *seconds]
         if any(not a < b for a, b in pairwise(steps)):
             raise ValueError(f"time: expected strictly increasing seconds above {self._last}, got {seconds}")
@@ -117,11 +138,10 @@ class Watching:
             self.frame_size, self._step = size, max(self._step, step)
         self._waiting, self._last = frames[ready:], seconds[-1]
         self._frames += len(pixels)
-        if ready:
-            self._call()
+        return ready > 0
 
     def _call(self) -> None:
-        # last of all: a callback may ask, save or fail, and the push has happened
+        # last of all and with nothing locked: a callback may ask, save or fail, and the push has happened
         for call in self.on_push:
             call(self)
 

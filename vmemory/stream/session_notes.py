@@ -1,0 +1,130 @@
+"""What a session's file says beside its memory, looked at before anything rests on it."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from vmemory.banks.checks import MOST
+
+# pixels of a frame, and of a side: larger than what vision towers take
+_MOST_PIXELS, _MOST_SIDE = 2**24, 2**14
+
+
+class SessionNotes(NamedTuple):
+    """The plain values of a session; see `VideoSession`."""
+
+    frames: int
+    last: float
+    fps: float
+    frame_size: tuple[int, int] | None
+    grid: tuple[int, int]
+    time_origin: str
+    waiting: tuple[float, ...]
+    step: float
+    opening: dict[str, Any]
+
+    @classmethod
+    def of(cls, notes: Any) -> SessionNotes:
+        """Notes out of a file.
+
+        Raises:
+            ValueError: Not what `Keeping.save` writes.
+        """
+        if not isinstance(notes, dict) or set(notes) != set(cls._fields):
+            raise ValueError(f"session: expected {', '.join(cls._fields)}, got {_short(notes)}")
+        if notes["time_origin"] not in ("start", "oldest"):
+            raise ValueError(f"session.time_origin: expected 'start' or 'oldest', got {_short(notes['time_origin'])}")
+        waiting, opening = notes["waiting"], notes["opening"]
+        if not isinstance(waiting, list):
+            raise ValueError(f"session.waiting: expected seconds, got {_short(waiting)}")
+        seconds = tuple(number("session.waiting", t, -math.inf) for t in waiting)
+        # nothing has been pushed before the first frame
+        last = -math.inf if notes["last"] == -math.inf else number("session.last", notes["last"], -math.inf)
+        if any(not a < b for a, b in pairwise(seconds)) or (seconds and seconds[-1] > last):
+            raise ValueError(f"session.waiting: expected increasing seconds up to {last}, got {_short(waiting)}")
+        if not isinstance(opening, dict):
+            raise ValueError(f"session.opening: expected names and values, got {_short(opening)}")
+        size = notes["frame_size"]
+        return cls(
+            frames=integer("session.frames", notes["frames"], MOST),
+            last=last,
+            fps=number("session.fps", notes["fps"], math.ulp(0.0)),
+            frame_size=None if size is None else frame_size(size),
+            grid=_pair("session.grid", notes["grid"], MOST),
+            time_origin=notes["time_origin"],
+            waiting=seconds,
+            step=number("session.step", notes["step"], 0.0),
+            opening=opening,
+        )
+
+    def frames_waiting(self, extra: dict[str, Tensor], together: int) -> list[tuple[Tensor, float]]:
+        """The frames that wait for others, with their seconds.
+
+        Raises:
+            ValueError: Not pictures, not one for each second, or more than can wait.
+        """
+        if not self.waiting:
+            return []
+        pictures, n = extra.get("waiting"), len(self.waiting)
+        if pictures is None or pictures.dim() != 4 or pictures.shape[:2] != (n, 3) or pictures.is_floating_point():
+            got = "none" if pictures is None else f"{list(pictures.shape)} {pictures.dtype}"
+            raise ValueError(f"waiting: expected {n} pictures [{n}, 3, H, W], got {got}")
+        if n >= together or not pictures.numel():
+            raise ValueError(f"waiting: expected fewer than {together} frames with pixels, got {list(pictures.shape)}")
+        return list(zip(pictures, self.waiting, strict=True))
+
+
+def frame_size(size: Any) -> tuple[int, int]:
+    """(H, W) in pixels.
+
+    Raises:
+        ValueError: Not two numbers, or more than frames have.
+    """
+    height, width = _pair("frame_size", size, _MOST_SIDE)
+    if height * width > _MOST_PIXELS:
+        raise ValueError(f"frame_size: expected at most 2^24 pixels, got {(height, width)}")
+    return height, width
+
+
+def integer(name: str, value: Any, most: int) -> int:
+    """0 to `most`.
+
+    Raises:
+        ValueError: Something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise ValueError(f"{name}: expected 0 to {most}, got {_short(value)}")
+    return value
+
+
+def number(name: str, value: Any, least: float) -> float:
+    """A finite number of at least `least`.
+
+    Raises:
+        ValueError: Something else.
+    """
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # an int may be larger than any float
+    if not plain or not least <= value <= 1e300 or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number of at least {least:g}, got {_short(value)}")
+    return float(value)
+
+
+def _pair(name: str, value: Any, most: int) -> tuple[int, int]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(f"{name}: expected (H, W), got {_short(value)}")
+    if 0 in (sides := tuple(integer(name, side, most) for side in value)):
+        raise ValueError(f"{name}: expected sides of at least 1, got {_short(value)}")
+    return sides[0], sides[1]
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python writes
+        return "a number of very many digits"
+    return text if len(text) <= 80 else f"{text[:80]}…"
