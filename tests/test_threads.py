@@ -115,7 +115,7 @@ def test_a_file_beside_pushes_is_of_one_moment(policy: str, tmp_path) -> None:
         assert_whole(policy, loaded.read())
 
     pushed, saved = all_at_once(push, save)
-    assert pushed and saved
+    assert min(pushed, saved) > 0
 
 
 def test_a_memory_that_is_reset_erased_and_pushed_to_at_once() -> None:
@@ -151,16 +151,17 @@ def test_a_key_value_memory_lets_one_thread_in() -> None:
     from vmemory.models.kv_memory import KVMemory
 
     model = text_model()
-    memory, ids = KVMemory(16, "recent"), torch.arange(3, 27)[None]
+    memory, ids, refused = KVMemory(16, "recent"), torch.arange(3, 27)[None], []
 
     def prefill() -> None:
         try:
             memory.prefill(model, ids, chunk=8)
-        except (RuntimeError, ValueError) as error:
-            # by name, and not by what a gather says of an index
-            assert str(error).startswith(("cache: expected", "memory: expected"))
+        except ValueError as error:
+            refused.append(str(error))
 
     all_at_once(prefill, prefill)
+    # by name, and not by what a gather says of an index
+    assert all(words.startswith("cache: expected") for words in refused)
     assert memory.prefill(model, ids, chunk=8).cache.get_seq_length() == 16
 
 

@@ -50,8 +50,8 @@ class KVMemory:
     layer by layer, `"head"` for each key head of each layer. The number of rows is the same everywhere, because layers
     share one mask. Entries of a batch decide on their own, and must all have the same length: there is no padding.
 
-    A memory belongs to one cache. Threads that use it at once take turns pass by pass; one whose cache is not the one of
-    the last pass is told so by its rows.
+    A memory belongs to one cache. Threads that use it at once take turns pass by pass; one whose cache is not the one
+    of the last pass is told so by its rows.
 
     Args:
         budget: Rows a layer may hold between two passes of the model, for each entry of the batch, or bytes of all
