@@ -69,7 +69,7 @@ def test_silence_at_the_door_is_told_in_time() -> None:
         began = time.monotonic()
         with pytest.raises(SourceError, match=r"not a live video \(silent for 0\.5 s\)"):
             LiveSource(address, timeout=0.5)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
 
 
 def test_a_stream_that_stalls_is_opened_again_and_its_time_goes_on(
@@ -84,12 +84,12 @@ def test_a_stream_that_stalls_is_opened_again_and_its_time_goes_on(
                 until_closed(peer)
 
     with sender(send) as address:
-        source = LiveSource(address, fps=1000.0, timeout=0.5)
+        source = LiveSource(address, fps=1000.0, timeout=1.0)
         frames = list(source)
     # two connections that stall, and one that ends
     times = [frame.time for frame in frames]
     assert all(a < b for a, b in pairwise(times))
-    assert times[-1] >= 2 * 0.5
+    assert times[-1] >= 2 * 1.0
     assert [frame.index for frame in frames] == list(range(len(frames)))
 
 
@@ -105,8 +105,8 @@ def test_a_stream_that_stays_silent_is_given_up(clip: bytes, monkeypatch: pytest
             until_closed(peer)
 
     with sender(send) as address:
-        source = LiveSource(address, fps=1000.0, timeout=0.3, reconnects=2)
-        with pytest.raises(SourceError, match=r"silent for 0\.3 s"):
+        source = LiveSource(address, fps=1000.0, timeout=1.0, reconnects=2)
+        with pytest.raises(SourceError, match=r"silent for 1 s"):
             list(source)
     assert seen == [0, 1, 2]
 
@@ -148,10 +148,13 @@ def test_closing_ends_the_iteration(clip: bytes) -> None:
 
     with sender(send) as address:
         source = LiveSource(address, fps=1000.0, timeout=30.0)
-        threading.Timer(0.5, source.close).start()
+        frames = iter(source)
+        next(frames)
+        threading.Timer(0.2, source.close).start()
         began = time.monotonic()
-        assert list(source)
-        assert time.monotonic() - began < 10
+        for _ in frames:
+            pass
+        assert time.monotonic() - began < 20
 
 
 def test_a_damaged_packet_does_not_end_a_stream(clip: bytes) -> None:
