@@ -16,27 +16,27 @@ from vmemory.kernels._launch import channel_block, device_of, power_of_two
 
 
 @triton.jit
-def bilinear_tap(i, k, n, scale):
-    at = tl.maximum(scale * (i.to(tl.float32) + 0.5) - 0.5, 0.0)
-    low = tl.minimum(at.to(tl.int64), n - 1)
-    over = tl.minimum(at - low.to(tl.float32), 1.0)
-    source = tl.minimum(low + k, n - 1)
-    return source, over * k + (1.0 - over) * (1 - k)
+def bilinear_tap(i, k, n, m):
+    """Source cell of tap k and its weight, in whole numbers: one exactly on a cell gives its neighbour weight 0."""
+    at = tl.maximum((2 * i + 1) * n - m, 0)
+    low = tl.minimum(at // (2 * m), n - 1)
+    over = tl.where(low < n - 1, (at - low * 2 * m).to(tl.float32) / (2.0 * m), 0.0)
+    return tl.minimum(low + k, n - 1), over * k + (1.0 - over) * (1 - k)
 
 
 @triton.jit
-def forward_tap(i, k, n, m, scale, AREA: tl.constexpr):
+def forward_tap(i, k, n, m, AREA: tl.constexpr):
     """Source cell k of output cell i, its weight (area: 1) and whether it is there."""
     if AREA:
         source = i * n // m + k
         return source, source * 0.0 + 1.0, source < ((i + 1) * n + m - 1) // m
     else:
-        source, weight = bilinear_tap(i, k, n, scale)
-        return source, weight, source >= 0
+        source, weight = bilinear_tap(i, k, n, m)
+        return source, weight, weight > 0
 
 
 @triton.jit
-def backward_tap(y, k, n, m, scale, AREA: tl.constexpr):
+def backward_tap(y, k, n, m, AREA: tl.constexpr):
     """Output cell k that input cell y may be a part of, its weight and whether it is."""
     if AREA:
         target = y * m // n + k
@@ -44,25 +44,25 @@ def backward_tap(y, k, n, m, scale, AREA: tl.constexpr):
         return target, 1.0 / size.to(tl.float32), target < ((y + 1) * m + n - 1) // n
     else:
         target = tl.maximum((2 * y - 1) * m // (2 * n) - 1, 0) + k
-        low, low_weight = bilinear_tap(target, 0, n, scale)
-        high, high_weight = bilinear_tap(target, 1, n, scale)
+        low, low_weight = bilinear_tap(target, 0, n, m)
+        high, high_weight = bilinear_tap(target, 1, n, m)
         weight = tl.where(low == y, low_weight, 0.0) + tl.where(high == y, high_weight, 0.0)
-        return target, weight, (target < m) & ((low == y) | (high == y))
+        return target, weight, (target < m) & (weight > 0)
 
 
 @triton.jit
 def pool_tile(
-    x, y, cells, d, H, W, h, w, D, y_scale, x_scale, AREA: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    x, y, cells, d, H, W, h, w, D, AREA: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Output cells `cells` of output row y of the frame at x, channels d."""
     total = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     for ky in range(KH):
-        sy, wy, in_y = forward_tap(y, ky, H, h, y_scale, AREA)
+        sy, wy, in_y = forward_tap(y, ky, H, h, AREA)
         live = (cells < w)[:, None] & (d < tl.where(in_y, D, 0))[None, :]
         row = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
         for kx in tl.range(KW, loop_unroll_factor=2):
-            sx, wx, in_x = forward_tap(cells, kx, W, w, x_scale, AREA)
+            sx, wx, in_x = forward_tap(cells, kx, W, w, AREA)
             value = tl.load(x + (sy * W + sx)[:, None] * D + d[None, :], live & in_x[:, None], other=0.0).to(tl.float32)
             row += value * wx[:, None]
         total += row * wy
@@ -75,21 +75,21 @@ def pool_tile(
 
 @triton.jit
 def _grid_pool_fwd_kernel(
-    x, out, H, W, h, w, D, y_scale, x_scale, AREA: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    x, out, H, W, h, w, D, AREA: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     cells = tl.program_id(1).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
     d = tl.program_id(2).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     frame = x + (row // h) * H * W * D
-    tile = pool_tile(frame, row % h, cells, d, H, W, h, w, D, y_scale, x_scale, AREA, KH, KW, BLOCK_J, BLOCK_D)
+    tile = pool_tile(frame, row % h, cells, d, H, W, h, w, D, AREA, KH, KW, BLOCK_J, BLOCK_D)
     mask = (cells < w)[:, None] & (d < D)[None, :]
     tl.store(out + (row * w + cells)[:, None] * D + d[None, :], tile.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
 def _grid_pool_bwd_kernel(
-    grad, cell, out, H, W, h, w, D, y_scale, x_scale, AREA: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    grad, cell, out, H, W, h, w, D, AREA: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CELL: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -98,10 +98,10 @@ def _grid_pool_bwd_kernel(
     frame, y = row // H, row % H
     total = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
     for ky in range(KH):
-        i, wy, in_y = backward_tap(y, ky, H, h, y_scale, AREA)
+        i, wy, in_y = backward_tap(y, ky, H, h, AREA)
         live = (columns < W)[:, None] & (d < tl.where(in_y, D, 0))[None, :]
         for kx in range(KW):
-            j, wx, in_x = backward_tap(columns, kx, W, w, x_scale, AREA)
+            j, wx, in_x = backward_tap(columns, kx, W, w, AREA)
             source = grad + ((frame * h + i) * w + j)[:, None] * D + d[None, :]
             value = tl.load(source, live & in_x[:, None], other=0.0).to(tl.float32)
             total += value * (wy * wx)[:, None]
@@ -113,7 +113,7 @@ def _grid_pool_bwd_kernel(
 
 @triton.jit
 def _grid_pool_stats_kernel(
-    x, out, mean, H, W, h, w, D, y_scale, x_scale, POOL: tl.constexpr, AREA: tl.constexpr, KH: tl.constexpr,
+    x, out, mean, H, W, h, w, D, POOL: tl.constexpr, AREA: tl.constexpr, KH: tl.constexpr,
     KW: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     frame = tl.program_id(0).to(tl.int64)
@@ -130,7 +130,7 @@ def _grid_pool_stats_kernel(
         for tile_index in range(0, h * tl.cdiv(w, BLOCK_J)):
             i = (tile_index // tl.cdiv(w, BLOCK_J)).to(tl.int64)
             cells = (tile_index % tl.cdiv(w, BLOCK_J)).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
-            tile = pool_tile(x, i, cells, d, H, W, h, w, D, y_scale, x_scale, AREA, KH, KW, BLOCK_J, BLOCK_D)
+            tile = pool_tile(x, i, cells, d, H, W, h, w, D, AREA, KH, KW, BLOCK_J, BLOCK_D)
             mask = (cells < w)[:, None] & (d < D)[None, :]
             to = out + ((frame * h + i) * w + cells)[:, None] * D + d[None, :]
             tl.store(to, tile.to(out.dtype.element_ty), mask)
@@ -204,7 +204,7 @@ def grid_pool(tokens: Tensor, size: list[int], mode: str) -> Tensor:
             return out
         block_j, block_d = min(4, power_of_two(w)), channel_block(channels, 256)
         _grid_pool_fwd_kernel[(frames * h, triton.cdiv(w, block_j), triton.cdiv(channels, block_d))](
-            x, out, height, width, h, w, channels, height / h, width / w, AREA=mode == "area",
+            x, out, height, width, h, w, channels, AREA=mode == "area",
             KH=forward_taps(mode, height, h), KW=forward_taps(mode, width, w), BLOCK_J=block_j, BLOCK_D=block_d,
         )  # fmt: skip
     return out
@@ -223,7 +223,7 @@ def grid_pool_stats(tokens: Tensor, size: list[int], mode: str) -> tuple[Tensor,
         # few frames: narrow blocks, so that one frame still fills the device
         block_j, block_d = min(8, power_of_two(w)), channel_block(channels, 128 if frames >= 64 else 32)
         _grid_pool_stats_kernel[(frames, triton.cdiv(channels, block_d))](
-            x, out, mean, height, width, h, w, channels, height / h, width / w, POOL=not shuffled, AREA=mode == "area",
+            x, out, mean, height, width, h, w, channels, POOL=not shuffled, AREA=mode == "area",
             KH=1 if shuffled else forward_taps(mode, height, h), KW=1 if shuffled else forward_taps(mode, width, w),
             BLOCK_J=block_j, BLOCK_N=16, BLOCK_D=block_d,
         )  # fmt: skip
@@ -246,7 +246,7 @@ def grid_pool_backward(grad: Tensor, cell: Tensor | None, grid: list[int], mode:
             return out
         (height, width), block_x, block_d = grid, min(4, power_of_two(grid[1])), channel_block(channels, 256)
         _grid_pool_bwd_kernel[(frames * height, triton.cdiv(width, block_x), triton.cdiv(channels, block_d))](
-            g, g if bias is None else bias, out, height, width, h, w, channels, height / h, width / w,
+            g, g if bias is None else bias, out, height, width, h, w, channels,
             AREA=mode == "area", KH=backward_taps(mode, height, h), KW=backward_taps(mode, width, w),
             CELL=bias is not None, BLOCK_X=block_x, BLOCK_D=block_d,
         )  # fmt: skip

@@ -27,10 +27,8 @@ def _grid_pool_ragged_fwd_kernel(
         return
     d = tl.program_id(2).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     # a side of 1 comes as a constant, which has no .to
-    y_scale = tl.div_rn((h * 0 + H).to(tl.float32), h.to(tl.float32))
-    x_scale = tl.div_rn((w * 0 + W).to(tl.float32), w.to(tl.float32))
     x += frame * H * W * D
-    tile = pool_tile(x, i, cells, d, H, W, h, w, D, y_scale, x_scale, AREA, KH, KW, BLOCK_J, BLOCK_D)
+    tile = pool_tile(x, i, cells, d, H, W, h, w, D, AREA, KH, KW, BLOCK_J, BLOCK_D)
     mask = (cells < w)[:, None] & (d < D)[None, :]
     tl.store(out + (first + i * w + cells)[:, None] * D + d[None, :], tile.to(out.dtype.element_ty), mask)
 
@@ -46,14 +44,12 @@ def _grid_pool_ragged_bwd_kernel(
     columns = tl.program_id(1).to(tl.int64) * BLOCK_X + tl.arange(0, BLOCK_X)
     d = tl.program_id(2).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     # a side of 1 comes as a constant, which has no .to
-    y_scale = tl.div_rn((h * 0 + H).to(tl.float32), h.to(tl.float32))
-    x_scale = tl.div_rn((w * 0 + W).to(tl.float32), w.to(tl.float32))
     total = tl.zeros((BLOCK_X, BLOCK_D), tl.float32)
     for ky in range(KH):
-        i, wy, in_y = backward_tap(y, ky, H, h, y_scale, AREA)
+        i, wy, in_y = backward_tap(y, ky, H, h, AREA)
         live = (columns < W)[:, None] & (d < tl.where(in_y, D, 0))[None, :]
         for kx in range(KW):
-            j, wx, in_x = backward_tap(columns, kx, W, w, x_scale, AREA)
+            j, wx, in_x = backward_tap(columns, kx, W, w, AREA)
             source = grad + (first + i * w + j)[:, None] * D + d[None, :]
             value = tl.load(source, live & in_x[:, None], other=0.0).to(tl.float32)
             total += value * (wy * wx)[:, None]

@@ -134,9 +134,45 @@ def test_non_finite_values_reach_what_they_are_part_of(mode, value):
     assert torch.isfinite(actual.tokens[1]).all()
 
 
-def test_area_to_the_same_grid_is_the_identity():
+# grids whose taps lie exactly on cells, and sides that stay what they are
+EXACT = [((3, 3), (7, 7)), ((3, 5), (3, 5)), ((3, 5), (4, 5)), ((9, 3), (3, 1)), ((5, 6), (2, 9)), ((2, 1), (5, 4))]
+
+
+def one_bad_cell_a_frame(grid: tuple[int, int], value: float, dtype: torch.dtype) -> torch.Tensor:
+    cells = torch.arange(grid[0] * grid[1])
+    x = random_tensor(len(cells), *grid, 3, dtype=dtype)
+    x.flatten(1, 2)[cells, cells, 1] = value
+    return x
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("grid", "size"), EXACT)
+def test_taps_of_weight_zero_are_not_read(interpreter, grid, size, value):
+    """Zero times infinity is no number: a tap exactly on a cell leaves its neighbour alone, whoever computes it."""
+    for dtype in (torch.float32, torch.float64):
+        x = one_bad_cell_a_frame(grid, value, dtype)
+        expected = grid_pool(x, size, "bilinear", impl="reference")
+        actual = [grid_pool(x, size, "bilinear")]
+        if dtype == torch.float32:
+            actual.append(interpreter(MODULE, "grid_pool", x, list(size), "bilinear"))
+        for pooled in actual:
+            assert torch.equal(pooled.isfinite(), expected.isfinite())
+            assert torch.equal(pooled.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize(("grid", "size"), EXACT)
+def test_bilinear_reference_is_torchs(grid, size):
+    x = random_tensor(2, *grid, 3, dtype=torch.float64)
+    expected = torch.nn.functional.interpolate(x.movedim(-1, 1), size, mode="bilinear").movedim(1, -1)
+    assert torch.allclose(grid_pool(x, size, "bilinear", impl="reference"), expected, atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("mode", ["area", "bilinear"])
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_pooling_to_the_same_grid_is_the_identity(mode, impl):
     x = random_tensor(2, 5, 7, 33, dtype=torch.bfloat16)
-    assert torch.equal(grid_pool(x, (5, 7)), x)
+    x[0, 1, 2, 3], x[1, 4, 0, 1] = float("inf"), float("nan")
+    assert torch.equal(grid_pool(x, (5, 7), mode, impl=impl).view(torch.int16), x.view(torch.int16))
 
 
 def test_norm_of_a_zero_frame_has_gradient_zero():
@@ -247,7 +283,7 @@ def test_triton_backward_interpreted(interpreter, shape, size, mode, dtype):
 def test_triton_compiles(name, arch):
     from vmemory.kernels import grid_pool as kernels
 
-    grid = dict.fromkeys(("H", "W", "h", "w", "D"), "i32") | {"y_scale": "fp32", "x_scale": "fp32"}
+    grid = dict.fromkeys(("H", "W", "h", "w", "D"), "i32")
     forward = {"x": "*bf16", "out": "*bf16", **grid}
     taps = {"AREA": True, "KH": 2, "KW": 2, "BLOCK_J": 4, "BLOCK_D": 256}
     shuffle = {"x": "*bf16", "cell": "*fp32", "out": "*bf16", "H": "i32", "W": "i32", "D": "i32"}

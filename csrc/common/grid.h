@@ -34,7 +34,8 @@ Axis<A> reduction(bool area, int64_t n, int64_t m) {
     } else {
       const auto taps = bilinear_taps<A>(i, n, m);
       axis.add(taps.low, A(1) - taps.high_weight);
-      axis.add(taps.high, taps.high_weight);
+      // 0 times infinity is no number
+      if (taps.high_weight > A(0)) axis.add(taps.high, taps.high_weight);
     }
     axis.close();
   }

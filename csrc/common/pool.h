@@ -18,22 +18,21 @@ namespace vmemory {
 VMEMORY_HD inline int64_t window_begin(int64_t i, int64_t n, int64_t m) { return i * n / m; }
 VMEMORY_HD inline int64_t window_end(int64_t i, int64_t n, int64_t m) { return ((i + 1) * n + m - 1) / m; }
 
-// the two taps of interpolate(mode="bilinear", align_corners=False) for output cell i
+// the two taps of interpolate(mode="bilinear", align_corners=False) for output cell i; where the high one has weight 0
+// the low one stands alone
 template <class A>
 struct Taps {
   int64_t low, high;
   A high_weight;
 };
 
+// In whole numbers: a tap that lies exactly on a cell does so for every compiler, and reads no neighbour.
 template <class A = float>
 VMEMORY_HD inline Taps<A> bilinear_taps(int64_t i, int64_t n, int64_t m) {
-  const A scale = static_cast<A>(n) / static_cast<A>(m);
-  A at = scale * (static_cast<A>(i) + A(0.5)) - A(0.5);
-  at = at < A(0) ? A(0) : at;
-  const int64_t low = static_cast<int64_t>(at) < n - 1 ? static_cast<int64_t>(at) : n - 1;
-  const int64_t high = low + 1 < n ? low + 1 : low;
-  const A over = at - static_cast<A>(low);
-  return {low, high, over < A(1) ? over : A(1)};
+  // twice m times n (i + 0.5) / m - 0.5
+  const int64_t at = (2 * i + 1) * n - m, low = at > 0 ? at / (2 * m) : 0;
+  if (at <= 0 || low + 1 >= n) return {low < n ? low : n - 1, low < n ? low : n - 1, A(0)};
+  return {low, low + 1, static_cast<A>(at - low * 2 * m) / static_cast<A>(2 * m)};
 }
 
 }  // namespace vmemory

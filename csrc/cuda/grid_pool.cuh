@@ -74,13 +74,19 @@ __device__ Sum<acc_t<T>, V> pooled(const Args& a, const T* frame, int64_t i, int
   } else {
     const auto y = bilinear_taps<A>(i, a.H, a.h), x = bilinear_taps<A>(j, a.W, a.w);
     const T *low = frame + y.low * a.W * a.D + d, *high = frame + y.high * a.W * a.D + d;
-    Sum<A, V> below;
-    sum.add(load_pack<V>(low + x.low * a.D), A(1) - x.high_weight);
-    sum.add(load_pack<V>(low + x.high * a.D), x.high_weight);
-    below.add(load_pack<V>(high + x.low * a.D), A(1) - x.high_weight);
-    below.add(load_pack<V>(high + x.high * a.D), x.high_weight);
+    // a tap of weight 0 is not read: 0 times infinity is no number
+    const auto across = [&](const T* row) {
+      Sum<A, V> of;
+      of.add(load_pack<V>(row + x.low * a.D), A(1) - x.high_weight);
+      if (x.high_weight > A(0)) of.add(load_pack<V>(row + x.high * a.D), x.high_weight);
+      return of;
+    };
+    sum = across(low);
+    if (y.high_weight > A(0)) {
+      const Sum<A, V> below = across(high);
 #pragma unroll
-    for (int v = 0; v < V; ++v) sum.x[v] = (A(1) - y.high_weight) * sum.x[v] + y.high_weight * below.x[v];
+      for (int v = 0; v < V; ++v) sum.x[v] = (A(1) - y.high_weight) * sum.x[v] + y.high_weight * below.x[v];
+    }
   }
   return sum;
 }
@@ -97,7 +103,7 @@ __device__ void for_targets(int64_t y, int64_t n, int64_t m, const F& f) {
     for (int64_t i = begin; i < end && i < m; ++i) {
       const auto taps = bilinear_taps<A>(i, n, m);
       const A weight = (taps.low == y ? A(1) - taps.high_weight : A(0)) + (taps.high == y ? taps.high_weight : A(0));
-      if (taps.low == y || taps.high == y) f(i, weight);
+      if (weight > A(0)) f(i, weight);
     }
   }
 }

@@ -16,10 +16,22 @@ def _shuffle(tokens: Tensor, mode: str) -> Tensor:
     return blocks.reshape(*blocks.shape[:-3], 4 * channels)
 
 
+def _bilinear(x: Tensor, dim: int, m: int) -> Tensor:
+    """The two taps of `interpolate(align_corners=False)` along one dimension, taken in whole numbers."""
+    n = x.shape[dim]
+    at = ((2 * torch.arange(m, device=x.device) + 1) * n - m).clamp(min=0)
+    low = (at // (2 * m)).clamp(max=n - 1)
+    high = (low + 1).clamp(max=n - 1)
+    weight = torch.where(low == high, 0, at - low * 2 * m).to(x.dtype) / (2 * m)
+    weight = weight.view(-1, *[1] * (-dim - 1))
+    first, second = x.index_select(dim, low), x.index_select(dim, high)
+    return torch.where(weight == 0, first, first * (1 - weight) + second * weight)
+
+
 def grid_pool(tokens: Tensor, size: tuple[int, int], mode: str = "area") -> Tensor:
     """`tokens [..., H, W, D]` to `[..., h, w, D]`; sums in float32 or, for float64, in float64.
 
-    A NaN reaches every output cell it is a part of, in bilinear mode also those that give it weight 0.
+    A NaN or an infinity reaches every output cell that it is a part of, and none that gives it weight 0.
     """
     if mode.startswith("pixel_shuffle"):
         return _shuffle(tokens, mode)
@@ -27,12 +39,12 @@ def grid_pool(tokens: Tensor, size: tuple[int, int], mode: str = "area") -> Tens
     if tokens.numel() == 0:
         return tokens.sum((-3, -2), keepdim=True).expand(shape).clone()
     wide = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-    planes = wide.unsqueeze(0).flatten(0, -4).movedim(-1, 1)
     if mode == "area":
-        pooled = F.adaptive_avg_pool2d(planes, size)
+        planes = wide.unsqueeze(0).flatten(0, -4).movedim(-1, 1)
+        pooled = F.adaptive_avg_pool2d(planes, size).movedim(1, -1).reshape(shape)
     else:
-        pooled = F.interpolate(planes, size, mode="bilinear", align_corners=False)
-    return pooled.movedim(1, -1).reshape(shape).to(tokens.dtype)
+        pooled = _bilinear(_bilinear(wide, -3, size[0]), -2, size[1])
+    return pooled.to(tokens.dtype)
 
 
 def frame_stats(tokens: Tensor) -> tuple[Tensor, Tensor]:
