@@ -18,6 +18,17 @@ struct Stream {
   int64_t* counter;  // [3 + tiers]
 };
 
+// the slot at a place of a tier's list
+template <class A>
+VMEMORY_HD int64_t listed(const Geometry& g, const Stream<A>& s, int tier, int64_t place) {
+  return g.inside(tier, s.order[g.slot0[tier] + place]);
+}
+
+// the difference of two frame numbers, whatever they are
+VMEMORY_HD inline int64_t frames_between(int64_t first, int64_t last) {
+  return static_cast<int64_t>(static_cast<uint64_t>(last) - static_cast<uint64_t>(first));
+}
+
 // what one frame does: decided from the state before it, so that every block of a launch decides alike
 struct Step {
   int first = -1;             // tier the frame enters, -1 = it leaves at once
@@ -67,42 +78,43 @@ struct Leaving {
 // which of the closest pair leaves; cosine is the pair's
 template <class A>
 VMEMORY_HD Leaving leaver(const Geometry& g, const Stream<A>& s, int tier, int64_t older, int64_t newer, A cosine) {
-  const int64_t* order = s.order + g.slot0[tier];
   if (g.rule.nan_first && is_nan(cosine)) {
-    const A norm = s.norm[order[older] * g.R + g.descriptor_of(tier)];
+    const A norm = s.norm[listed(g, s, tier, older) * g.R + g.descriptor_of(tier)];
     const int64_t place = is_finite(norm) ? newer : older;
-    return {place, order[place], -1};
+    return {place, listed(g, s, tier, place), -1};
   }
-  if (g.rule.merge) return {newer, order[newer], order[older]};
+  if (g.rule.merge) return {newer, listed(g, s, tier, newer), listed(g, s, tier, older)};
   const int64_t place = g.rule.newer ? newer : older;
-  return {place, order[place], -1};
+  return {place, listed(g, s, tier, place), -1};
 }
 
 template <class A>
 VMEMORY_HD Leaving choose(const Geometry& g, const Stream<A>& s, int tier, int64_t frame) {
-  const int64_t n = s.counter[kLength + tier], slot0 = g.slot0[tier];
-  const int64_t* order = s.order + slot0;
-  if (n == 1 || g.rule.choose == Rule::kOldest) return {0, order[0], -1};
+  const int64_t n = s.counter[kLength + tier];
+  if (n == 1 || g.rule.choose == Rule::kOldest) return {0, listed(g, s, tier, 0), -1};
   if (g.rule.choose == Rule::kGap) {
     int64_t best = 1, smallest = 0;
+    const auto frame_at = [&](int64_t p) { return s.entry[listed(g, s, tier, p) * 4 + kFrame]; };
     for (int64_t p = 1; p < n; ++p) {
-      const int64_t after = p + 1 < n ? s.entry[order[p + 1] * 4 + kFrame] : frame;
-      const int64_t gap = after - s.entry[order[p - 1] * 4 + kFrame];
+      const int64_t gap = frames_between(frame_at(p - 1), p + 1 < n ? frame_at(p + 1) : frame);
       if (p == 1 || gap < smallest) best = p, smallest = gap;
     }
-    return {best, order[best], -1};
+    return {best, listed(g, s, tier, best), -1};
   }
   int64_t older = 0, newer = 1;
   const A* link = s.link + g.link0[tier];
   A best;
   if (g.rule.choose == Rule::kAll) {
     const int64_t c = g.capacity[tier];
-    best = link[(order[0] - slot0) * c + order[1] - slot0];
-    for (int64_t i = 0; i < n; ++i)
+    const auto at = [&](int64_t p) { return listed(g, s, tier, p) - g.slot0[tier]; };
+    best = link[at(0) * c + at(1)];
+    for (int64_t i = 0; i < n; ++i) {
+      const A* row = link + at(i) * c;
       for (int64_t j = i + 1; j < n; ++j) {
-        const A x = link[(order[i] - slot0) * c + order[j] - slot0];
+        const A x = row[at(j)];
         if (exceeds(x, best)) best = x, older = i, newer = j;
       }
+    }
   } else {
     best = link[1];
     for (int64_t p = 2; p < n; ++p)
@@ -166,7 +178,7 @@ VMEMORY_HD void insert(const Geometry& g, const Stream<A>& s, int tier, int64_t 
   const int64_t frame = s.entry[slot * 4 + kFrame];
   const bool linked = g.rule.choose == Rule::kAdjacent;
   int64_t place = n;
-  while (place > 0 && g.rule.by_time && s.entry[order[place - 1] * 4 + kFrame] > frame) {
+  while (place > 0 && g.rule.by_time && s.entry[listed(g, s, tier, place - 1) * 4 + kFrame] > frame) {
     order[place] = order[place - 1];
     if (linked) link[place] = link[place - 1];
     --place;
@@ -201,7 +213,7 @@ VMEMORY_HD void apply(const Geometry& g, const Stream<A>& s, const Step& step, d
       ca[kStop] = cb[kStop];
       ca[kMass] += cb[kMass];
       a[kLast] = b[kLast];
-      a[kFrames] += b[kFrames];
+      a[kFrames] = static_cast<int64_t>(static_cast<uint64_t>(a[kFrames]) + static_cast<uint64_t>(b[kFrames]));
       if (step.place[i] > 1) dirty->add(tier, step.place[i] - 1);
     } else if (target >= 0) {
       for (int c = 0; c < 4; ++c) {

@@ -42,6 +42,11 @@ struct Geometry {
     while (slot < slot0[tier]) --tier;
     return tier;
   }
+  // a slot of the tier, whatever a list that was handed in holds
+  VMEMORY_HD int64_t inside(int tier, int64_t slot) const {
+    const int64_t last = slot0[tier] + capacity[tier] - 1;
+    return slot < slot0[tier] ? slot0[tier] : slot > last ? last : slot;
+  }
   VMEMORY_HD int64_t cells(int tier) const { return height[tier] * width[tier]; }
   VMEMORY_HD int64_t row_of(int64_t slot) const {
     const int tier = tier_of(slot);

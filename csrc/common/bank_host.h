@@ -297,16 +297,16 @@ struct Bank {
   }
 
   void refresh_link(int tier, int64_t place) const {
-    const int64_t* order = s.order + g.slot0[tier];
     A* link = s.link + g.link0[tier];
     if (g.rule.choose != Rule::kAll) {
-      link[place] = cosine(tier, order[place - 1], order[place]);
+      link[place] = cosine(tier, listed(g, s, tier, place - 1), listed(g, s, tier, place));
       return;
     }
-    const int64_t n = s.counter[kLength + tier], c = g.capacity[tier], slot = order[place], at = slot - g.slot0[tier];
+    const int64_t n = s.counter[kLength + tier], c = g.capacity[tier], slot = listed(g, s, tier, place);
+    const int64_t at = slot - g.slot0[tier];
     for (int64_t p = 0; p < n; ++p) {
-      const int64_t other = order[p] - g.slot0[tier];
-      if (p != place) link[at * c + other] = link[other * c + at] = cosine(tier, slot, order[p]);
+      const int64_t with = listed(g, s, tier, p), other = with - g.slot0[tier];
+      if (p != place) link[at * c + other] = link[other * c + at] = cosine(tier, slot, with);
     }
   }
 };

@@ -33,6 +33,7 @@ struct Rows {
 
   // rows [begin, end) of stream s; neighbours that stay neighbours move as one
   void move(const int64_t* keep, int64_t s, int64_t begin, int64_t end) const {
+    if (bytes == 0) return;
     if (bytes == 8) return move_small<8>(keep, s, begin, end);
     if (bytes == 4) return move_small<4>(keep, s, begin, end);
     for (int64_t k = begin; k < end;) {

@@ -1,5 +1,6 @@
 #include "common/choice.h"
 #include "common/descriptor.h"
+#include "contracts/adjacent.h"
 #include "torch/stable.h"
 
 namespace vmemory {
@@ -115,10 +116,10 @@ void merge_frames(const T* x, const acc_t<T>* size, const Shape& s, const int64_
 }
 
 std::tuple<Tensor, Tensor, Tensor> adjacent_merge(const Tensor& bank, const Tensor& size_, std::string level) {
+  contract::adjacent_merge(bank, size_, level);
   const Tensor in = dense(bank), size = dense(size_);
   const Shape s{in.size(0), in.size(1), in.size(2), in.size(3)};
   const bool whole = level == "frame";
-  VMEMORY_CHECK(s.T >= 2, "bank: expected at least 2 entries");
   Tensor out = make(in, {s.S, s.T - 1, s.N, s.D}), sizes = make(size, {s.S, s.T - 1, s.N});
   Tensor place = make(in, {s.S, whole ? 1 : s.N}, ScalarType::Long);
   dispatch_floating(in.scalar_type(), [&](auto t) {
@@ -137,6 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> adjacent_merge(const Tensor& bank, const Tens
 }
 
 Tensor adjacent_merge_backward(const Tensor& grad_, const Tensor& size_, const Tensor& place_) {
+  contract::adjacent_merge_backward(grad_, size_, place_);
   const Tensor grad = dense(grad_), size = dense(size_), place = dense(place_);
   const Shape s{grad.size(0), grad.size(1) + 1, grad.size(2), grad.size(3)};
   const bool whole = place.size(1) == 1;

@@ -2,6 +2,7 @@
 
 #include "common/descriptor.h"
 #include "common/slices.h"
+#include "contracts/adjacent.h"
 #include "torch/stable.h"
 
 namespace vmemory {
@@ -79,6 +80,7 @@ void frame_means(const T* x, const Shape& s, acc_t<T>* mean) {
 
 // for level "frame" the tokens compared are the frames' means
 std::tuple<Tensor, Tensor, Tensor> adjacent_similarity(const Tensor& frames, std::string level) {
+  contract::adjacent_similarity(frames, level);
   const Tensor in = dense(frames);
   const Shape s{in.size(0), in.size(1), in.size(2), in.size(3)};
   const bool whole = level == "frame";
@@ -152,6 +154,7 @@ void similarity_backward(const T* x, const Shape& s, const acc_t<T>* grad, const
 
 Tensor adjacent_similarity_backward(const Tensor& grad_, const Tensor& compared, const Tensor& similarity_,
                                     const Tensor& norms_) {
+  contract::adjacent_similarity_backward(grad_, compared, similarity_, norms_);
   const Tensor in = dense(compared), grad = dense(grad_), sim = dense(similarity_), norms = dense(norms_);
   const Shape s{in.size(0), in.size(1), in.size(2), in.size(3)};
   Tensor out = make(in, {s.S, s.T, s.N, s.D});

@@ -1,4 +1,5 @@
 #include "common/column_sums.h"
+#include "contracts/attention.h"
 #include "torch/stable.h"
 
 namespace vmemory {
@@ -206,6 +207,7 @@ void forward(const MapSizes& z, const T* query, const T* key, acc_t<T>* out, acc
 }
 
 std::tuple<Tensor, Tensor> attention_column_sums(const Tensor& query_, const Tensor& key_, bool causal) {
+  contract::attention_column_sums(query_, key_);
   const Tensor query = dense(query_), key = dense(key_);
   const MapSizes z{query.size(0), query.size(1), query.size(2), query.size(3), key.size(1), causal};
   const ScalarType wide = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -1,4 +1,5 @@
 #include "common/column_sums.h"
+#include "contracts/attention.h"
 #include "torch/stable.h"
 
 namespace vmemory {
@@ -142,6 +143,7 @@ void backward(const MapSizes& z, const acc_t<T>* grad, const T* query, const T* 
 
 std::tuple<Tensor, Tensor> attention_column_sums_backward(const Tensor& grad_, const Tensor& query_, const Tensor& key_,
                                                           const Tensor& stats_, bool causal) {
+  contract::attention_column_sums_backward(grad_, query_, key_, stats_);
   const Tensor grad = dense(grad_), query = dense(query_), key = dense(key_), stats = dense(stats_);
   const MapSizes z{query.size(0), query.size(1), query.size(2), query.size(3), key.size(1), causal};
   Tensor to_query = make(query, {z.S, z.N, z.G, z.E}), to_key = make(query, {z.S, z.M, z.G, z.E});

@@ -1,7 +1,8 @@
+#include "contracts/bank.h"
+
 #include <limits>
 
 #include "common/bank_host.h"
-#include "torch/bank_args.h"
 #include "torch/stable.h"
 
 namespace vmemory::bank {
@@ -24,14 +25,15 @@ Stream<A> stream_of(const Geometry& g, int64_t i, const Tensor& descriptor, cons
 void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descriptor, const Tensor& norm,
                 const Tensor& link, const Tensor& entry, const Tensor& clock, const Tensor& order,
                 const Tensor& counter, const Tensor& frames_, std::optional<Tensor> time_, std::optional<Tensor> valid_,
-                std::optional<Tensor> streams_, const Tensor& table, Ints capacities, Ints grids, Ints intervals,
+                std::optional<Tensor> streams_, const Tensor& table_, Ints capacities, Ints grids, Ints intervals,
                 Ints entries, std::string rule) {
-  const Tensor frames = dense(frames_);
+  const Geometry g =
+      contract::bank_push_(slots, mass, descriptor, norm, link, entry, clock, order, counter, frames_, time_, valid_,
+                           streams_, table_, {capacities, grids, intervals, entries, rule});
+  const Tensor frames = dense(frames_), table = dense(table_);
   const Tensor valid = valid_ ? dense(*valid_) : frames, time = time_ ? dense(*time_) : frames;
   const Tensor streams = streams_ ? dense(*streams_) : frames;
   const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
-  const Geometry g =
-      parse_geometry(capacities, grids, intervals, entries, rule, H, W, D, descriptor.size(2), descriptor.size(3));
   const int64_t state_streams = slots.size(0);
   dispatch_floating(frames.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
@@ -77,12 +79,13 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
 // on descriptors alone, stream by stream.
 using Plan = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time_, std::optional<Tensor> valid_, const Tensor& table,
+Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time_, std::optional<Tensor> valid_, const Tensor& table_,
                Ints capacities, Ints grids, Ints intervals, Ints entries, std::string rule, int64_t R, int64_t K) {
-  const Tensor frames = dense(frames_);
+  const Geometry g =
+      contract::bank_plan(frames_, time_, valid_, table_, {capacities, grids, intervals, entries, rule}, R, K);
+  const Tensor frames = dense(frames_), table = dense(table_);
   const Tensor valid = valid_ ? dense(*valid_) : frames, time = time_ ? dense(*time_) : frames;
   const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
-  const Geometry g = parse_geometry(capacities, grids, intervals, entries, rule, H, W, D, R, K);
   const int last = g.tiers - 1;
   const int64_t small = last > 0 && g.levels == 0 && !g.rule.merge && 4 * g.cells(last) <= H * W ? g.cells(last) : 0;
   const auto like = [&](Ints sizes, ScalarType type) { return make(frames, sizes, type); };
@@ -155,29 +158,38 @@ Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time_, std::optional
   return {descriptor, norm, link, entry, clock, order, counter, assign, pooled};
 }
 
-// what bank_gather and its backward share
+// The tier from which frame t comes to a slot of `tier`, -1 where none of its maps leads there.
+int source_of(const Geometry& g, int64_t t, int tier) {
+  const int source = g.entry_tier(t);
+  return source <= tier ? source : -1;
+}
+
 struct Survivors {
   const Geometry& g;
   const int64_t* assign;  // [T]
   const int64_t* entry;   // [M, 4]
+  int64_t T;
 
-  // f(t) for each frame that the slot holds
+  // f(t, source) for each frame that the slot holds, and the tier that it comes from
   template <class F>
   void frames_of(int64_t slot, const F& f) const {
-    const int64_t first = entry[slot * 4 + kFirst], last = entry[slot * 4 + kLast];
+    const int64_t first = entry[slot * 4 + kFirst], last = std::min(entry[slot * 4 + kLast], T - 1);
     if (first < 0) return;
+    const int tier = g.tier_of(slot);
     for (int64_t t = first; t <= last; ++t)
-      if (assign[t] == slot) f(t);
+      if (const int source = assign[t] == slot ? source_of(g, t, tier) : -1; source >= 0) f(t, source);
   }
 };
 
-std::tuple<Tensor, Tensor> bank_gather(const Tensor& frames_, std::optional<Tensor> valid_, const Tensor& pooled,
-                                       const Tensor& assign, const Tensor& entry, const Tensor& table, Ints capacities,
-                                       Ints grids, Ints intervals, Ints entries, std::string rule) {
-  const Tensor frames = dense(frames_);
+std::tuple<Tensor, Tensor> bank_gather(const Tensor& frames_, std::optional<Tensor> valid_, const Tensor& pooled_,
+                                       const Tensor& assign_, const Tensor& entry_, const Tensor& table_,
+                                       Ints capacities, Ints grids, Ints intervals, Ints entries, std::string rule) {
+  const Geometry g = contract::bank_gather(frames_, valid_, pooled_, assign_, entry_, table_,
+                                           {capacities, grids, intervals, entries, rule});
+  const Tensor frames = dense(frames_), pooled = dense(pooled_), assign = dense(assign_), entry = dense(entry_);
+  const Tensor table = dense(table_);
   const Tensor valid = valid_ ? dense(*valid_) : frames;
   const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
-  const Geometry g = parse_geometry(capacities, grids, intervals, entries, rule, H, W, D, 1, D);
   const int64_t small = pooled.size(2);
   Tensor slots = make(frames, {S, g.L, D}), mass = make(frames, {S, g.L}, ScalarType::Float);
   dispatch_floating(frames.scalar_type(), [&](auto t) {
@@ -185,7 +197,7 @@ std::tuple<Tensor, Tensor> bank_gather(const Tensor& frames_, std::optional<Tens
     using A = acc_t<T>;
     const Maps<A> maps(g, data<A>(table));
     for (int64_t i = 0; i < S; ++i) {
-      const Survivors survivors{g, data<int64_t>(assign) + i * N, data<int64_t>(entry) + i * g.M * 4};
+      const Survivors survivors{g, data<int64_t>(assign) + i * N, data<int64_t>(entry) + i * g.M * 4, N};
       for (int tier = 0; tier < g.tiers; ++tier) {
         const int64_t w = g.width[tier];
         const A ratio = static_cast<A>(H * W) / static_cast<A>(g.cells(tier));
@@ -201,11 +213,10 @@ std::tuple<Tensor, Tensor> bank_gather(const Tensor& frames_, std::optional<Tens
               A held = 0;
               int64_t members = 0;
               const int64_t run = survivors.entry[slot * 4 + kFrames];
-              survivors.frames_of(slot, [&](int64_t n) {
+              survivors.frames_of(slot, [&](int64_t n, int source) {
                 const T* frame = data<T>(frames) + (i * N + n) * H * W * D;
                 const bool* cells = valid_ ? data<bool>(valid) + (i * N + n) * H * W : nullptr;
                 if (cells) std::copy(cells, cells + H * W, frame_mass.begin());
-                const int source = g.entry_tier(n);
                 window.clear();
                 window.add(maps.row(source, tier), maps.column(source, tier), cell / w, cell % w,
                            cells ? frame_mass.data() : nullptr);
@@ -233,13 +244,14 @@ std::tuple<Tensor, Tensor> bank_gather(const Tensor& frames_, std::optional<Tens
   return {slots, mass};
 }
 
-Tensor bank_gather_backward(const Tensor& grad_, const Tensor& mass, std::optional<Tensor> valid_, const Tensor& assign,
-                            const Tensor& table, Ints grid, Ints capacities, Ints grids, Ints intervals, Ints entries,
-                            std::string rule) {
-  const Tensor grad = dense(grad_);
+Tensor bank_gather_backward(const Tensor& grad_, const Tensor& mass_, std::optional<Tensor> valid_,
+                            const Tensor& assign_, const Tensor& table_, Ints grid, Ints capacities, Ints grids,
+                            Ints intervals, Ints entries, std::string rule) {
+  const Geometry g = contract::bank_gather_backward(grad_, mass_, valid_, assign_, table_, grid,
+                                                    {capacities, grids, intervals, entries, rule});
+  const Tensor grad = dense(grad_), mass = dense(mass_), assign = dense(assign_), table = dense(table_);
   const Tensor valid = valid_ ? dense(*valid_) : grad;
   const int64_t S = grad.size(0), D = grad.size(2), N = assign.size(1), H = grid[0], W = grid[1];
-  const Geometry g = parse_geometry(capacities, grids, intervals, entries, rule, H, W, D, 1, D);
   Tensor out = make(grad, {S, N, H, W, D});
   dispatch_floating(grad.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
@@ -251,11 +263,12 @@ Tensor bank_gather_backward(const Tensor& grad_, const Tensor& mass, std::option
       for (int64_t f = begin; f < end; ++f) {
         T* to = mutable_data<T>(out) + f * H * W * D;
         const int64_t slot = data<int64_t>(assign)[f];
-        if (slot < 0) {
+        const int tier = slot >= 0 && slot < g.M ? g.tier_of(slot) : -1;
+        const int source = source_of(g, f % N, tier);
+        if (source < 0) {
           std::fill(to, to + H * W * D, T{});
           continue;
         }
-        const int tier = g.tier_of(slot), source = g.entry_tier(f % N);
         const A ratio = static_cast<A>(H * W) / static_cast<A>(g.cells(tier));
         const FrameMass frame_mass(g, valid_ ? data<bool>(valid) + f * H * W : nullptr);
         std::fill(sum.begin(), sum.end(), A(0));

@@ -1,4 +1,5 @@
 #include "common/merge_plan.h"
+#include "contracts/token_merge.h"
 #include "torch/stable.h"
 
 namespace vmemory {
@@ -41,6 +42,7 @@ void best_partners(const T* metric, const Sequence& sequence, int64_t streams, i
 
 std::tuple<Tensor, Tensor, Tensor> bipartite_match(const Tensor& metric_, int64_t r, int64_t front, int64_t cls,
                                                    int64_t groups) {
+  contract::bipartite_match(metric_, r, front, cls, groups);
   const Tensor metric = dense(metric_);
   const Sequence sequence{metric.size(1), cls, groups, front};
   const int64_t streams = metric.size(0) / groups, D = metric.size(2);

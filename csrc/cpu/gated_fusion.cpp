@@ -1,3 +1,5 @@
+#include "contracts/gated_fusion.h"
+
 #include "common/activation.h"
 #include "common/token_panel.h"
 #include "torch/stable.h"
@@ -52,6 +54,7 @@ void fuse(const Arguments<T>& x, const Sizes& z) {
 std::tuple<Tensor, Tensor> gated_fusion(const Tensor& working_, const Tensor& episodic_, const Tensor& w1_,
                                         const Tensor& b1_, const Tensor& w2_, const Tensor& b2_, std::string activation,
                                         bool save) {
+  contract::gated_fusion(working_, episodic_, w1_, b1_, w2_, b2_, activation);
   const Tensor working = dense(working_), episodic = dense(episodic_), w1 = dense(w1_), b1 = dense(b1_);
   const Tensor w2 = dense(w2_), b2 = dense(b2_);
   const Sizes z{working.size(0), working.size(1), w1.size(0)};

@@ -1,5 +1,6 @@
 #include "common/activation.h"
 #include "common/token_panel.h"
+#include "contracts/gated_fusion.h"
 #include "torch/stable.h"
 
 namespace vmemory {
@@ -165,6 +166,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_fusion_backward
     const Tensor& grad_, const Tensor& working_, const Tensor& episodic_, const Tensor& w1_, const Tensor& w2_,
     const Tensor& b2_, const Tensor& hidden_, std::string activation, bool for_working, bool for_episodic, bool for_w1,
     bool for_b1, bool for_w2, bool for_b2) {
+  contract::gated_fusion_backward(grad_, working_, episodic_, w1_, w2_, b2_, hidden_, activation);
   const Tensor grad = dense(grad_), working = dense(working_), episodic = dense(episodic_), w1 = dense(w1_);
   const Tensor w2 = dense(w2_), b2 = dense(b2_), hidden = dense(hidden_);
   const Sizes z{working.size(0), working.size(1), w1.size(0)};

@@ -1,3 +1,5 @@
+#include "contracts/grid_pool.h"
+
 #include <cstring>
 
 #include "common/descriptor.h"
@@ -74,6 +76,7 @@ Tensor make_pooled(const Tensor& in, const Shape& s, const std::string& mode) {
 }
 
 Tensor grid_pool(const Tensor& tokens, Ints size, std::string mode) {
+  contract::grid_pool(tokens, size, mode);
   const Tensor in = dense(tokens);
   const Shape s = shape_of(in, size);
   Tensor out = make_pooled(in, s, mode);
@@ -98,6 +101,7 @@ Tensor grid_pool(const Tensor& tokens, Ints size, std::string mode) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> grid_pool_stats(const Tensor& tokens, Ints size, std::string mode) {
+  contract::grid_pool(tokens, size, mode);
   const Tensor in = dense(tokens);
   const Shape s = shape_of(in, size);
   Tensor out = make_pooled(in, s, mode);
@@ -139,6 +143,7 @@ std::tuple<Tensor, Tensor, Tensor> grid_pool_stats(const Tensor& tokens, Ints si
 }
 
 Tensor grid_pool_backward(const Tensor& grad, std::optional<Tensor> cell, Ints grid, std::string mode) {
+  contract::grid_pool_backward(grad, cell, grid, mode);
   const Tensor g = dense(grad);
   const int64_t channels = is_shuffle(mode) ? g.size(3) / 4 : g.size(3);
   const Shape s{g.size(0), grid[0], grid[1], channels, g.size(1), g.size(2)};

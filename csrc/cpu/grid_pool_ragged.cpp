@@ -1,6 +1,7 @@
 #include <map>
 
 #include "common/grid.h"
+#include "contracts/grid_pool.h"
 #include "torch/stable.h"
 
 namespace vmemory {
@@ -35,6 +36,7 @@ int64_t total_tokens(const Ints& sizes) {
 }
 
 Tensor grid_pool_ragged(const Tensor& tokens, Ints sizes, std::string mode) {
+  contract::grid_pool_ragged(tokens, sizes, mode);
   const Tensor in = dense(tokens);
   const int64_t T_ = in.size(0), H = in.size(1), W = in.size(2), D = in.size(3);
   Tensor out = make(in, {total_tokens(sizes), D});
@@ -58,6 +60,7 @@ Tensor grid_pool_ragged(const Tensor& tokens, Ints sizes, std::string mode) {
 }
 
 Tensor grid_pool_ragged_backward(const Tensor& grad, Ints sizes, Ints grid, std::string mode) {
+  contract::grid_pool_ragged_backward(grad, sizes, grid, mode);
   const Tensor g = dense(grad);
   const int64_t T_ = static_cast<int64_t>(sizes.size() / 2), H = grid[0], W = grid[1], D = g.size(1);
   Tensor out = make(g, {T_, H, W, D});

@@ -1,4 +1,5 @@
 #include "common/attention_of_few.h"
+#include "contracts/attention.h"
 #include "torch/stable.h"
 
 namespace vmemory {
@@ -158,6 +159,7 @@ void attention_of_few(const SlotSizes& z, const T* query, const Slots<Q>& slots,
 std::tuple<Tensor, Tensor> memory_attention(const Tensor& query_, const Tensor& keys_, const Tensor& values_,
                                             const Tensor& count_, std::optional<Tensor> key_scale_,
                                             std::optional<Tensor> value_scale_, bool wide) {
+  contract::memory_attention(query_, keys_, values_, count_, key_scale_, value_scale_);
   const Tensor query = dense(query_), keys = dense(keys_), values = dense(values_), count = dense(count_);
   const Tensor key_scale = key_scale_ ? dense(*key_scale_) : count;
   const Tensor value_scale = value_scale_ ? dense(*value_scale_) : count;

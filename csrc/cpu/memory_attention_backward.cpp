@@ -1,4 +1,5 @@
 #include "common/attention.h"
+#include "contracts/attention.h"
 #include "torch/stable.h"
 
 namespace vmemory {
@@ -184,6 +185,8 @@ std::tuple<Tensor, Tensor, Tensor> memory_attention_backward(const Tensor& grad_
                                                              const Tensor& count_, std::optional<Tensor> key_scale_,
                                                              std::optional<Tensor> value_scale_, const Tensor& out_,
                                                              const Tensor& stats_, bool for_memory) {
+  contract::memory_attention_backward(grad_, query_, keys_, values_, count_, key_scale_, value_scale_, out_, stats_,
+                                      for_memory);
   const Tensor grad = dense(grad_), query = dense(query_), keys = dense(keys_), values = dense(values_);
   const Tensor count = dense(count_), out = dense(out_), stats = dense(stats_);
   const Tensor key_scale = key_scale_ ? dense(*key_scale_) : count;

@@ -1,4 +1,5 @@
 #include "common/quant.h"
+#include "contracts/stored.h"
 #include "torch/stable.h"
 
 namespace vmemory {
@@ -7,6 +8,7 @@ namespace {
 constexpr int64_t kGrainBytes = 1 << 17;  // below this a second thread costs more than it saves
 
 std::tuple<Tensor, Tensor> quantize_slots(const Tensor& x_, int64_t bits) {
+  contract::quantize_slots(x_, bits);
   const Tensor x = dense(x_);
   const int64_t D = x.size(x.dim() - 1), stored = stored_bytes(D, bits);
   Ints sizes;
@@ -29,6 +31,7 @@ std::tuple<Tensor, Tensor> quantize_slots(const Tensor& x_, int64_t bits) {
 // with rows [S, N]: those of [S, M], zeros for one that does not exist
 Tensor dequantize_slots(const Tensor& values_, const Tensor& scale_, const std::optional<Tensor>& rows_, int64_t D,
                         ScalarType type) {
+  contract::dequantize_slots(values_, scale_, rows_, D);
   const Tensor values = dense(values_), scale = dense(scale_), rows = rows_ ? dense(*rows_) : scale;
   const int64_t* wanted = rows_ ? data<int64_t>(rows) : nullptr;
   const int64_t M = wanted ? scale.size(1) : 0, N = wanted ? rows.size(1) : 0;

@@ -1,3 +1,5 @@
+#include "contracts/ring.h"
+
 #include <cstring>
 
 #include "common/choice.h"
@@ -41,6 +43,7 @@ void copy_pieces(int64_t items, int64_t bytes, const F& f) {
 }
 
 void ring_push_(const Tensor& slots, const Tensor& count, const Tensor& frames_, std::optional<Tensor> streams_) {
+  contract::ring_push_(slots, count, frames_, streams_);
   const Tensor frames = dense(frames_), streams = streams_ ? dense(*streams_) : count;
   const Shape s = shape_of(slots);
   const int64_t rows = frames.size(0), T = frames.size(1),
@@ -61,6 +64,7 @@ void ring_push_(const Tensor& slots, const Tensor& count, const Tensor& frames_,
 }
 
 std::tuple<Tensor, Tensor> ring_read(const Tensor& slots_, const Tensor& count_) {
+  contract::ring_read(slots_, count_);
   const Tensor slots = dense(slots_), count = dense(count_);
   const Shape s = shape_of(slots);
   const int64_t bytes = s.N * s.D * static_cast<int64_t>(slots.element_size());
@@ -203,6 +207,7 @@ class Replace {
 
 Tensor slot_replace_(const Tensor& slots, const Tensor& count, std::optional<Tensor> means, const Tensor& frames_,
                      std::optional<Tensor> streams_, std::string level) {
+  contract::slot_replace_(slots, count, means, frames_, streams_, level);
   const Tensor frames = dense(frames_), streams = streams_ ? dense(*streams_) : count;
   const Shape s = shape_of(slots);
   const int64_t rows = frames.size(0);

@@ -1,3 +1,5 @@
+#include "contracts/select_tokens.h"
+
 #include "common/move_rows.h"
 #include "common/rows.h"
 #include "common/select.h"
@@ -96,6 +98,7 @@ class Row {
 };
 
 std::tuple<Tensor, Tensor> select_tokens(const Tensor& scores_, Ints budgets, std::optional<Tensor> segments_) {
+  contract::select_tokens(scores_, budgets, segments_);
   const Tensor scores = dense(scores_), segments = segments_ ? dense(*segments_) : scores;
   const int64_t S = scores.size(0), N = scores.size(1);
   int64_t total = 0;
@@ -147,6 +150,7 @@ int64_t row_size(const Tensor& x) {
 }
 
 std::vector<Tensor> compact(std::vector<Tensor> rows, const Tensor& keep_) {
+  contract::compact(rows, keep_);
   const Tensor keep = dense(keep_);
   const int64_t S = keep.size(0), K = keep.size(1);
   std::vector<Tensor> in, out;
@@ -175,11 +179,13 @@ std::vector<Tensor> compact(std::vector<Tensor> rows, const Tensor& keep_) {
 }
 
 Tensor compact_backward(const Tensor& grad_, const Tensor& keep_, int64_t N) {
+  contract::compact_backward(grad_, keep_, N);
   const Tensor grad = dense(grad_), keep = dense(keep_);
   const int64_t S = keep.size(0), K = keep.size(1), D = row_size(grad);
   Ints sizes{S, N};
   for (int64_t d = 2; d < grad.dim(); ++d) sizes.push_back(grad.size(d));
   Tensor out = make(grad, sizes);
+  if (out.numel() == 0) return out;
   dispatch_floating(grad.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;

@@ -1,3 +1,5 @@
+#include "contracts/similarity_topk.h"
+
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -246,6 +248,7 @@ void search(const Sizes& z, const Memory<T>& memory, const Queries<A>& queries, 
 std::tuple<Tensor, Tensor> similarity_topk(const Tensor& query_, const Tensor& memory_, std::optional<Tensor> count_,
                                            std::optional<Tensor> where_, std::optional<Tensor> scale_, int64_t k,
                                            std::string metric) {
+  contract::similarity_topk(query_, memory_, count_, where_, scale_, k, metric);
   const Tensor query = dense(query_), memory = dense(memory_);
   const Tensor count = count_ ? dense(*count_) : query, where = where_ ? dense(*where_) : query;
   const Tensor scale = scale_ ? dense(*scale_) : query;

@@ -2,6 +2,7 @@
 
 #include "common/dot_tile.h"
 #include "common/rows.h"
+#include "contracts/similarity_topk.h"
 #include "torch/stable.h"
 
 namespace vmemory {
@@ -110,6 +111,7 @@ std::tuple<Tensor, Tensor> similarity_topk_backward(const Tensor& grad_, const T
                                                     const Tensor& query_, const Tensor& memory_,
                                                     std::optional<Tensor> scale_, std::string metric, bool for_query,
                                                     bool for_memory) {
+  contract::similarity_topk_backward(grad_, value_, index_, query_, memory_, scale_, metric, for_memory);
   const Tensor grad = dense(grad_), query = dense(query_), memory = dense(memory_), value = dense(value_);
   const Tensor index = dense(index_), scale = scale_ ? dense(*scale_) : grad;
   const Sizes z{query.size(0), query.size(1), memory.size(1), query.size(2), index.size(2), metric == "cosine"};

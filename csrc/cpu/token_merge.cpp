@@ -1,3 +1,5 @@
+#include "contracts/token_merge.h"
+
 #include "common/rows.h"
 #include "torch/stable.h"
 
@@ -55,6 +57,7 @@ void for_rows(int64_t streams, int64_t n, int64_t bytes, const F& f) {
 
 std::tuple<Tensor, Tensor> token_merge(const Tensor& x_, std::optional<Tensor> size_, const Tensor& order_,
                                        const Tensor& start_) {
+  contract::token_merge(x_, size_, order_, start_);
   const Tensor x = dense(x_), size = size_ ? dense(*size_) : x, order = dense(order_), start = dense(start_);
   const int64_t B = start.size(0), N = start.size(1) - 1, M = x.size(1), D = x.size(2);
   Tensor out = make(x, {B, N, D}), total = make(x, {B, N}, wide_of(x));
@@ -90,6 +93,7 @@ std::tuple<Tensor, Tensor> token_merge(const Tensor& x_, std::optional<Tensor> s
 
 Tensor token_merge_backward(const Tensor& grad_, std::optional<Tensor> size_, const Tensor& total_,
                             const Tensor& place_, const Tensor& start_) {
+  contract::token_merge_backward(grad_, size_, total_, place_, start_);
   const Tensor grad = dense(grad_), total = dense(total_), place = dense(place_), start = dense(start_);
   const Tensor size = size_ ? dense(*size_) : grad;
   const int64_t B = place.size(0), N = start.size(1) - 1, M = place.size(1), D = grad.size(2);
@@ -118,6 +122,7 @@ Tensor token_merge_backward(const Tensor& grad_, std::optional<Tensor> size_, co
 }
 
 Tensor token_unmerge(const Tensor& x_, const Tensor& place_) {
+  contract::token_unmerge(x_, place_);
   const Tensor x = dense(x_), place = dense(place_);
   const int64_t B = place.size(0), N = x.size(1), M = place.size(1), D = x.size(2);
   Tensor out = make(x, {B, M, D});
@@ -132,6 +137,7 @@ Tensor token_unmerge(const Tensor& x_, const Tensor& place_) {
 }
 
 Tensor token_unmerge_backward(const Tensor& grad_, const Tensor& order_, const Tensor& start_) {
+  contract::token_unmerge_backward(grad_, order_, start_);
   const Tensor grad = dense(grad_), order = dense(order_), start = dense(start_);
   const int64_t B = start.size(0), N = start.size(1) - 1, M = grad.size(1), D = grad.size(2);
   Tensor out = make(grad, {B, N, D});

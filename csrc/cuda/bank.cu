@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "bank_plan.cuh"
-#include "torch/bank_args.h"
+#include "contracts/bank.h"
 #include "torch/stable.h"
 
 namespace vmemory::bank {
@@ -47,14 +47,15 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
                 const Tensor& counter, const Tensor& frames_, std::optional<Tensor> time_, std::optional<Tensor> valid_,
                 std::optional<Tensor> streams_, const Tensor& table_, Ints capacities, Ints grids, Ints intervals,
                 Ints entries, std::string rule) {
+  const Geometry g =
+      contract::bank_push_(slots, mass, descriptor, norm, link, entry, clock, order, counter, frames_, time_, valid_,
+                           streams_, table_, {capacities, grids, intervals, entries, rule});
   const torch::stable::accelerator::DeviceGuard guard(frames_.get_device_index());
   const cudaStream_t stream = current_stream(frames_);
   const Tensor frames = dense(frames_), table = dense(table_);
   const Tensor time = time_ ? dense(*time_) : frames, valid = valid_ ? dense(*valid_) : frames;
   const Tensor streams = streams_ ? dense(*streams_) : frames;
   const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
-  const Geometry g =
-      parse_geometry(capacities, grids, intervals, entries, rule, H, W, D, descriptor.size(2), descriptor.size(3));
   const MapOffsets maps(g);
   const int64_t items = push_items(g), key_slices = slices_of(g.K);
   const Tensor partial = make(table, {S, items, key_slices}), arrived = make(order, {S}, ScalarType::Int);
@@ -98,12 +99,13 @@ using Plan = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time_, std::optional<Tensor> valid_, const Tensor& table_,
                Ints capacities, Ints grids, Ints intervals, Ints entries, std::string rule, int64_t R, int64_t K) {
+  const Geometry g =
+      contract::bank_plan(frames_, time_, valid_, table_, {capacities, grids, intervals, entries, rule}, R, K);
   const torch::stable::accelerator::DeviceGuard guard(frames_.get_device_index());
   const cudaStream_t stream = current_stream(frames_);
   const Tensor frames = dense(frames_), table = dense(table_);
   const Tensor time = time_ ? dense(*time_) : frames, valid = valid_ ? dense(*valid_) : frames;
   const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
-  const Geometry g = parse_geometry(capacities, grids, intervals, entries, rule, H, W, D, R, K);
   const MapOffsets maps(g);
   const int last = g.tiers - 1;
   // empty where a second read of the survivors is no dearer

@@ -59,18 +59,17 @@ __device__ void warp_argmax(A* value, int64_t* index) {
 // choose() by a warp
 template <class A>
 __device__ Leaving choose_by_warp(const Geometry& g, const Stream<A>& s, int tier, int64_t frame, int64_t n) {
-  const int64_t slot0 = g.slot0[tier], none = INT64_MAX;
-  const int64_t* order = s.order + slot0;
-  if (n == 1 || g.rule.choose == Rule::kOldest) return {0, order[0], -1};
+  const int64_t none = INT64_MAX;
+  if (n == 1 || g.rule.choose == Rule::kOldest) return {0, listed(g, s, tier, 0), -1};
   if (g.rule.choose == Rule::kGap) {
     int64_t widest = INT64_MIN, place = none;
+    const auto frame_at = [&](int64_t p) { return s.entry[listed(g, s, tier, p) * 4 + kFrame]; };
     for (int64_t p = 1 + lane_of(); p < n; p += kWarp) {
-      const int64_t after = p + 1 < n ? s.entry[order[p + 1] * 4 + kFrame] : frame;
-      const int64_t narrow = s.entry[order[p - 1] * 4 + kFrame] - after;
-      if (narrow > widest) widest = narrow, place = p;
+      const int64_t narrow = frames_between(p + 1 < n ? frame_at(p + 1) : frame, frame_at(p - 1));
+      if (place == none || narrow > widest) widest = narrow, place = p;
     }
     warp_argmax(&widest, &place);
-    return {place, order[place], -1};
+    return {place, listed(g, s, tier, place), -1};
   }
   const A* link = s.link + g.link0[tier];
   A best = -INFINITY;
@@ -80,7 +79,7 @@ __device__ Leaving choose_by_warp(const Geometry& g, const Stream<A>& s, int tie
     for (int64_t k = lane_of(); k < n * n; k += kWarp) {
       const int64_t i = k / n, j = k % n;
       if (i >= j) continue;
-      const A x = link[(order[i] - slot0) * c + order[j] - slot0];
+      const A x = link[(listed(g, s, tier, i) - g.slot0[tier]) * c + listed(g, s, tier, j) - g.slot0[tier]];
       if (found == none || exceeds(x, best)) best = x, found = k;
     }
     warp_argmax(&best, &found);
@@ -99,7 +98,7 @@ __device__ Leaving choose_by_warp(const Geometry& g, const Stream<A>& s, int tie
 // slot at place k of a tier's list without the place that is given up
 template <class A>
 __device__ int64_t kept_slot(const Geometry& g, const Stream<A>& s, const Change& c, int tier, int64_t k) {
-  return s.order[g.slot0[tier] + (c.removed >= 0 && k >= c.removed ? k + 1 : k)];
+  return listed(g, s, tier, c.removed >= 0 && k >= c.removed ? k + 1 : k);
 }
 
 // what the step does to a tier, by a warp
@@ -134,7 +133,12 @@ __device__ Change change_by_warp(const Geometry& g, const Stream<A>& s, const St
 template <class A>
 __device__ void decide_by_block(const Geometry& g, const Stream<A>& s, Work<A>& work) {
   const int warp = warp_of();
-  if (threadIdx.x < kLength + g.tiers) work.counter[threadIdx.x] = s.counter[threadIdx.x];
+  // lists end inside their tiers, whatever a state that was handed in says
+  if (threadIdx.x < kLength + g.tiers) {
+    const int tier = static_cast<int>(threadIdx.x) - kLength;
+    const int64_t n = s.counter[threadIdx.x];
+    work.counter[threadIdx.x] = tier < 0 ? n : n < 0 ? 0 : n > g.capacity[tier] ? g.capacity[tier] : n;
+  }
   __syncthreads();
   const int64_t frame = work.counter[kSeen], *length = work.counter + kLength;
   if (warp < g.tiers && length[warp] == g.capacity[warp]) {

@@ -1,3 +1,4 @@
+#include "contracts/gated_fusion.h"
 #include "gated_fusion.cuh"
 #include "torch/stable.h"
 
@@ -64,6 +65,7 @@ Tensor columns_of(const Tensor& t, int64_t first, int64_t count) {
 std::tuple<Tensor, Tensor> gated_fusion(const Tensor& working_, const Tensor& episodic_, const Tensor& w1,
                                         const Tensor& b1_, const Tensor& w2, const Tensor& b2_, std::string activation,
                                         bool save) {
+  contract::gated_fusion(working_, episodic_, w1, b1_, w2, b2_, activation);
   check_dtype(working_);
   const torch::stable::accelerator::DeviceGuard guard(working_.get_device_index());
   const Tensor working = dense(working_), episodic = dense(episodic_), b1 = dense(b1_), b2 = dense(b2_);
@@ -90,6 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_fusion_backward
     const Tensor& grad_, const Tensor& working_, const Tensor& episodic_, const Tensor& w1, const Tensor& w2,
     const Tensor& b2_, const Tensor& saved_, std::string activation, bool for_working, bool for_episodic, bool for_w1,
     bool for_b1, bool for_w2, bool for_b2) {
+  contract::gated_fusion_backward(grad_, working_, episodic_, w1, w2, b2_, saved_, activation);
   check_dtype(working_);
   const torch::stable::accelerator::DeviceGuard guard(working_.get_device_index());
   const Tensor grad = dense(grad_), working = dense(working_), episodic = dense(episodic_), b2 = dense(b2_);

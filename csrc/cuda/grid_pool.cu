@@ -1,3 +1,4 @@
+#include "contracts/grid_pool.h"
 #include "grid_pool.cuh"
 #include "torch/stable.h"
 
@@ -59,6 +60,7 @@ void forward(const Tensor& in, const Args& a, Mode mode) {
 }
 
 Tensor grid_pool(const Tensor& tokens, Ints size, std::string name) {
+  contract::grid_pool(tokens, size, name);
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   const Tensor in = dense(tokens);
   const Mode mode = mode_of(name);
@@ -69,6 +71,7 @@ Tensor grid_pool(const Tensor& tokens, Ints size, std::string name) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> grid_pool_stats(const Tensor& tokens, Ints size, std::string name) {
+  contract::grid_pool(tokens, size, name);
   const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
   const Tensor in = dense(tokens);
   const Mode mode = mode_of(name);
@@ -101,6 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> grid_pool_stats(const Tensor& tokens, Ints si
 }
 
 Tensor grid_pool_backward(const Tensor& grad, std::optional<Tensor> cell_, Ints grid, std::string name) {
+  contract::grid_pool_backward(grad, cell_, grid, name);
   const torch::stable::accelerator::DeviceGuard guard(grad.get_device_index());
   const Tensor g = dense(grad), cell = cell_ ? dense(*cell_) : g;
   const Mode mode = mode_of(name);

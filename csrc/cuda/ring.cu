@@ -2,6 +2,7 @@
 #include <mutex>
 #include <vector>
 
+#include "contracts/ring.h"
 #include "ring.cuh"
 #include "torch/stable.h"
 
@@ -44,6 +45,7 @@ void push(const Tensor& slots, const Tensor& count, const Tensor& frames, const 
 }
 
 void ring_push_(const Tensor& slots, const Tensor& count, const Tensor& frames_, std::optional<Tensor> streams_) {
+  contract::ring_push_(slots, count, frames_, streams_);
   const torch::stable::accelerator::DeviceGuard guard(slots.get_device_index());
   const Tensor frames = dense(frames_), streams = streams_ ? dense(*streams_) : count;
   if (frames.size(0) == 0 || frames.size(1) == 0) return;
@@ -91,6 +93,7 @@ void replace(ReplaceArgs<T>& args, const Tensor& like) {
 
 Tensor slot_replace_(const Tensor& slots, const Tensor& count, std::optional<Tensor> means, const Tensor& frames_,
                      std::optional<Tensor> streams_, std::string level) {
+  contract::slot_replace_(slots, count, means, frames_, streams_, level);
   const torch::stable::accelerator::DeviceGuard guard(slots.get_device_index());
   const Tensor frames = dense(frames_), streams = streams_ ? dense(*streams_) : count;
   const int64_t rows = frames.size(0), S = slots.size(0), M = slots.size(1), N = slots.size(2), D = slots.size(3);

@@ -25,6 +25,13 @@ __device__ inline int64_t target(const int64_t* streams, int64_t row, int64_t S)
   return stream < S ? stream : kNone;
 }
 
+// A stream's counter, which `added` frames join. One that cannot be, below 0 or past the end, counts as the nearest
+// that can: waiting for it to be checked would cost more.
+__device__ inline int64_t counted(const int64_t* count, int64_t stream, int64_t added) {
+  const int64_t n = count[stream], most = INT64_MAX - added;
+  return n < 0 ? 0 : n > most ? most : n;
+}
+
 // one piece of a frame of `units`, by a block
 template <class Unit>
 __device__ void copy_piece(const Unit* from, Unit* to, int64_t units, int64_t piece) {
@@ -58,7 +65,7 @@ template <class Unit>
 __global__ void __launch_bounds__(kThreads) ring_push_kernel(const __grid_constant__ PushArgs<Unit> a) {
   const int64_t row = blockIdx.x / a.blocks, k = blockIdx.x % a.blocks, stream = target(a.streams, row, a.S);
   if (stream < 0) return;
-  const int64_t count = a.count[stream];
+  const int64_t count = counted(a.count, stream, a.T);
   __syncthreads();
   if (a.last > 0) {
     const int64_t t = a.T - a.last + k / a.pieces, slot = (count + t) % a.M;
@@ -140,7 +147,8 @@ class Replace {
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
       const int64_t chunk = item % a_.chunks, m = item / a_.chunks % (a_.M + 1), row = item / a_.chunks / (a_.M + 1);
       const int64_t stream = target(a_.streams, row, a_.S), first = chunk * kChunk;
-      if (threadIdx.x == 0 && chunk == 0 && m == a_.M) a_.written[row] = stream < 0 ? kNone : a_.count[stream];
+      if (threadIdx.x == 0 && chunk == 0 && m == a_.M)
+        a_.written[row] = stream < 0 ? kNone : counted(a_.count, stream, 1);
       if (stream < 0 || !full(stream)) continue;
       const int64_t n = size - first < kChunk ? size - first : kChunk;
       A* out = a_.part + item * 2;

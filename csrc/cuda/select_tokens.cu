@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "contracts/select_tokens.h"
 #include "select_tokens.cuh"
 #include "torch/stable.h"
 
@@ -30,6 +31,7 @@ void launch(SelectArgs<T, kBudgets>& args, const Tensor& like, const Ints& budge
 }
 
 std::tuple<Tensor, Tensor> select_tokens(const Tensor& scores_, Ints budgets, std::optional<Tensor> segments_) {
+  contract::select_tokens(scores_, budgets, segments_);
   const torch::stable::accelerator::DeviceGuard guard(scores_.get_device_index());
   const Tensor scores = dense(scores_), segments = segments_ ? dense(*segments_) : scores;
   const int64_t S = scores.size(0), N = scores.size(1);

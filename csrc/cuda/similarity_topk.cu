@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "contracts/similarity_topk.h"
 #include "similarity_topk.cuh"
 #include "torch/stable.h"
 
@@ -47,6 +48,7 @@ void search(Args& args, int64_t S, int processors, cudaStream_t stream) {
 std::tuple<Tensor, Tensor> similarity_topk(const Tensor& query_, const Tensor& memory_, std::optional<Tensor> count_,
                                            std::optional<Tensor> where_, std::optional<Tensor> scale_, int64_t k,
                                            std::string metric) {
+  contract::similarity_topk(query_, memory_, count_, where_, scale_, k, metric);
   const torch::stable::accelerator::DeviceGuard guard(query_.get_device_index());
   const cudaStream_t stream = current_stream(query_);
   const Tensor query = dense(query_), memory = dense(memory_);
@@ -54,6 +56,7 @@ std::tuple<Tensor, Tensor> similarity_topk(const Tensor& query_, const Tensor& m
   const Tensor scale = scale_ ? dense(*scale_) : query;
   const int64_t S = query.size(0), Q = query.size(1), M = memory.size(1), D = query.size(2);
   VMEMORY_CHECK(query.scalar_type() != ScalarType::Double, "query: float64 is not searched on CUDA devices");
+  VMEMORY_CHECK(memory.scalar_type() != ScalarType::Byte, "memory: 4 bits are not searched on CUDA devices");
   VMEMORY_CHECK(D <= kMaxChannels, "query: expected at most ", kMaxChannels, " channels on a CUDA device, got ", D);
   VMEMORY_CHECK(S <= kMaxGridSide && Q <= kMaxGridSide, "query: too many streams or queries for one launch");
   Tensor value = make(query, {S, Q, k}, ScalarType::Float), index = make(query, {S, Q, k}, ScalarType::Long);

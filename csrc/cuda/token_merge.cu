@@ -1,3 +1,4 @@
+#include "contracts/token_merge.h"
 #include "token_merge.cuh"
 #include "torch/stable.h"
 
@@ -41,6 +42,7 @@ void launch_spread(SpreadArgs<T>& args, int64_t streams, const Tensor& like) {
 
 std::tuple<Tensor, Tensor> token_merge(const Tensor& x_, std::optional<Tensor> size_, const Tensor& order_,
                                        const Tensor& start_) {
+  contract::token_merge(x_, size_, order_, start_);
   const DeviceGuard guard(x_.get_device_index());
   const Tensor x = dense(x_), size = size_ ? dense(*size_) : x, order = dense(order_), start = dense(start_);
   const int64_t B = start.size(0), N = start.size(1) - 1, M = x.size(1), D = x.size(2);
@@ -65,6 +67,7 @@ std::tuple<Tensor, Tensor> token_merge(const Tensor& x_, std::optional<Tensor> s
 }
 
 Tensor token_unmerge_backward(const Tensor& grad_, const Tensor& order_, const Tensor& start_) {
+  contract::token_unmerge_backward(grad_, order_, start_);
   const DeviceGuard guard(grad_.get_device_index());
   const Tensor grad = dense(grad_), order = dense(order_), start = dense(start_);
   const int64_t B = start.size(0), N = start.size(1) - 1, M = grad.size(1), D = grad.size(2);
@@ -80,6 +83,7 @@ Tensor token_unmerge_backward(const Tensor& grad_, const Tensor& order_, const T
 
 Tensor token_merge_backward(const Tensor& grad_, std::optional<Tensor> size_, const Tensor& total_,
                             const Tensor& place_, const Tensor& start_) {
+  contract::token_merge_backward(grad_, size_, total_, place_, start_);
   const DeviceGuard guard(grad_.get_device_index());
   const Tensor grad = dense(grad_), total = dense(total_), place = dense(place_), start = dense(start_);
   const Tensor size = size_ ? dense(*size_) : grad;
@@ -104,6 +108,7 @@ Tensor token_merge_backward(const Tensor& grad_, std::optional<Tensor> size_, co
 }
 
 Tensor token_unmerge(const Tensor& x_, const Tensor& place_) {
+  contract::token_unmerge(x_, place_);
   const DeviceGuard guard(x_.get_device_index());
   const Tensor x = dense(x_), place = dense(place_);
   const int64_t B = place.size(0), N = x.size(1), M = place.size(1), D = x.size(2);

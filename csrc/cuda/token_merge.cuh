@@ -14,6 +14,9 @@ __device__ A share_of(A size, A total, int64_t count) {
   return total > A(0) ? size / total : A(1) / static_cast<A>(count);
 }
 
+// a number of a plan inside [low, high]: those of a plan that was not made by matching are not waited for and checked
+__device__ inline int64_t inside(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
+
 template <class T>
 struct SumArgs {
   const T* x;                    // [streams, M, D]
@@ -30,25 +33,26 @@ __global__ void __launch_bounds__(kThreads) token_sum_kernel(const __grid_consta
   const int64_t token = blockIdx.x / a.slices, slice = blockIdx.x % a.slices, stream = token / a.N;
   const int64_t d = (slice * kThreads + threadIdx.x) * V;
   const int64_t* start = a.start + stream * (a.N + 1) + token % a.N;
-  const int64_t first = start[0], count = start[1] - first;
-  const int64_t* row = a.order + stream * a.M + first;
+  const int64_t first = inside(start[0], 0, a.M), count = inside(start[1], first, a.M) - first;
+  const int64_t* order = a.order + stream * a.M + first;
+  const auto row = [&](int64_t i) { return inside(order[i], 0, a.M - 1); };
   const A* size = a.size ? a.size + stream * a.M : nullptr;
   A total = static_cast<A>(count);
   if (size) {
     total = A(0);
-    for (int64_t i = 0; i < count; ++i) total += size[row[i]];
+    for (int64_t i = 0; i < count; ++i) total += size[row(i)];
   }
   if (a.total && slice == 0 && threadIdx.x == 0) a.total[token] = total;
   if (d >= a.D) return;
   const T* x = a.x + stream * a.M * a.D + d;
   if (count == 1) {
-    store_pack(a.out + token * a.D + d, load_pack<V>(x + row[0] * a.D));
+    store_pack(a.out + token * a.D + d, load_pack<V>(x + row(0) * a.D));
     return;
   }
   A sum[V] = {};
   for (int64_t i = 0; i < count; ++i) {
-    const A weight = a.total ? share_of(size ? size[row[i]] : A(1), total, count) : A(1);
-    const Pack<T, V> held = load_pack<V>(x + row[i] * a.D);
+    const A weight = a.total ? share_of(size ? size[row(i)] : A(1), total, count) : A(1);
+    const Pack<T, V> held = load_pack<V>(x + row(i) * a.D);
 #pragma unroll
     for (int v = 0; v < V; ++v) sum[v] += to_acc(held.x[v]) * weight;
   }
@@ -74,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) token_spread_kernel(const __grid_con
   const int64_t row = blockIdx.x / a.slices, stream = row / a.M;
   const int64_t d = (blockIdx.x % a.slices * kThreads + threadIdx.x) * V;
   if (d >= a.D) return;
-  const int64_t token = a.place[row];
+  const int64_t token = inside(a.place[row], 0, a.N - 1);
   Pack<T, V> held = load_pack<V>(a.x + (stream * a.N + token) * a.D + d);
   if (a.total) {
     const int64_t* start = a.start + stream * (a.N + 1) + token;

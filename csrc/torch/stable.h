@@ -11,6 +11,8 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -24,7 +26,14 @@ using torch::stable::Tensor;
 // the stable boxing wants ints in a std::vector and optionals by value
 using Ints = std::vector<int64_t>;
 
-#define VMEMORY_CHECK(condition, ...) STD_TORCH_CHECK(condition, "vmemory: ", __VA_ARGS__)
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+
+#define VMEMORY_CHECK(condition, ...) ((condition) ? void() : ::vmemory::fail("vmemory: ", __VA_ARGS__))
 
 template <class T>
 struct tag {

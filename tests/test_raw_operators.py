@@ -1,0 +1,67 @@
+"""Whatever is handed to a raw operator, it returns or raises: no crash, no hang, nothing half changed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.raw_operators import KNOWN, OPS, recorded
+from vmemory.ops._native import STATUS
+
+pytestmark = pytest.mark.skipif(not STATUS.cpu, reason=STATUS.cpu_reason)
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
+@pytest.fixture(scope="module")
+def ends(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """How each hostile call ended, by its name; fails with the name of the one that ended the process."""
+    log = tmp_path_factory.mktemp("raw") / "calls"
+    command = [sys.executable, "-m", "tests.raw_operators", str(log), *(["--unlimited"] if SANITIZED else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        code, told = done.returncode, done.stderr[-3000:]
+    except subprocess.TimeoutExpired:
+        code, told = "no end", ""
+    lines = [line.split("\t") for line in log.read_text().splitlines()] if log.exists() else []
+    assert code == 0, f"{code} in {lines[-1][0] if lines else 'the good calls'}\n{told}"
+    return dict(lines)
+
+
+def test_good_calls_reach_every_operator():
+    calls = recorded()
+    assert set(calls) == set(OPS)
+    assert not [name for name, made in calls.items() if not made]
+
+
+def test_no_hostile_call_ends_the_process(ends):
+    assert len({name.split(":")[0] for name in ends}) == len(OPS)
+    assert len(ends) > 50 * len(OPS)
+
+
+def test_refused_calls_change_nothing(ends):
+    assert not [name for name, end in ends.items() if "AFTER A CHANGE" in end]
+
+
+def test_known_crashes_are_refused(ends):
+    """Those that stay are harmless numbers: clamped, or rows that name no stream, slot or segment."""
+    clamped = ("large count", "is not there", "order", "deeper tier", "slots that are not there", "frames that are not")
+    ran = [name for name in KNOWN if ends[name] == "ran" and not any(word in name for word in clamped)]
+    assert not ran
+
+
+def test_refusals_name_the_argument_what_was_expected_and_what_came(ends):
+    assert ends["grid_pool: size []"].endswith("vmemory: size: expected height and width, got 0 numbers")
+    wanted = "vmemory: frames: expected shape [2, *, 3, 8], got [2, 3, 300, 80]"
+    assert ends["ring_push_: wide frames"].endswith(wanted)
+    assert ends["bipartite_match: no group"].endswith("vmemory: groups: expected 1 to 2147483647, got 0")
+
+
+def test_hostile_numbers_are_clamped_alike():
+    """A counter below 0 or past its end reads nothing and everything, on the CPU as in the reference."""
+    rows = torch.randn(1, 3, 2)
+    found = torch.ops.vmemory.similarity_topk(torch.randn(1, 1, 2), rows, torch.tensor([-5]), None, None, 2, "dot")
+    assert found[1].tolist() == [[[-1, -1]]]
