@@ -44,6 +44,14 @@ def first_largest(value, inside, k, none: tl.constexpr):
 
 
 @triton.jit
+def listed(order, place, inside, tier: tl.constexpr, g: tl.constexpr):
+    """The slots at places of a tier's list, inside the tier whatever a state that was handed in holds."""
+    slot0: tl.constexpr = g.slot0[tier]
+    last: tl.constexpr = slot0 + g.capacity[tier] - 1
+    return tl.minimum(tl.maximum(tl.load(order + slot0 + place, inside, other=slot0), slot0), last)
+
+
+@triton.jit
 def closest_of_all(order, link, n, k, tier: tl.constexpr, g: tl.constexpr):
     older, newer = n * 0, n * 0 + 1
     best = tl.zeros((), tl.float32) - float("inf")
@@ -52,8 +60,8 @@ def closest_of_all(order, link, n, k, tier: tl.constexpr, g: tl.constexpr):
     capacity: tl.constexpr = g.capacity[tier]
     for i in range(0, n - 1):
         inside = (k > i) & (k < n)
-        a = tl.load(order + slot0 + i) - slot0
-        b = tl.load(order + slot0 + k, inside, other=slot0) - slot0
+        a = listed(order, i, i >= 0, tier, g) - slot0
+        b = listed(order, k, inside, tier, g) - slot0
         value = tl.load(link + g.link0[tier] + a * capacity + b, inside, other=0.0)
         at, largest, is_nan = first_largest(value, inside, k, g.block[tier])
         better = (nan == 0) & (is_nan | (largest > best))
@@ -69,13 +77,12 @@ def choose(order, link, entry, norm, n, frame, tier: tl.constexpr, g: tl.constex
     k = tl.arange(0, g.block[tier]).to(tl.int64)
     place, merged = n * 0, n * 0 - 1
     inside = (k >= 1) & (k < n)
-    order0 = order + g.slot0[tier]
     if g.capacity[tier] == 1 or g.rule.choose == "oldest":
         return place, merged
     elif g.rule.choose == "gap":
-        before = tl.load(entry + tl.load(order0 + k - 1, inside, other=0) * 4, inside, other=0)
+        before = tl.load(entry + listed(order, k - 1, inside, tier, g) * 4, inside, other=0)
         inner = inside & (k + 1 < n)
-        after = tl.load(entry + tl.load(order0 + k + 1, inner, other=0) * 4, inner, other=0)
+        after = tl.load(entry + listed(order, k + 1, inner, tier, g) * 4, inner, other=0)
         gap = tl.where(inner, after, frame) - before
         smallest = tl.min(tl.where(inside, gap, 0x7FFFFFFFFFFFFFFF), 0)
         place = tl.min(tl.where(inside & (gap == smallest), k, g.block[tier]), 0)
@@ -92,11 +99,11 @@ def choose(order, link, entry, norm, n, frame, tier: tl.constexpr, g: tl.constex
         if g.rule.newer or g.rule.merge:
             victim = newer
         if g.rule.merge:
-            merged = tl.load(order0 + older, known, other=-1)
+            merged = tl.where(known, listed(order, older, known, tier, g), -1)
         place = victim
         if g.rule.nan_first:
             r: tl.constexpr = tier if g.R > 1 else 0
-            length = tl.load(norm + tl.load(order0 + older, known, other=0) * g.R + r, known, other=0.0)
+            length = tl.load(norm + listed(order, older, known, tier, g) * g.R + r, known, other=0.0)
             place = tl.where(nan, tl.where(length - length == 0, newer, older), victim)
             merged = tl.where(nan, -1, merged)
         return place, merged
@@ -113,11 +120,12 @@ def decide(order, counter, link, entry, norm, step, lists, shifted, g: tl.conste
     for tier in tl.static_range(tl.constexpr(g.tiers)):
         slot0, capacity = g.slot0[tier], g.capacity[tier]
         at = step + HEAD + tier * TIER
-        n = tl.load(counter + LENGTH + tier)
+        # lists end inside their tiers, whatever a state that was handed in says
+        n = tl.minimum(tl.maximum(tl.load(counter + LENGTH + tier), 0), capacity)
         here = going & (first <= tier)
         taken = here & (n == capacity)
         place, partner = choose(order, link, entry, norm, n, frame, tier, g)
-        slot = tl.load(order + slot0 + place, taken, other=-1)
+        slot = tl.where(taken, listed(order, place, taken, tier, g), -1)
         offered = tl.where(taken, slot, tl.where(here, slot0 + n, -1))
         # what comes from above keeps its number; the new frame has the highest
         number = tl.where(depth > 0, above, frame)
@@ -142,7 +150,7 @@ def decide(order, counter, link, entry, norm, step, lists, shifted, g: tl.conste
         inserted = kept
         if g.rule.by_time:
             stays = (k < n) & (k != gone)
-            numbers = tl.load(entry + tl.load(order + slot0 + k, stays, other=0) * 4 + FRAME, stays, other=0)
+            numbers = tl.load(entry + listed(order, k, stays, tier, g) * 4 + FRAME, stays, other=0)
             place_of = tl.where(k > gone, k - 1, k)
             inserted = tl.max(tl.where(stays & (numbers <= number), place_of + 1, 0), 0)
         inserted = tl.where(here, inserted, capacity)
@@ -150,8 +158,8 @@ def decide(order, counter, link, entry, norm, step, lists, shifted, g: tl.conste
         source = tl.where(k > inserted, k - 1, k)
         source = tl.where(source >= gone, source + 1, source)
         old = (k < after) & (k != inserted)
-        listed = tl.load(order + slot0 + source, old, other=-1)
-        tl.store(lists + slot0 + k, tl.where(k == inserted, offered, listed), k < capacity)
+        kept_slots = tl.where(old, listed(order, source, old, tier, g), -1)
+        tl.store(lists + slot0 + k, tl.where(k == inserted, offered, kept_slots), k < capacity)
         if g.rule.choose == "adjacent":
             links = tl.load(link + g.link0[tier] + source, old, other=0.0)
             tl.store(shifted + g.link0[tier] + k, links, k < capacity)
@@ -295,8 +303,8 @@ def commit(
                     x, y = a - g.slot0[tier], b - g.slot0[tier]
                     tl.store(link + g.link0[tier] + x * g.capacity[tier] + y, value)
                     tl.store(link + g.link0[tier] + y * g.capacity[tier] + x, value)
-            listed = tl.load(lists + g.slot0[tier] + k, k < g.capacity[tier])
-            tl.store(order + g.slot0[tier] + k, listed, k < g.capacity[tier])
+            new_list = tl.load(lists + g.slot0[tier] + k, k < g.capacity[tier])
+            tl.store(order + g.slot0[tier] + k, new_list, k < g.capacity[tier])
             tl.store(counter + LENGTH + tier, after)
         tl.store(counter + DROPPED, dropped + drops)
     else:

@@ -159,7 +159,8 @@ def _gather_kernel(
     first, last = tl.load(entry + (s * g.M + slot) * 4 + FIRST), tl.load(entry + (s * g.M + slot) * 4 + LAST)
     row = s * g.L + g.row0[tier] + (slot - g.slot0[tier]) * cells + cell
     total, held = tl.zeros((block_d,), tl.float32), tl.zeros((), tl.float32)
-    for n in range(tl.maximum(first, 0), last + 1):
+    first = tl.where(first < T, first, -1)
+    for n in range(tl.maximum(first, 0), tl.minimum(last, T - 1) + 1):
         if tl.load(assign + s * T + n) == slot:
             f = s * T + n
             source = entry_tier(n, g)

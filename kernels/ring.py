@@ -28,6 +28,12 @@ def _target(streams, row, S, ROUTED: tl.constexpr):
 
 
 @triton.jit
+def _counted(count, stream, added):
+    """A stream's counter, which `added` frames join; one that cannot be counts as the nearest that can."""
+    return tl.minimum(tl.maximum(tl.load(count + stream), 0), 0x7FFFFFFFFFFFFFFF - added)
+
+
+@triton.jit
 def _copy(source, target, start, size, BLOCK: tl.constexpr):
     d = start + tl.arange(0, BLOCK)
     tl.store(target + d, tl.load(source + d, d < size, other=0.0), d < size)
@@ -40,7 +46,7 @@ def _ring_push_kernel(
     row, t = (tl.program_id(0) // LAST).to(tl.int64), T - LAST + (tl.program_id(0) % LAST).to(tl.int64)
     stream = _target(streams, row, S, ROUTED)
     if stream >= 0:
-        slot = (tl.load(count + stream) + t) % M
+        slot = (_counted(count, stream, T) + t) % M
         start = tl.program_id(1).to(tl.int64) * BLOCK
         _copy(frames + (row * T + t) * size, slots + (stream * M + slot) * size, start, size, BLOCK)
 
@@ -49,7 +55,7 @@ def _ring_push_kernel(
 def _ring_advance_kernel(count, streams, S, T, ROUTED: tl.constexpr):
     stream = _target(streams, tl.program_id(0).to(tl.int64), S, ROUTED)
     if stream >= 0:
-        tl.store(count + stream, tl.load(count + stream) + T)
+        tl.store(count + stream, _counted(count, stream, T) + T)
 
 
 @triton.jit
@@ -69,7 +75,7 @@ def _ring_read_kernel(slots, count, out, held, M, size, BLOCK: tl.constexpr):
 def _before(count, streams, row, S, ROUTED: tl.constexpr):
     """The stream of a row and how often it was written; -1, -1 for none."""
     stream = _target(streams, row, S, ROUTED)
-    return stream, tl.load(count + stream, stream >= 0, other=-1)
+    return stream, tl.where(stream >= 0, _counted(count, tl.maximum(stream, 0), 1), -1)
 
 
 @triton.jit

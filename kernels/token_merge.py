@@ -24,17 +24,18 @@ def _token_sum_kernel(
     program = tl.program_id(0).to(tl.int64)
     stream, token = program // N, program % N
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    first = tl.load(starts + stream * (N + 1) + token)
-    last = tl.load(starts + stream * (N + 1) + token + 1)
+    # numbers of a plan that matching did not make are not waited for and checked: they name rows that are there
+    first = tl.minimum(tl.maximum(tl.load(starts + stream * (N + 1) + token), 0), M)
+    last = tl.minimum(tl.load(starts + stream * (N + 1) + token + 1), M)
     order += stream * M
     total = (last - first).to(tl.float32)
     if HAS_SIZE:
         total = 0.0
         for at in range(first, last):
-            total += tl.load(size + stream * M + tl.load(order + at))
+            total += tl.load(size + stream * M + tl.minimum(tl.maximum(tl.load(order + at), 0), M - 1))
     sums = tl.zeros((BLOCK_D,), tl.float32)
     for at in range(first, last):
-        row = stream * M + tl.load(order + at)
+        row = stream * M + tl.minimum(tl.maximum(tl.load(order + at), 0), M - 1)
         value = tl.load(x + row * D + d, d < D, other=0.0).to(tl.float32)
         if MEAN:
             held = 1.0
@@ -55,7 +56,7 @@ def _token_spread_kernel(
     program = tl.program_id(0).to(tl.int64)
     stream = program // M
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    token = tl.load(places + program)
+    token = tl.minimum(tl.maximum(tl.load(places + program), 0), N - 1)
     value = tl.load(x + (stream * N + token) * D + d, d < D, other=0.0)
     if SHARED:
         at = starts + stream * (N + 1) + token
