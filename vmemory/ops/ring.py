@@ -95,8 +95,8 @@ def ring_push_(
 
     Args:
         slots: `[S, M, N, D]`, contiguous, float64, float32, float16 or bfloat16; changed.
-        count: `[S]` int64 on the device, contiguous: frames ever pushed, not negative (on the CPU another is an error, on a
-            GPU it counts as 0); changed.
+        count: `[S]` int64 on the device, contiguous: frames ever pushed, not negative (on the CPU another is an error,
+            on a GPU it counts as 0); changed.
         frames: `[S, T, N, D]`, or `[S', T, N, D]` with `streams`; the dtype and device of `slots`, any strides.
         streams: `[S']` int64 on the device: the stream each row of frames goes to, none twice; a number outside
             `range(S)`, −1 by convention, skips the row.
