@@ -41,6 +41,9 @@ class Bank(PastModule, BankReads):
     can be captured in a CUDA graph and compile without graph breaks. Buffers are not part of `state_dict`; streaming
     state travels by `snapshot` and `save`.
 
+    Any call may come from any thread: calls on one bank take turns. Compiled pushes, replayed graphs and the tensors of
+    `state` themselves take no lock.
+
     Args:
         dim: Channels D of a token.
         grid: Token grid (H, W) of the frames that come in.

@@ -41,6 +41,8 @@ class DualMemory(DualStep, DualInput, DualReads):
     frames as they are until `refresh` (`load_state_dict` calls it). State is device tensors of fixed shape, changed in
     place without host synchronisation; it is not part of `state_dict`, and travels by `snapshot` and `save`.
 
+    Any call may come from any thread: calls on one memory take turns, as with `Bank`.
+
     A frame that is not finite, or of which no cell exists, is numbered and enters neither memory; nor does an M_t that
     is not finite enter the episodic one. One such slot would make every later frame NaN.
 

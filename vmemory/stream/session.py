@@ -29,6 +29,9 @@ class VideoSession(Keeping):
     A session holds the memory, at most one frame that waits for its pair, and with `reuse_prefix` the cache of the
     prompt up to the end of the video, made anew when a question follows new frames.
 
+    Any call may come from any thread: calls on one session take turns, but frames come in while the model writes an
+    answer, and sessions over one model answer one after the other.
+
     Args:
         model: Of a family in `integrations/`; it is not changed, and may have a memory attached or not.
         processor: Of the model: chat template, tokenizer and pixel statistics. None = ready inputs and ids alone.
