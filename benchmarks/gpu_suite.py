@@ -1,9 +1,10 @@
 """Everything a machine with a GPU can tell, in one call and one folder.
 
-`python -m benchmarks.gpu_suite --out FOLDER` builds the native library for the device, runs the tests marked `gpu`
-(and a few under compute-sanitizer), tries other warps and stages for the Triton kernels, runs a 7B model
-with and without a memory (transformers 5.18 or later), times every benchmark on the
-device, and writes the report. Each part has its share of the time and leaves its log, whatever happens to the others.
+`python -m benchmarks.gpu_suite --out FOLDER` does what is worth most first: it builds the native library for the
+device, runs the tests marked `gpu`, and times the five families of operators beside eager and compiled PyTorch and the
+named peers. That fits nine minutes. What time is left goes to compute-sanitizer, to a 7B model with and without a
+memory (transformers 5.18 or later), to other warps and stages for the Triton kernels, and to every benchmark there is.
+Each part leaves its log, whatever happens to the others. `--plan` tells order, time and commands, without a device.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,9 +26,22 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-SHARES = {"build": 0.28, "tests": 0.30, "sanitizer": 0.08, "tune": 0.05, "model": 0.09, "bench": 0.20}
-# what the goals are about
-FIRST = ("bench_bank", "bench_similarity_topk", "bench_grid_pool", "bench_ring", "bench_token_merge")
+# most seconds of each part, the most valuable first; a longer call stretches them
+SECONDS = {"build": 140, "tests": 160, "families": 225, "sanitizer": 60, "model": 100, "tune": 60, "bench": 420}
+# similarity search, token merging, adaptive pooling, gated fusion, ring-buffer memory: cases that stand for each
+FAMILIES = {
+    "bench_similarity_topk": ("test_search[1]", "test_search[8]", "test_search[64]"),
+    "bench_token_merge": (
+        "test_match_and_merge[2,048 tokens, 64 and 1,152-bfloat16]",
+        "test_match_and_merge[2,048 tokens, 64 and 1,152-float32]",
+    ),
+    "bench_grid_pool": (
+        "test_grid_pool[area 16\\u21928 bf16]",
+        "test_grid_pool[one frame, area 16\\u21928 + mean, norm]",
+    ),
+    "bench_gated_fusion": ("test_forward[729 tokens, bfloat16]", "test_forward[729 tokens]"),
+    "bench_ring": ("test_push[bfloat16]", "test_replace[flat-bfloat16]"),
+}
 # seconds between the request to end, which lets pytest print and save what it has, and the end
 GRACE = 20
 # below that nothing comes of a part
@@ -76,6 +91,23 @@ def ended(child: subprocess.Popen[bytes], seconds: float) -> int | str:
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     return code
+
+
+def time_of(parts: list[str], left: float) -> float:
+    """Seconds of the first of the parts to come: its own, more in a long call, all where nothing else would begin."""
+    share = SECONDS[parts[0]] * max(1.0, left / sum(SECONDS[part] for part in parts))
+    return left if left - share < LEAST else share
+
+
+def plan(parts: list[str], left: float, out: Path, workers: int) -> None:
+    """Print each part with the time that it may take, were every part to use up its own."""
+    commands_ = commands(out, workers)
+    for index, name in enumerate(parts):
+        share = time_of(parts[index:], left)
+        left -= share
+        print(f"{name}: {share:.0f} s" if share >= LEAST else f"{name}: no time left")
+        for command in timings(name, out).values() if name in ("families", "bench") else [commands_[name]]:
+            print("   ", shlex.join(map(str, command)))
 
 
 def machine(commit: str) -> dict[str, object]:
@@ -132,17 +164,31 @@ def commands(out: Path, workers: int) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def bench(seconds: float, out: Path) -> dict[str, object]:
-    """Every file of benchmarks in a process of its own, and a report of those that left figures."""
+def timings(part: str, out: Path) -> dict[str, list[str]]:
+    """Commands of a part that times: a process for each file of benchmarks."""
+    stems = (
+        list(FAMILIES) if part == "families" else sorted(file.stem for file in (ROOT / "benchmarks").glob("bench_*.py"))
+    )
+    made = {}
+    for stem in stems:
+        file = f"benchmarks/{stem}.py"
+        chosen = [f"{file}::{case}" for case in FAMILIES[stem]] if part == "families" else [file]
+        # a longer run over the same file replaces what the chosen cases gave
+        made[stem] = pytest(*chosen, "--bench-device", "cuda", f"--benchmark-json={out / f'{stem}.json'}")
+    return made
+
+
+def bench(part: str, seconds: float, out: Path) -> dict[str, object]:
+    """Run what `timings` names, then write a report of all that has left figures so far."""
     end = time.perf_counter() + seconds
     done: dict[str, object] = {}
-    files = sorted((ROOT / "benchmarks").glob("bench_*.py"), key=lambda file: (file.stem not in FIRST, file.stem))
-    for index, file in enumerate(files):
+    files = timings(part, out)
+    # compiling what each is compared with takes its time: better some whole than all begun
+    least = 30.0 if part == "families" else 90.0
+    for index, (stem, command) in enumerate(files.items()):
         left = end - time.perf_counter()
-        # compiling what each is compared with takes its time: better some whole than all begun
-        share = min(left, max(left / (len(files) - index), 90.0))
-        timings = f"--benchmark-json={out / f'{file.stem}.json'}"
-        done[file.stem] = run(file.stem, pytest(str(file), "--bench-device", "cuda", timings), share, out)
+        share = min(left, max(left / (len(files) - index), least))
+        done[stem] = run(f"{part}-{stem}", command, share, out)
     found = [str(path) for path in sorted(out.glob("bench_*.json")) if path.stat().st_size]
     if found:
         report = [sys.executable, "-m", "benchmarks.report", *found, "--out", str(out), "--name", "gpu"]
@@ -154,21 +200,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--pack", type=Path, help="an archive of the folder, written anew after each part")
-    parser.add_argument("--minutes", type=float, default=8.5, help="time for everything")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time for everything")
+    parser.add_argument("--plan", action="store_true", help="print what would run, in which order and how long")
     parser.add_argument("--commit", default="unknown", help="what is being measured, where no git is at hand")
-    parser.add_argument("--skip", nargs="*", default=[], choices=SHARES, help="parts to leave out")
+    parser.add_argument("--skip", nargs="*", default=[], choices=SECONDS, help="parts to leave out")
     given = parser.parse_args()
+    parts = [name for name in SECONDS if name not in given.skip]
+    cores = os.cpu_count() or 1
+    workers = max(1, min(12, cores - 2))
+    out = given.out.resolve()
+    if given.plan:
+        plan(parts, 60 * given.minutes, out, workers)
+        return
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: the suite needs one")
     # a shell that starts this in the background has it ignored, which children would inherit
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    out = given.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     end = time.perf_counter() + 60 * given.minutes
     major, minor = torch.cuda.get_device_capability()
-    parts = [name for name in SHARES if name not in given.skip]
-    cores = os.cpu_count() or 1
-    workers = max(1, min(12, cores - 2))
     environment = {
         "VMEMORY_CUDA": "1",
         "VMEMORY_CUDA_ARCHS": f"{major}{minor}-real",
@@ -184,11 +234,9 @@ def main() -> None:
     state: dict[str, object] = {"machine": machine(given.commit), "parts": (done := {})}
     to_run = commands(out, workers)
     for index, name in enumerate(parts):
-        left = end - time.perf_counter()
-        # what a part leaves of its time goes to those after it
-        share = left * SHARES[name] / sum(SHARES[other] for other in parts[index:])
-        if name == "bench":
-            done[name] = bench(share, out)
+        share = time_of(parts[index:], end - time.perf_counter())
+        if name in ("families", "bench"):
+            done[name] = bench(name, share, out)
         else:
             done[name] = run(name, to_run[name], share, out, **environment, **alone.get(name, {}))
         (out / "suite.json").write_text(json.dumps(state, indent=1))
