@@ -2,7 +2,7 @@
 
 #include "bank_plan.cuh"
 #include "contracts/bank.h"
-#include "torch/stable.h"
+#include "cuda/device.h"
 
 namespace vmemory::bank {
 namespace {
@@ -18,13 +18,11 @@ bool aligned(int64_t D, std::initializer_list<const void*> pointers) {
 }
 
 template <class Args>
-void launch(void (*kernel)(Args), int64_t blocks, size_t shared, cudaStream_t stream, Args& args, const char* what) {
+void launch(const Device& device, const char* what, void (*kernel)(Args), int64_t blocks, size_t shared,
+            const Args& args) {
   VMEMORY_CHECK(blocks <= INT32_MAX, what, ": too many frames and channels for one launch");
   VMEMORY_CHECK(shared <= kMaxShared, what, ": a frame of this grid needs ", shared, " bytes of shared memory");
-  void* pointers[] = {&args};
-  cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(kThreads), pointers,
-                   shared, stream);
-  check_launch(what);
+  device.launch(what, kernel, dim3(static_cast<unsigned>(blocks)), kThreads, shared, args);
 }
 
 int64_t slices_of(int64_t channels) { return (channels + kSlice - 1) / kSlice; }
@@ -50,8 +48,7 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
   const Geometry g =
       contract::bank_push_(slots, mass, descriptor, norm, link, entry, clock, order, counter, frames_, time_, valid_,
                            streams_, table_, {capacities, grids, intervals, entries, rule});
-  const torch::stable::accelerator::DeviceGuard guard(frames_.get_device_index());
-  const cudaStream_t stream = current_stream(frames_);
+  const Device device(frames_);
   const Tensor frames = dense(frames_), table = dense(table_);
   const Tensor time = time_ ? dense(*time_) : frames, valid = valid_ ? dense(*valid_) : frames;
   const Tensor streams = streams_ ? dense(*streams_) : frames;
@@ -59,7 +56,7 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
   const MapOffsets maps(g);
   const int64_t items = push_items(g), key_slices = slices_of(g.K);
   const Tensor partial = make(table, {S, items, key_slices}), arrived = make(order, {S}, ScalarType::Int);
-  cudaMemsetAsync(arrived.mutable_data_ptr(), 0, S * sizeof(unsigned), stream);
+  device.clear(arrived);
   dispatch_floating(frames.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;
@@ -91,7 +88,7 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
                      N};
     const auto kernel = aligned<T>(D, {args.slots, args.frames}) ? push_kernel<T, V> : push_kernel<T, 1>;
     const size_t shared = PushShared<A>::bytes(g, args.axes);
-    for (; args.frame < N; ++args.frame) launch(kernel, S * args.slices, shared, stream, args, "bank_push_");
+    for (; args.frame < N; ++args.frame) launch(device, "bank_push_", kernel, S * args.slices, shared, args);
   });
 }
 
@@ -101,8 +98,7 @@ Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time_, std::optional
                Ints capacities, Ints grids, Ints intervals, Ints entries, std::string rule, int64_t R, int64_t K) {
   const Geometry g =
       contract::bank_plan(frames_, time_, valid_, table_, {capacities, grids, intervals, entries, rule}, R, K);
-  const torch::stable::accelerator::DeviceGuard guard(frames_.get_device_index());
-  const cudaStream_t stream = current_stream(frames_);
+  const Device device(frames_);
   const Tensor frames = dense(frames_), table = dense(table_);
   const Tensor time = time_ ? dense(*time_) : frames, valid = valid_ ? dense(*valid_) : frames;
   const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
@@ -138,7 +134,7 @@ Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time_, std::optional
     const auto kernel =
         aligned<T>(D, {describe.frames, describe.pooled}) ? describe_kernel<T, V> : describe_kernel<T, 1>;
     if (S * N * describe.slices > 0)
-      launch(kernel, S * N * describe.slices, PushShared<A>::bytes(g, axes), stream, describe, "bank_plan");
+      launch(device, "bank_plan", kernel, S * N * describe.slices, PushShared<A>::bytes(g, axes), describe);
     const size_t lists = (sizeof(Work<A>) + 15) / 16 * 16 + staged_bytes<A>(g);
     const bool staged = lists <= kMaxShared;
     ReplayArgs<A> replay{g,
@@ -155,7 +151,7 @@ Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time_, std::optional
                          valid_ ? data<bool>(valid) : nullptr,
                          N,
                          staged};
-    if (S > 0) launch(replay_kernel<A>, S, staged ? lists : sizeof(Work<A>), stream, replay, "bank_plan");
+    if (S > 0) launch(device, "bank_plan", &replay_kernel<A>, S, staged ? lists : sizeof(Work<A>), replay);
   });
   return {descriptor, norm, link, entry, clock, order, counter, assign, pooled};
 }
@@ -163,7 +159,7 @@ Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time_, std::optional
 }  // namespace
 }  // namespace vmemory::bank
 
-STABLE_TORCH_LIBRARY_IMPL(vmemory, CUDA, m) {
+VMEMORY_CUDA_IMPL(m) {
   m.impl("bank_push_", TORCH_BOX(&vmemory::bank::bank_push_));
   m.impl("bank_plan", TORCH_BOX(&vmemory::bank::bank_plan));
 }

@@ -36,8 +36,9 @@ __device__ void relist_by_warp(const Geometry& g, const Stream<A>& s, const Chan
   }
 }
 
-// apply() by a block, with norms and links. dots.square(r, merged) is the squared norm of the fresh or the merged
-// slot's descriptor, dots.product(item, pair) the product of a pair's; both by a warp.
+// apply() by a block, with norms and links; who reads them next waits for the block first. dots.square(r, merged) is
+// the squared norm of the fresh or the merged slot's descriptor, dots.product(item, pair) the product of a pair's; both
+// by a warp.
 template <class A, class Dots>
 __device__ void commit_by_block(const Geometry& g, const Stream<A>& s, Work<A>& work, const Dots& dots, double time,
                                 double mass) {
@@ -46,7 +47,6 @@ __device__ void commit_by_block(const Geometry& g, const Stream<A>& s, Work<A>& 
   const bool merges = step.merged >= 0;
   if (step.first < 0) {
     if (thread == 0) s.counter[kSeen] = work.counter[kSeen] + 1, s.counter[kSkipped] = work.counter[kSkipped] + 1;
-    __syncthreads();
     return;
   }
   // read everything that moves, then write it
@@ -71,7 +71,7 @@ __device__ void commit_by_block(const Geometry& g, const Stream<A>& s, Work<A>& 
       const int64_t* b = s.entry + step.slot[0] * 4;
       const double* cb = s.clock + step.slot[0] * 4;
       const double na = static_cast<double>(a[kFrames]), nb = static_cast<double>(b[kFrames]);
-      ca[kTime] = (ca[kTime] * na + cb[kTime] * nb) / (na + nb);
+      ca[kTime] = (times(ca[kTime], na) + times(cb[kTime], nb)) / (na + nb);
       ca[kStop] = cb[kStop];
       ca[kMass] += cb[kMass];
       a[kLast] = b[kLast];
@@ -108,15 +108,15 @@ __device__ void commit_by_block(const Geometry& g, const Stream<A>& s, Work<A>& 
       work.cosine[item] = cosine;
     }
   }
-  __syncthreads();
+  if (items > 0) __syncthreads();
   if (warp < g.tiers) relist_by_warp(g, s, work.change[warp], warp);
+  if (square_links || items == 0) return;
   __syncthreads();
-  if (!square_links && thread < items) {
+  if (thread < items) {
     const int tier = thread / kLinksPerTier;
     const int64_t place = place_of(work.change[tier], step, thread % kLinksPerTier);
     if (place > 0) s.link[g.link0[tier] + place] = work.cosine[thread];
   }
-  __syncthreads();
 }
 
 }  // namespace vmemory::bank

@@ -23,7 +23,7 @@ struct DescribeArgs {
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 2) describe_kernel(const __grid_constant__ DescribeArgs<T> a) {
   using A = acc_t<T>;
-  extern __shared__ __align__(16) unsigned char bank_shared[];
+  unsigned char* const bank_shared = dynamic_shared<unsigned char>();
   const Geometry& g = a.g;
   const PushShared<A> shared(bank_shared, g);
   const int64_t f = blockIdx.x / a.slices, d0 = blockIdx.x % a.slices * kSlice, cells = g.H * g.W;
@@ -86,7 +86,7 @@ __device__ A dot_rows(const A* x, const A* y, int64_t K) {
 #pragma unroll
     for (int k = 0; k < kWarp; ++k) {
       const int64_t d = base + k * kSlice + lane;
-      part[k] = d < K ? x[d] * y[d] : A(0);
+      part[k] = d < K ? times(x[d], y[d]) : A(0);
     }
     sum_trees<kWarp / 2>(part);
     if (base + lane * kSlice < K) sum += part[0];
@@ -152,7 +152,7 @@ __device__ void fill_by_block(X* to, X value, int64_t n) {
 
 template <class A>
 __global__ void __launch_bounds__(kThreads, 2) replay_kernel(const __grid_constant__ ReplayArgs<A> a) {
-  extern __shared__ __align__(16) unsigned char bank_shared[];
+  unsigned char* const bank_shared = dynamic_shared<unsigned char>();
   const Geometry& g = a.g;
   Work<A>& work = *reinterpret_cast<Work<A>*>(bank_shared);
   const int64_t i = blockIdx.x, M = g.M, counters = kLength + g.tiers;
@@ -193,6 +193,7 @@ __global__ void __launch_bounds__(kThreads, 2) replay_kernel(const __grid_consta
     if (work.step.first >= 0) merge_seen(dots);
     __syncthreads();
     commit_by_block(g, s, work, dots, a.time ? a.time[f] : static_cast<double>(NAN), static_cast<double>(work.cells));
+    __syncthreads();
   }
 
   if (a.staged) {

@@ -128,7 +128,7 @@ __device__ void sum_products(const PushArgs<T>& a, const Stream<acc_t<T>>& s, co
     }
     A product = 0;
     if (channel < g.K)
-      product = s.descriptor[(x * g.R + r) * g.K + channel] * s.descriptor[(y * g.R + r) * g.K + channel];
+      product = times(s.descriptor[(x * g.R + r) * g.K + channel], s.descriptor[(y * g.R + r) * g.K + channel]);
     product = warp_sum(product);
     if (lane_of() == 0) partial[item * a.key_slices + slice] = product;
   }
@@ -181,7 +181,7 @@ __device__ inline int64_t count_valid(const Geometry& g, const bool* valid) {
 template <class T, int V>
 __global__ void __launch_bounds__(kThreads, 2) push_kernel(const __grid_constant__ PushArgs<T> a) {
   using A = acc_t<T>;
-  extern __shared__ __align__(16) unsigned char bank_shared[];
+  unsigned char* const bank_shared = dynamic_shared<unsigned char>();
   const Geometry& g = a.g;
   const PushShared<A> shared(bank_shared, g);
   Work<A>& work = *shared.work;

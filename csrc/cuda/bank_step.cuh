@@ -46,6 +46,10 @@ __device__ A warp_sum(A x) {
   return x;
 }
 
+// A product that no sum is fused with: which of the two a compiler would fuse is its choice, and decisions hang on it.
+__device__ inline float times(float x, float y) { return __fmul_rn(x, y); }
+__device__ inline double times(double x, double y) { return __dmul_rn(x, y); }
+
 // the larger value with its index; of equals the lower index; NaN is the largest
 template <class A>
 __device__ void warp_argmax(A* value, int64_t* index) {
@@ -139,13 +143,13 @@ __device__ void decide_by_block(const Geometry& g, const Stream<A>& s, Work<A>& 
     const int64_t n = s.counter[threadIdx.x];
     work.counter[threadIdx.x] = tier < 0 ? n : n < 0 ? 0 : n > g.capacity[tier] ? g.capacity[tier] : n;
   }
-  __syncthreads();
-  const int64_t frame = work.counter[kSeen], *length = work.counter + kLength;
-  if (warp < g.tiers && length[warp] == g.capacity[warp]) {
-    const Leaving leaving = choose_by_warp(g, s, warp, frame, length[warp]);
+  // each warp reads its own: the counters that are shared come with the next barrier
+  if (warp < g.tiers && s.counter[kLength + warp] >= g.capacity[warp]) {
+    const Leaving leaving = choose_by_warp(g, s, warp, s.counter[kSeen], g.capacity[warp]);
     if (lane_of() == 0) work.leaving[warp] = leaving;
   }
   __syncthreads();
+  const int64_t frame = work.counter[kSeen], *length = work.counter + kLength;
   if (threadIdx.x == 0) decide(g, frame, length, [&](int tier) { return work.leaving[tier]; }, &work.step);
   __syncthreads();
   if (warp < g.tiers) {
@@ -172,6 +176,8 @@ __device__ inline int64_t place_of(const Change& c, const Step& step, int which)
     place = which == 2 ? c.removed : c.removed - 1;
     if (place < 1) return -1;
     if (c.inserted >= 0 && place >= c.inserted) ++place;
+    // the link behind the inserted slot is the second item's
+    if (c.inserted >= 0 && place == c.inserted + 1) return -1;
   }
   return place < 1 || place >= n ? -1 : place;
 }

@@ -253,7 +253,7 @@ __device__ void read_slice(const Geometry& g, const T* frame, T* copy, const Des
         sum += to.tile[c * kSlice + channel] * w;
       }
     }
-    __syncthreads();
+    if (after > 0) __syncthreads();
   }
   if (described && r < g.R && d0 + channel < g.K) to.out[r * g.K + d0 + channel] = total == A(0) ? sum : sum / total;
 }

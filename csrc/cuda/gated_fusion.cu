@@ -1,6 +1,6 @@
 #include "contracts/gated_fusion.h"
+#include "cuda/device.h"
 #include "gated_fusion.cuh"
-#include "torch/stable.h"
 
 namespace vmemory::fusion {
 namespace {
@@ -8,6 +8,7 @@ namespace {
 // The products are cuBLAS's, through torch: what is left is memory traffic, and each pass below reads and writes once.
 // float32 and float64 only: the two products that make up the hidden layer are rounded before they are added.
 struct Call {
+  const Device& device;
   const Tensor& like;
   int64_t columns;
   bool aligned = true;
@@ -28,7 +29,8 @@ struct Call {
         constexpr int V = decltype(v)::value;
         const auto f = make(type, v);
         const int64_t blocks = (size / V + kThreads - 1) / kThreads;
-        gated_fusion_kernel<V><<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(like)>>>(f, size, columns);
+        device.launch("gated_fusion", &gated_fusion_kernel<V, decltype(f)>, dim3(static_cast<unsigned>(blocks)),
+                      kThreads, 0, f, size, columns);
       };
       if (aligned && columns % kWide == 0) {
         launch(std::integral_constant<int, kWide>{});
@@ -37,7 +39,6 @@ struct Call {
       }
     };
     like.scalar_type() == ScalarType::Double ? launch_all(tag<double>{}) : launch_all(tag<float>{});
-    check_launch("gated_fusion");
   }
 };
 
@@ -67,7 +68,7 @@ std::tuple<Tensor, Tensor> gated_fusion(const Tensor& working_, const Tensor& ep
                                         bool save) {
   contract::gated_fusion(working_, episodic_, w1, b1_, w2, b2_, activation);
   check_dtype(working_);
-  const torch::stable::accelerator::DeviceGuard guard(working_.get_device_index());
+  const Device device(working_);
   const Tensor working = dense(working_), episodic = dense(episodic_), b1 = dense(b1_), b2 = dense(b2_);
   const int64_t n = working.size(0), D = working.size(1), H = w1.size(0);
   const Activation kind = named(activation);
@@ -75,16 +76,17 @@ std::tuple<Tensor, Tensor> gated_fusion(const Tensor& working_, const Tensor& ep
   Tensor hidden = make(working, {n, H}), other = make(working, {n, H}), out = make(working, {n, D});
   product_into(hidden, working, turned(columns_of(w1, 0, D)));
   product_into(other, episodic, turned(columns_of(w1, D, D)));
-  Call{working, H}.touches(hidden).touches(other).touches(b1).run(n * H, [&](auto type, auto v) {
+  Call{device, working, H}.touches(hidden).touches(other).touches(b1).run(n * H, [&](auto type, auto v) {
     using T = typename decltype(type)::type;
     return Hidden<T, v()>{mutable_data<T>(hidden), data<T>(other), data<T>(b1),
                           keep_argument ? mutable_data<T>(other) : nullptr, kind};
   });
   product_into(out, hidden, turned(w2));
-  Call{working, D}.touches(out).touches(b2).touches(working).touches(episodic).run(n * D, [&](auto type, auto v) {
-    using T = typename decltype(type)::type;
-    return Blend<T, v()>{mutable_data<T>(out), data<T>(b2), data<T>(working), data<T>(episodic)};
-  });
+  Call{device, working, D}.touches(out).touches(b2).touches(working).touches(episodic).run(
+      n * D, [&](auto type, auto v) {
+        using T = typename decltype(type)::type;
+        return Blend<T, v()>{mutable_data<T>(out), data<T>(b2), data<T>(working), data<T>(episodic)};
+      });
   return {out, keep_argument ? other : save ? hidden : make(working, {0})};
 }
 
@@ -94,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_fusion_backward
     bool for_b1, bool for_w2, bool for_b2) {
   contract::gated_fusion_backward(grad_, working_, episodic_, w1, w2, b2_, saved_, activation);
   check_dtype(working_);
-  const torch::stable::accelerator::DeviceGuard guard(working_.get_device_index());
+  const Device device(working_);
   const Tensor grad = dense(grad_), working = dense(working_), episodic = dense(episodic_), b2 = dense(b2_);
   const Tensor saved = dense(saved_);
   const int64_t n = working.size(0), D = working.size(1), H = w1.size(0);
@@ -106,14 +108,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_fusion_backward
   Tensor hidden = saved;
   if (kind != Activation::kRelu) {
     hidden = make(working, {n, H});
-    Call{working, H}.touches(saved).touches(hidden).run(n * H, [&](auto type, auto v) {
+    Call{device, working, H}.touches(saved).touches(hidden).run(n * H, [&](auto type, auto v) {
       using T = typename decltype(type)::type;
       return Activated<T, v()>{data<T>(saved), mutable_data<T>(hidden), kind};
     });
   }
   Tensor gate = make(working, {n, D});
   product_into(gate, hidden, turned(w2));
-  Call call{working, D};
+  Call call{device, working, D};
   call.touches(gate).touches(b2).touches(working).touches(episodic).touches(grad);
   call.touches(grad_working).touches(grad_episodic).run(n * D, [&](auto type, auto v) {
     using T = typename decltype(type)::type;
@@ -129,14 +131,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_fusion_backward
 
   Tensor slopes = make(working, {n, H});
   product_into(slopes, gate, w2);
-  Call{working, H}.touches(slopes).touches(saved).run(n * H, [&](auto type, auto v) {
+  Call{device, working, H}.touches(slopes).touches(saved).run(n * H, [&](auto type, auto v) {
     using T = typename decltype(type)::type;
     return HiddenSlope<T, v()>{mutable_data<T>(slopes), data<T>(saved), kind};
   });
   const auto into_tokens = [&](const Tensor& to, int64_t first) {
     // the gate's slope is used up
     product_into(gate, slopes, columns_of(w1, first, D));
-    Call{working, D}.touches(to).touches(gate).run(n * D, [&](auto type, auto v) {
+    Call{device, working, D}.touches(to).touches(gate).run(n * D, [&](auto type, auto v) {
       using T = typename decltype(type)::type;
       return Add<T, v()>{mutable_data<T>(to), data<T>(gate)};
     });
@@ -154,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_fusion_backward
 }  // namespace
 }  // namespace vmemory::fusion
 
-STABLE_TORCH_LIBRARY_IMPL(vmemory, CUDA, m) {
+VMEMORY_CUDA_IMPL(m) {
   m.impl("gated_fusion", TORCH_BOX(&vmemory::fusion::gated_fusion));
   m.impl("gated_fusion_backward", TORCH_BOX(&vmemory::fusion::gated_fusion_backward));
 }

@@ -141,37 +141,42 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(Args a) {
   }
 }
 
-// A block owns the channels of a warp's packs of one frame: their mean, and their pooled cells while the frame's slice
-// is still in the second-level cache.
+// Packs of a row that a block of statistics reads: a line of the cache, so that one frame is many blocks.
+template <int V>
+constexpr int kRowPacks = V > 1 ? 8 : kWarp;
+
+// A block owns a few packs of channels of one frame: their mean, and their pooled cells while the frame's slice is
+// still in the second-level cache.
 template <Mode kMode, int V, class T>
 __global__ void __launch_bounds__(kThreads, 1) stats_kernel(Args a) {
   using A = acc_t<T>;
-  __shared__ A sums[kWarps][kWarp * V];
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t slices = (a.D + kWarp * V - 1) / (kWarp * V), b = blockIdx.x / slices;
-  const int64_t d = (blockIdx.x % slices * kWarp + lane) * V, cells = a.H * a.W;
+  constexpr int kPacks = kRowPacks<V>, kRows = kThreads / kPacks, kChannels = kPacks * V;
+  VMEMORY_SHARED(sums, A[kRows][kChannels]);
+  const int pack = threadIdx.x % kPacks, first = threadIdx.x / kPacks;
+  const int64_t slices = (a.D + kChannels - 1) / kChannels, b = blockIdx.x / slices;
+  const int64_t d = blockIdx.x % slices * kChannels + pack * V, cells = a.H * a.W;
   const bool live = d < a.D;
   const T* frame = static_cast<const T*>(a.in) + b * cells * a.D;
   Sum<A, V> sum;
   if (live)
 #pragma unroll 4
-    for (int64_t n = warp; n < cells; n += kWarps) sum.add(load_pack<V>(frame + n * a.D + d));
+    for (int64_t n = first; n < cells; n += kRows) sum.add(load_pack<V>(frame + n * a.D + d));
 #pragma unroll
-  for (int v = 0; v < V; ++v) sums[warp][lane * V + v] = sum.x[v];
+  for (int v = 0; v < V; ++v) sums[first][pack * V + v] = sum.x[v];
   __syncthreads();
   A* mean = static_cast<A*>(a.mean) + b * a.D;
-  for (int c = threadIdx.x; c < kWarp * V; c += kThreads) {
-    const int64_t channel = blockIdx.x % slices * kWarp * V + c;
+  for (int c = threadIdx.x; c < kChannels; c += kThreads) {
+    const int64_t channel = blockIdx.x % slices * kChannels + c;
     if (channel >= a.D) break;
     A total = A(0);
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) total += sums[w][c];
+#pragma unroll 8
+    for (int row = 0; row < kRows; ++row) total += sums[row][c];
     mean[channel] = total / static_cast<A>(cells);
   }
   if constexpr (kMode == Mode::kArea || kMode == Mode::kBilinear) {
     T* out = static_cast<T*>(a.out) + b * a.h * a.w * a.D;
     if (live)
-      for (int64_t n = warp; n < a.h * a.w; n += kWarps)
+      for (int64_t n = first; n < a.h * a.w; n += kRows)
         pooled<kMode, V>(a, frame, n / a.w, n % a.w, d).store(out + n * a.D + d);
   }
 }
@@ -179,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 1) stats_kernel(Args a) {
 // norm [B] of mean [B, D], a block a frame
 template <class A>
 __global__ void __launch_bounds__(kThreads, 1) norm_kernel(const A* mean, A* norm, int64_t D) {
-  __shared__ A sums[kWarps];
+  VMEMORY_SHARED(sums, A[kWarps]);
   A sum = A(0);
   for (int64_t d = threadIdx.x; d < D; d += kThreads) {
     const A x = mean[blockIdx.x * D + d];

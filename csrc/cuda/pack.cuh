@@ -1,12 +1,10 @@
 // Elements and 16-byte packs of them, read from and written to device memory.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstring>
 
 #include "common/vec.h"
+#include "cuda/language.cuh"
 
 namespace vmemory {
 

@@ -1,10 +1,8 @@
 #include <algorithm>
-#include <mutex>
-#include <vector>
 
 #include "contracts/ring.h"
+#include "cuda/device.h"
 #include "ring.cuh"
-#include "torch/stable.h"
 
 namespace vmemory::ring {
 namespace {
@@ -17,18 +15,18 @@ bool aligned(int64_t bytes, std::initializer_list<const void*> pointers) {
 }
 
 template <class Unit>
-void push(const Tensor& slots, const Tensor& count, const Tensor& frames, const int64_t* streams) {
+void push(const Device& device, const Tensor& slots, const Tensor& count, const Tensor& frames,
+          const int64_t* streams) {
   const int64_t rows = frames.size(0), T = frames.size(1), M = slots.size(1), last = std::min(T, M);
   const int64_t bytes = slots.size(2) * slots.size(3) * slots.element_size();
   const int64_t units = bytes / static_cast<int64_t>(sizeof(Unit)), pieces = pieces_of(units);
   const int64_t blocks = std::max<int64_t>(1, last * pieces);
   VMEMORY_CHECK(rows * blocks <= INT32_MAX, "frames: too many for one launch");
   const Tensor arrived = make(count, {rows}, ScalarType::Int);
-  const cudaStream_t stream = current_stream(frames);
-  cudaMemsetAsync(arrived.mutable_data_ptr(), 0, rows * sizeof(unsigned), stream);
-  PushArgs<Unit> args{static_cast<Unit*>(slots.mutable_data_ptr()),
+  device.clear(arrived);
+  PushArgs<Unit> args{mutable_data<Unit>(slots),
                       mutable_data<int64_t>(count),
-                      static_cast<const Unit*>(frames.const_data_ptr()),
+                      data<Unit>(frames),
                       streams,
                       mutable_data<unsigned>(arrived),
                       slots.size(0),
@@ -38,63 +36,37 @@ void push(const Tensor& slots, const Tensor& count, const Tensor& frames, const 
                       units,
                       pieces,
                       blocks};
-  void* pointers[] = {&args};
-  cudaLaunchKernel(reinterpret_cast<const void*>(ring_push_kernel<Unit>), dim3(static_cast<unsigned>(rows * blocks)),
-                   dim3(kThreads), pointers, 0, stream);
-  check_launch("ring_push_");
+  device.launch("ring_push_", &ring_push_kernel<Unit>, dim3(static_cast<unsigned>(rows * blocks)), kThreads, 0, args);
 }
 
 void ring_push_(const Tensor& slots, const Tensor& count, const Tensor& frames_, std::optional<Tensor> streams_) {
   contract::ring_push_(slots, count, frames_, streams_);
-  const torch::stable::accelerator::DeviceGuard guard(slots.get_device_index());
+  const Device device(slots);
   const Tensor frames = dense(frames_), streams = streams_ ? dense(*streams_) : count;
   if (frames.size(0) == 0 || frames.size(1) == 0) return;
   const int64_t bytes = slots.size(2) * slots.size(3) * slots.element_size();
   const int64_t* route = streams_ ? data<int64_t>(streams) : nullptr;
   if (aligned(bytes, {slots.const_data_ptr(), frames.const_data_ptr()})) {
-    push<uint4>(slots, count, frames, route);
+    push<uint4>(device, slots, count, frames, route);
   } else {
-    push<uint16_t>(slots, count, frames, route);
+    push<uint16_t>(device, slots, count, frames, route);
   }
 }
 
-// blocks of a kernel that a device holds at once: those of a cooperative launch must not be more
-int64_t resident_blocks(const void* kernel) {
-  struct Known {
-    const void* kernel;
-    int device;
-    int64_t blocks;
-  };
-  static std::mutex mutex;
-  static std::vector<Known> known;
-  int device = 0, each = 0, processors = 0;
-  cudaGetDevice(&device);
-  const std::lock_guard<std::mutex> lock(mutex);
-  for (const Known& k : known)
-    if (k.kernel == kernel && k.device == device) return k.blocks;
-  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, 0);
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  known.push_back({kernel, device, static_cast<int64_t>(each) * processors});
-  return known.back().blocks;
-}
-
 template <class T, int V, bool kMean>
-void replace(ReplaceArgs<T>& args, const Tensor& like) {
-  const auto kernel = slot_replace_kernel<T, V, kMean>;
+void replace(const Device& device, const ReplaceArgs<T>& args) {
+  const auto kernel = &slot_replace_kernel<T, V, kMean>;
   const int64_t slices = kMean ? (args.D + kWarp * V - 1) / (kWarp * V) : 0;
   const int64_t items =
       std::max({args.rows * args.each * slices, args.rows * (args.M + 1) * args.chunks, args.rows * args.pieces});
-  const int64_t blocks = std::min(items, resident_blocks(reinterpret_cast<const void*>(kernel)));
-  void* pointers[] = {&args};
-  cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                              dim3(kThreads), pointers, 0, current_stream(like));
-  check_launch("slot_replace_");
+  const int64_t blocks = std::min(items, device.resident_blocks(kernel, kThreads, 0));
+  device.launch_together("slot_replace_", kernel, dim3(static_cast<unsigned>(blocks)), kThreads, 0, args);
 }
 
 Tensor slot_replace_(const Tensor& slots, const Tensor& count, std::optional<Tensor> means, const Tensor& frames_,
                      std::optional<Tensor> streams_, std::string level) {
   contract::slot_replace_(slots, count, means, frames_, streams_, level);
-  const torch::stable::accelerator::DeviceGuard guard(slots.get_device_index());
+  const Device device(slots);
   const Tensor frames = dense(frames_), streams = streams_ ? dense(*streams_) : count;
   const int64_t rows = frames.size(0), S = slots.size(0), M = slots.size(1), N = slots.size(2), D = slots.size(3);
   Tensor replaced = make(count, {rows});
@@ -130,9 +102,9 @@ Tensor slot_replace_(const Tensor& slots, const Tensor& count, std::optional<Ten
     const bool units = aligned(D * sizeof(T), {args.slots, args.frames});
     args.pieces = pieces_of(N * D / (units ? V : 1));
     if (units) {
-      whole ? replace<T, V, false>(args, slots) : replace<T, V, true>(args, slots);
+      whole ? replace<T, V, false>(device, args) : replace<T, V, true>(device, args);
     } else {
-      whole ? replace<T, 1, false>(args, slots) : replace<T, 1, true>(args, slots);
+      whole ? replace<T, 1, false>(device, args) : replace<T, 1, true>(device, args);
     }
   });
   return replaced;
@@ -141,7 +113,7 @@ Tensor slot_replace_(const Tensor& slots, const Tensor& count, std::optional<Ten
 }  // namespace
 }  // namespace vmemory::ring
 
-STABLE_TORCH_LIBRARY_IMPL(vmemory, CUDA, m) {
+VMEMORY_CUDA_IMPL(m) {
   m.impl("ring_push_", TORCH_BOX(&vmemory::ring::ring_push_));
   m.impl("slot_replace_", TORCH_BOX(&vmemory::ring::slot_replace_));
 }

@@ -1,8 +1,6 @@
 // Frames into memories of fixed slots: the next one in turn, or the one most similar to the frame. Torch-free.
 #pragma once
 
-#include <cooperative_groups.h>
-
 #include "bank_tokens.cuh"
 #include "common/choice.h"
 
@@ -72,8 +70,11 @@ __global__ void __launch_bounds__(kThreads) ring_push_kernel(const __grid_consta
     copy_piece(a.frames + (row * a.T + t) * a.units, a.slots + (stream * a.M + slot) * a.units, a.units, k % a.pieces);
   }
   if (threadIdx.x > 0) return;
+  // the other blocks' reads are over before the counter changes
   __threadfence();
-  if (atomicAdd(a.arrived + row, 1u) == a.blocks - 1) a.count[stream] = count + a.T;
+  const bool last = atomicAdd(a.arrived + row, 1u) == a.blocks - 1;
+  __threadfence();
+  if (last) a.count[stream] = count + a.T;
 }
 
 template <class T>
@@ -110,7 +111,7 @@ class Replace {
   // means of the slots, where they are not kept, and of the frame: a block a slice of channels, a lane V of them
   __device__ void find_means() const {
     constexpr int64_t kSlice = kWarp * V;
-    __shared__ A held[kWarps][kSlice];
+    VMEMORY_SHARED(held, A[kWarps][kSlice]);
     const int64_t slices = (a_.D + kSlice - 1) / kSlice, items = a_.rows * a_.each * slices;
     for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
       const int64_t d = item % slices * kSlice, m = item / slices % a_.each, row = item / slices / a_.each;
@@ -189,7 +190,7 @@ class Replace {
 
   template <int W, class X>
   __device__ void multiply(const X* x, const X* y, int64_t n, A* out) const {
-    __shared__ A held[2][kWarps];
+    VMEMORY_SHARED(held, A[2][kWarps]);
     A ab = 0, bb = 0;
 #pragma unroll 4
     for (int64_t d = threadIdx.x * W; d < n; d += kThreads * W) {
@@ -229,8 +230,8 @@ class Replace {
   };
 
   __device__ int64_t most_similar(int64_t row) const {
-    __shared__ A values[kWarps];
-    __shared__ int64_t slots[kWarps];
+    VMEMORY_SHARED(values, A[kWarps]);
+    VMEMORY_SHARED(slots, int64_t[kWarps]);
     const A own = guarded(sqrt(total(row, a_.M, 1)));
     Best best{0, kNone};
     for (int64_t m = warp(); m < a_.M; m += kWarps)

@@ -1,8 +1,8 @@
 #include <algorithm>
 
 #include "contracts/select_tokens.h"
+#include "cuda/device.h"
 #include "select_tokens.cuh"
-#include "torch/stable.h"
 
 namespace vmemory::selection {
 namespace {
@@ -10,8 +10,11 @@ namespace {
 // what every device grants without asking, less what the kernel itself declares
 constexpr int64_t kMaxShared = (48 << 10) - kWarps * sizeof(unsigned);
 
+// up to here one block is done before several would have met
+constexpr int64_t kFewPieces = 4;
+
 template <class T, int kBudgets>
-void launch(SelectArgs<T, kBudgets>& args, const Tensor& like, const Ints& budgets, int64_t S) {
+void launch(const Device& device, SelectArgs<T, kBudgets>& args, const Tensor& like, const Ints& budgets, int64_t S) {
   using U = key_t<T>;
   for (int g = 0; g < kBudgets && g < args.segments; ++g)
     args.budget[g] = static_cast<int>(std::min(budgets[g], args.N));
@@ -24,15 +27,30 @@ void launch(SelectArgs<T, kBudgets>& args, const Tensor& like, const Ints& budge
   const Tensor workspace = make(like, {fits ? 0 : S * bytes}, ScalarType::Byte);
   args.workspace = fits ? nullptr : mutable_data<unsigned char>(workspace);
   args.workspace_bytes = bytes;
-  void* pointers[] = {&args};
-  cudaLaunchKernel(reinterpret_cast<const void*>(select_kernel<T, kBudgets>), dim3(static_cast<unsigned>(S)),
-                   dim3(kThreads), pointers, fits ? bytes : 0, current_stream(like));
-  check_launch("select_tokens");
+  const auto kernel = &select_kernel<T, kBudgets>;
+  args.parts = 1, args.part = args.N;
+  const int64_t pieces = (args.N + kPart - 1) / kPart;
+  if (fits && pieces > kFewPieces) {
+    const int64_t room = device.resident_blocks(kernel, kThreads, bytes) / S,
+                  parts = std::clamp<int64_t>(room, 1, pieces);
+    args.part = (pieces + parts - 1) / parts * kPart;
+    args.parts = static_cast<int>((args.N + args.part - 1) / args.part);
+  }
+  if (args.parts > 1) {
+    args.passes = passes_of<U>(args.N, args.bits);
+    const Tensor merged = make(like, {S, args.passes, args.segments << args.bits}, ScalarType::Int);
+    const Tensor held = make(like, {S, args.parts}, ScalarType::Int);
+    device.clear(merged);
+    args.merged = mutable_data<unsigned>(merged), args.held = mutable_data<unsigned>(held);
+    device.launch_together("select_tokens", kernel, dim3(static_cast<unsigned>(S * args.parts)), kThreads, bytes, args);
+    return;
+  }
+  device.launch("select_tokens", kernel, dim3(static_cast<unsigned>(S)), kThreads, fits ? bytes : 0, args);
 }
 
 std::tuple<Tensor, Tensor> select_tokens(const Tensor& scores_, Ints budgets, std::optional<Tensor> segments_) {
   contract::select_tokens(scores_, budgets, segments_);
-  const torch::stable::accelerator::DeviceGuard guard(scores_.get_device_index());
+  const Device device(scores_);
   const Tensor scores = dense(scores_), segments = segments_ ? dense(*segments_) : scores;
   const int64_t S = scores.size(0), N = scores.size(1);
   VMEMORY_CHECK(N <= INT32_MAX && S <= INT32_MAX, "scores: too large for one launch");
@@ -54,7 +72,7 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& scores_, Ints budgets, st
       args.N = N;
       args.total = total;
       args.segments = static_cast<int>(budgets.size());
-      launch(args, scores, budgets, S);
+      launch(device, args, scores, budgets, S);
     };
     if (uniform) {
       run(std::integral_constant<int, 1>{});
@@ -68,4 +86,4 @@ std::tuple<Tensor, Tensor> select_tokens(const Tensor& scores_, Ints budgets, st
 }  // namespace
 }  // namespace vmemory::selection
 
-STABLE_TORCH_LIBRARY_IMPL(vmemory, CUDA, m) { m.impl("select_tokens", TORCH_BOX(&vmemory::selection::select_tokens)); }
+VMEMORY_CUDA_IMPL(m) { m.impl("select_tokens", TORCH_BOX(&vmemory::selection::select_tokens)); }

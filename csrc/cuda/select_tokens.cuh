@@ -1,7 +1,9 @@
-// Selection by one block a stream: a radix search for the cut of every segment, then the kept positions in order.
+// Selection by a block a part of a stream: a radix search for the cut of every segment, then the kept positions in
+// order. The parts of a long stream add up their counts; each finds the same cut.
 #pragma once
 
 #include "common/select.h"
+#include "cuda/language.cuh"
 
 namespace vmemory::selection {
 
@@ -39,11 +41,23 @@ struct SelectArgs {
   int64_t segment_step;      // 0 where all streams share a row
   unsigned char* workspace;  // null: shared memory
   int64_t workspace_bytes;
+  unsigned* merged;  // [S, passes, segments << bits], zeros: the counts of all parts
+  unsigned* held;    // [S, parts]: what each part keeps
   int64_t *index, *count;
-  int64_t N, total;
-  int segments, bits;
+  int64_t N, total, part;  // part: positions of one
+  int segments, bits, parts, passes;
   int budget[kBudgets];
 };
+
+constexpr int kPart = kItems * kThreads;  // positions of a block at a time
+
+// counts that a search takes: of the keys' digits, then of the positions'
+template <class U>
+int passes_of(int64_t N, int bits) {
+  int of_positions = 0;
+  while ((N - 1) >> of_positions) ++of_positions;
+  return (static_cast<int>(8 * sizeof(U)) + bits - 1) / bits + (of_positions + bits - 1) / bits;
+}
 
 __device__ inline unsigned lane() { return threadIdx.x % kWarp; }
 __device__ inline unsigned warp() { return threadIdx.x / kWarp; }
@@ -65,9 +79,13 @@ class Block {
  public:
   __device__ Block(const SelectArgs<T, kBudgets>& a, unsigned char* shared)
       : a_(a),
-        score_(a.score + blockIdx.x * a.N),
-        segment_(a.segment ? a.segment + blockIdx.x * a.segment_step : nullptr),
-        at_(a.workspace ? a.workspace + blockIdx.x * a.workspace_bytes : shared, a.segments) {}
+        stream_(blockIdx.x / a.parts),
+        part_(blockIdx.x % a.parts),
+        begin_(part_ * a.part),
+        end_(begin_ + a.part < a.N ? begin_ + a.part : a.N),
+        score_(a.score + stream_ * a.N),
+        segment_(a.segment ? a.segment + stream_ * a.segment_step : nullptr),
+        at_(a.workspace ? a.workspace + stream_ * a.workspace_bytes : shared, a.segments) {}
 
   __device__ void run() {
     for (int g = threadIdx.x; g < a_.segments; g += kThreads) {
@@ -77,7 +95,9 @@ class Block {
     }
     for (int top = kKeyBits; top > 0; top -= a_.bits) key_digit(top);
     __syncthreads();
-    if (finish_keys()) {
+    const bool tied = finish_keys();
+    // where streams have parts, all of them meet equally often
+    if (tied || a_.parts > 1) {
       int bits = 0;
       while ((a_.N - 1) >> bits) ++bits;
       for (; bits > 0; bits -= a_.bits) position_digit(bits);
@@ -103,9 +123,9 @@ class Block {
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
       const int64_t i = base + k * step;
-      id[k] = i < a_.N ? 0 : -1;
-      if (i < a_.N) score[k] = score_[i];
-      if (i < a_.N && segment_) id[k] = segment_[i];
+      id[k] = i < end_ ? 0 : -1;
+      if (i < end_) score[k] = score_[i];
+      if (i < end_ && segment_) id[k] = segment_[i];
     }
 #pragma unroll
     for (int k = 0; k < kItems; ++k) {
@@ -121,7 +141,7 @@ class Block {
     __syncthreads();
     for (int b = threadIdx.x; b < a_.segments << bits; b += kThreads) at_.histogram[b] = 0;
     __syncthreads();
-    for (int64_t base = 0; base < a_.N; base += kItems * kThreads) {
+    for (int64_t base = begin_; base < end_; base += kPart) {
       Token token[kItems];
       load(base + threadIdx.x, token, kThreads);
 #pragma unroll
@@ -131,6 +151,17 @@ class Block {
         if (d >= 0) atomicAdd(at_.histogram + ((token[k].segment << bits) | d), 1u);
       }
     }
+    __syncthreads();
+    if (a_.parts > 1) add_parts(a_.segments << bits);
+  }
+
+  // the counts of all parts in the place of the block's
+  __device__ void add_parts(int bins) {
+    unsigned* merged = a_.merged + ((stream_ * a_.passes + pass_++) * a_.segments << a_.bits);
+    for (int b = threadIdx.x; b < bins; b += kThreads)
+      if (at_.histogram[b] > 0) atomicAdd(merged + b, at_.histogram[b]);
+    cooperative_groups::this_grid().sync();
+    for (int b = threadIdx.x; b < bins; b += kThreads) at_.histogram[b] = merged[b];
     __syncthreads();
   }
 
@@ -219,25 +250,42 @@ class Block {
     }
   }
 
-  __device__ void emit() const {
-    __shared__ unsigned held[kWarps];
-    int64_t* out = a_.index + blockIdx.x * a_.total;
+  __device__ bool keeps(const Token& token, int64_t i) const {
+    if (token.segment < 0) return false;
+    const U cut = at_.prefix[token.segment];
+    return token.key > cut || (token.key == cut && i < at_.last[token.segment]);
+  }
+
+  // what the parts before this one keep
+  __device__ int64_t kept_before() const {
+    unsigned own = 0;
+    for (int64_t base = begin_; base < end_; base += kPart) {
+      Token token[kItems];
+      load(base + threadIdx.x, token, kThreads);
+#pragma unroll
+      for (int k = 0; k < kItems; ++k) own += __syncthreads_count(keeps(token[k], base + k * kThreads + threadIdx.x));
+    }
+    unsigned* held = a_.held + stream_ * a_.parts;
+    if (threadIdx.x == 0) held[part_] = own;
+    cooperative_groups::this_grid().sync();
     int64_t kept = 0;
-    for (int64_t base = 0; base < a_.N; base += kItems * kThreads) {
+    for (int p = 0; p < part_; ++p) kept += held[p];
+    return kept;
+  }
+
+  __device__ void emit() const {
+    VMEMORY_SHARED(held, unsigned[kWarps]);
+    int64_t* out = a_.index + stream_ * a_.total;
+    int64_t kept = a_.parts > 1 ? kept_before() : 0;
+    for (int64_t base = begin_; base < end_; base += kPart) {
       const int64_t first = base + warp() * (kItems * kWarp);
       Token token[kItems];
       load(first + lane(), token, kWarp);
-      unsigned keeps[kItems], own = 0;
+      unsigned kept_lanes[kItems], own = 0;
 #pragma unroll
       for (int k = 0; k < kItems; ++k) {
-        const int g = token[k].segment;
-        bool keep = false;
-        if (g >= 0) {
-          const U cut = at_.prefix[g];
-          keep = token[k].key > cut || (token[k].key == cut && first + k * kWarp + lane() < at_.last[g]);
-        }
-        keeps[k] = __ballot_sync(~0u, keep);
-        own += __popc(keeps[k]);
+        kept_lanes[k] = __ballot_sync(~0u, keeps(token[k], first + k * kWarp + lane()));
+        own += __popc(kept_lanes[k]);
       }
       if (lane() == 0) held[warp()] = own;
       __syncthreads();
@@ -247,25 +295,30 @@ class Block {
       __syncthreads();
 #pragma unroll
       for (int k = 0; k < kItems; ++k) {
-        if (keeps[k] >> lane() & 1u) out[place + __popc(keeps[k] & ((1u << lane()) - 1))] = first + k * kWarp + lane();
-        place += __popc(keeps[k]);
+        const unsigned lanes = kept_lanes[k];
+        if (lanes >> lane() & 1u) out[place + __popc(lanes & ((1u << lane()) - 1))] = first + k * kWarp + lane();
+        place += __popc(lanes);
       }
     }
+    if (part_ + 1 < a_.parts) return;
     for (int64_t k = kept + threadIdx.x; k < a_.total; k += kThreads) out[k] = -1;
-    if (threadIdx.x == 0) a_.count[blockIdx.x] = kept;
+    if (threadIdx.x == 0) a_.count[stream_] = kept;
   }
 
   const SelectArgs<T, kBudgets>& a_;
+  const int64_t stream_;
+  const int part_;
+  const int64_t begin_, end_;  // positions of the part
+  int pass_ = 0;
   const T* score_;
   const int64_t* segment_;
   Search<U> at_;
 };
 
-// a block a stream
+// a block a part
 template <class T, int kBudgets>
 __global__ void __launch_bounds__(kThreads, 1) select_kernel(const __grid_constant__ SelectArgs<T, kBudgets> a) {
-  extern __shared__ __align__(16) unsigned char select_shared[];
-  Block<T, kBudgets>(a, select_shared).run();
+  Block<T, kBudgets>(a, dynamic_shared<unsigned char>()).run();
 }
 
 }  // namespace vmemory::selection

@@ -1,8 +1,8 @@
 #include <algorithm>
 
 #include "contracts/similarity_topk.h"
+#include "cuda/device.h"
 #include "similarity_topk.cuh"
-#include "torch/stable.h"
 
 namespace vmemory::search {
 namespace {
@@ -11,30 +11,21 @@ constexpr int64_t kQueryBytes = 40 << 10;  // beside the keys in what every devi
 constexpr int64_t kMaxChannels = 4096;
 constexpr int64_t kMaxGridSide = 65535;
 
-template <class Kernel>
-void launch(Kernel kernel, dim3 grid, int threads, size_t shared, cudaStream_t stream, Args& args) {
-  void* pointers[] = {&args};
-  cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), pointers, shared, stream);
-  check_launch("similarity_topk");
-}
-
 template <class U, class T, bool kAligned>
-void search(Args& args, int64_t S, int processors, cudaStream_t stream) {
+void search(const Device& device, Args& args, int64_t S) {
   args.padded = padded_channels<T>(std::max<int64_t>(args.D, 1));
   const size_t row = args.padded * sizeof(float);
   const auto groups = [&](auto queries) {
     constexpr int kQueries = decltype(queries)::value;
     const int64_t chunks = (args.Q + kQueries - 1) / kQueries;
     const int64_t most = std::max<int64_t>((args.groups + kWarps - 1) / kWarps, 1);
-    const int64_t blocks = std::clamp<int64_t>(8 * processors / (S * chunks), 1, most);
+    const int64_t blocks = std::clamp<int64_t>(8 * device.processors() / (S * chunks), 1, most);
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(S), static_cast<unsigned>(chunks));
-    launch(groups_kernel<U, T, kQueries, kAligned>, grid, kThreads, kQueries * row, stream, args);
+    device.launch("similarity_topk", &groups_kernel<U, T, kQueries, kAligned>, grid, kThreads, kQueries * row, args);
   };
-  // no more queries at a time than there are, nor than fit
+  // no more queries at a time than there are, nor than fit; with 16 a thread's registers leave room for one block
   const int64_t fit = std::min<int64_t>(args.Q, kQueryBytes / row);
-  if (fit > 8 && 16 * row <= kQueryBytes) {
-    groups(std::integral_constant<int, 16>{});
-  } else if (fit > 4 && 8 * row <= kQueryBytes) {
+  if (fit > 4 && 8 * row <= kQueryBytes) {
     groups(std::integral_constant<int, 8>{});
   } else if (fit > 1 && 4 * row <= kQueryBytes) {
     groups(std::integral_constant<int, 4>{});
@@ -42,15 +33,14 @@ void search(Args& args, int64_t S, int processors, cudaStream_t stream) {
     groups(std::integral_constant<int, 1>{});
   }
   const dim3 grid(static_cast<unsigned>(args.Q), static_cast<unsigned>(S));
-  launch(finish_kernel<U, T, kAligned>, grid, kFinishThreads, row, stream, args);
+  device.launch("similarity_topk", &finish_kernel<U, T, kAligned>, grid, kFinishThreads, row, args);
 }
 
 std::tuple<Tensor, Tensor> similarity_topk(const Tensor& query_, const Tensor& memory_, std::optional<Tensor> count_,
                                            std::optional<Tensor> where_, std::optional<Tensor> scale_, int64_t k,
                                            std::string metric) {
   contract::similarity_topk(query_, memory_, count_, where_, scale_, k, metric);
-  const torch::stable::accelerator::DeviceGuard guard(query_.get_device_index());
-  const cudaStream_t stream = current_stream(query_);
+  const Device device(query_);
   const Tensor query = dense(query_), memory = dense(memory_);
   const Tensor count = count_ ? dense(*count_) : query, where = where_ ? dense(*where_) : query;
   const Tensor scale = scale_ ? dense(*scale_) : query;
@@ -68,19 +58,17 @@ std::tuple<Tensor, Tensor> similarity_topk(const Tensor& query_, const Tensor& m
   args.group = k <= 64 ? 4 * kRows : kRows;
   args.groups = (M + args.group - 1) / args.group;
   const Tensor best = make(query, {S, Q, args.groups}, ScalarType::Long);
-  args.query = query.const_data_ptr(), args.memory = memory.const_data_ptr();
+  args.query = data<void>(query), args.memory = data<void>(memory);
   args.count = count_ ? data<int64_t>(count) : nullptr;
   args.where = where_ ? data<bool>(where) : nullptr;
   args.scale = scale_ ? data<float>(scale) : nullptr;
   args.best = reinterpret_cast<Key*>(mutable_data<int64_t>(best));
   args.value = mutable_data<float>(value), args.index = mutable_data<int64_t>(index);
-  int processors = 0;
-  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, query.get_device_index());
   const auto run = [&](auto u, auto t) {
     using U = typename decltype(u)::type;
     using T = typename decltype(t)::type;
     const bool aligned = D * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(args.memory) % 16 == 0;
-    aligned ? search<U, T, true>(args, S, processors, stream) : search<U, T, false>(args, S, processors, stream);
+    aligned ? search<U, T, true>(device, args, S) : search<U, T, false>(device, args, S);
   };
   dispatch_floating(query.scalar_type(), [&](auto u) {
     if constexpr (!std::is_same_v<decltype(u), tag<double>>)
@@ -92,4 +80,4 @@ std::tuple<Tensor, Tensor> similarity_topk(const Tensor& query_, const Tensor& m
 }  // namespace
 }  // namespace vmemory::search
 
-STABLE_TORCH_LIBRARY_IMPL(vmemory, CUDA, m) { m.impl("similarity_topk", TORCH_BOX(&vmemory::search::similarity_topk)); }
+VMEMORY_CUDA_IMPL(m) { m.impl("similarity_topk", TORCH_BOX(&vmemory::search::similarity_topk)); }

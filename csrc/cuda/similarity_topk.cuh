@@ -2,12 +2,11 @@
 // kernel reads the memory and keeps the best of every group, a second chooses groups, scores them again and sorts.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
+#include <cstring>
 
 #include "common/vec.h"
+#include "cuda/language.cuh"
 
 namespace vmemory::search {
 
@@ -205,9 +204,8 @@ __device__ inline bool is_searched(const Args& a, int64_t stream, int64_t row, i
 // best[s, q, g] for kQueries queries of a stream; grid (blocks, streams, chunks of queries)
 template <class U, class T, int kQueries, bool kAligned>
 __global__ void __launch_bounds__(kThreads, 1) groups_kernel(Args a) {
-  extern __shared__ float4 shared[];
-  float* queries = reinterpret_cast<float*>(shared);
-  __shared__ float norms[kQueries];
+  float* const queries = dynamic_shared<float>();
+  VMEMORY_SHARED(norms, float[kQueries]);
   constexpr int kMine = kRows * kQueries > kWarp ? kRows * kQueries / kWarp : 1;
   const int64_t stream = blockIdx.y, chunk = static_cast<int64_t>(blockIdx.z) * kQueries;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
@@ -286,7 +284,7 @@ class Best {
         __syncthreads();
       }
     held_ = held_ < k_ ? held_ : k_;
-    least_ = held_ == k_ ? keys_[k_ - 1] : kNothing;
+    least_ = k_ > 0 && held_ == k_ ? keys_[k_ - 1] : kNothing;
     if (threadIdx.x == 0) *shared_held_ = held_;
     __syncthreads();
   }
@@ -300,11 +298,11 @@ class Best {
 // the result of one query; grid (queries, streams)
 template <class U, class T, bool kAligned>
 __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(Args a) {
-  extern __shared__ float4 shared[];
-  float* query = reinterpret_cast<float*>(shared);
-  __shared__ Key keys[kHeld];
-  __shared__ int chosen[kMaxK], held;
-  __shared__ float norm;
+  float* const query = dynamic_shared<float>();
+  VMEMORY_SHARED(keys, Key[kHeld]);
+  VMEMORY_SHARED(chosen, int[kMaxK]);
+  VMEMORY_SHARED(held, int);
+  VMEMORY_SHARED(norm, float);
   const int64_t q = blockIdx.x, stream = blockIdx.y, place = stream * a.Q + q;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   load_queries<U, T, 1, kFinishThreads>(a, stream, q, query);

@@ -1,11 +1,9 @@
 #include "contracts/token_merge.h"
+#include "cuda/device.h"
 #include "token_merge.cuh"
-#include "torch/stable.h"
 
 namespace vmemory::merging {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
 
 template <class T>
 bool aligned(const T* p) {
@@ -14,36 +12,33 @@ bool aligned(const T* p) {
 
 // a block an item and a slice of its channels, of whole packs where the rows lie so
 template <class T, class Args, class Wide, class Single>
-void launch(Args& args, int64_t items, const Tensor& like, Wide wide, Single single) {
+void launch(const Device& device, Args& args, int64_t items, Wide wide, Single single) {
   constexpr int64_t V = sizeof(uint4) / sizeof(T);
   const bool packed = args.D % V == 0 && aligned(args.x) && aligned(args.out);
   const int64_t step = kThreads * (packed ? V : 1);
   args.slices = std::max<int64_t>(1, (args.D + step - 1) / step);
   VMEMORY_CHECK(items * args.slices <= INT32_MAX, "x: too large for one launch");
   const dim3 blocks(static_cast<unsigned>(items * args.slices));
-  void* pointers[] = {&args};
-  cudaLaunchKernel(reinterpret_cast<const void*>(packed ? wide : single), blocks, dim3(kThreads), pointers, 0,
-                   current_stream(like));
-  check_launch("token_merge");
+  device.launch("token_merge", packed ? wide : single, blocks, kThreads, 0, args);
 }
 
 template <class T>
-void launch_sum(SumArgs<T>& args, int64_t streams, const Tensor& like) {
+void launch_sum(const Device& device, SumArgs<T>& args, int64_t streams) {
   if (streams * args.N == 0) return;
-  launch<T>(args, streams * args.N, like, &token_sum_kernel<T, sizeof(uint4) / sizeof(T)>, &token_sum_kernel<T, 1>);
+  launch<T>(device, args, streams * args.N, &token_sum_kernel<T, sizeof(uint4) / sizeof(T)>, &token_sum_kernel<T, 1>);
 }
 
 template <class T>
-void launch_spread(SpreadArgs<T>& args, int64_t streams, const Tensor& like) {
+void launch_spread(const Device& device, SpreadArgs<T>& args, int64_t streams) {
   if (streams * args.M * args.D == 0) return;
-  launch<T>(args, streams * args.M, like, &token_spread_kernel<T, sizeof(uint4) / sizeof(T)>,
+  launch<T>(device, args, streams * args.M, &token_spread_kernel<T, sizeof(uint4) / sizeof(T)>,
             &token_spread_kernel<T, 1>);
 }
 
 std::tuple<Tensor, Tensor> token_merge(const Tensor& x_, std::optional<Tensor> size_, const Tensor& order_,
                                        const Tensor& start_) {
   contract::token_merge(x_, size_, order_, start_);
-  const DeviceGuard guard(x_.get_device_index());
+  const Device device(x_);
   const Tensor x = dense(x_), size = size_ ? dense(*size_) : x, order = dense(order_), start = dense(start_);
   const int64_t B = start.size(0), N = start.size(1) - 1, M = x.size(1), D = x.size(2);
   const bool is_double = x.scalar_type() == ScalarType::Double;
@@ -61,14 +56,14 @@ std::tuple<Tensor, Tensor> token_merge(const Tensor& x_, std::optional<Tensor> s
                     N,
                     D,
                     1};
-    launch_sum(args, B, x);
+    launch_sum(device, args, B);
   });
   return {out, total};
 }
 
 Tensor token_unmerge_backward(const Tensor& grad_, const Tensor& order_, const Tensor& start_) {
   contract::token_unmerge_backward(grad_, order_, start_);
-  const DeviceGuard guard(grad_.get_device_index());
+  const Device device(grad_);
   const Tensor grad = dense(grad_), order = dense(order_), start = dense(start_);
   const int64_t B = start.size(0), N = start.size(1) - 1, M = grad.size(1), D = grad.size(2);
   Tensor out = make(grad, {B, N, D});
@@ -76,7 +71,7 @@ Tensor token_unmerge_backward(const Tensor& grad_, const Tensor& order_, const T
     using T = typename decltype(t)::type;
     SumArgs<T> args{
         data<T>(grad), nullptr, data<int64_t>(order), data<int64_t>(start), mutable_data<T>(out), nullptr, M, N, D, 1};
-    launch_sum(args, B, grad);
+    launch_sum(device, args, B);
   });
   return out;
 }
@@ -84,7 +79,7 @@ Tensor token_unmerge_backward(const Tensor& grad_, const Tensor& order_, const T
 Tensor token_merge_backward(const Tensor& grad_, std::optional<Tensor> size_, const Tensor& total_,
                             const Tensor& place_, const Tensor& start_) {
   contract::token_merge_backward(grad_, size_, total_, place_, start_);
-  const DeviceGuard guard(grad_.get_device_index());
+  const Device device(grad_);
   const Tensor grad = dense(grad_), total = dense(total_), place = dense(place_), start = dense(start_);
   const Tensor size = size_ ? dense(*size_) : grad;
   const int64_t B = place.size(0), N = start.size(1) - 1, M = place.size(1), D = grad.size(2);
@@ -102,21 +97,21 @@ Tensor token_merge_backward(const Tensor& grad_, std::optional<Tensor> size_, co
                        N,
                        D,
                        1};
-    launch_spread(args, B, grad);
+    launch_spread(device, args, B);
   });
   return out;
 }
 
 Tensor token_unmerge(const Tensor& x_, const Tensor& place_) {
   contract::token_unmerge(x_, place_);
-  const DeviceGuard guard(x_.get_device_index());
+  const Device device(x_);
   const Tensor x = dense(x_), place = dense(place_);
   const int64_t B = place.size(0), N = x.size(1), M = place.size(1), D = x.size(2);
   Tensor out = make(x, {B, M, D});
   dispatch_floating(x.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
     SpreadArgs<T> args{data<T>(x), nullptr, nullptr, data<int64_t>(place), nullptr, mutable_data<T>(out), M, N, D, 1};
-    launch_spread(args, B, x);
+    launch_spread(device, args, B);
   });
   return out;
 }
@@ -124,7 +119,7 @@ Tensor token_unmerge(const Tensor& x_, const Tensor& place_) {
 }  // namespace
 }  // namespace vmemory::merging
 
-STABLE_TORCH_LIBRARY_IMPL(vmemory, CUDA, m) {
+VMEMORY_CUDA_IMPL(m) {
   m.impl("token_merge", TORCH_BOX(&vmemory::merging::token_merge));
   m.impl("token_merge_backward", TORCH_BOX(&vmemory::merging::token_merge_backward));
   m.impl("token_unmerge", TORCH_BOX(&vmemory::merging::token_unmerge));

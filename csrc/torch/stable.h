@@ -18,6 +18,9 @@
 #include <vector>
 
 #include "common/vec.h"
+#ifdef VMEMORY_SIMT
+#include "simt/tensors.h"
+#endif
 
 namespace vmemory {
 
@@ -34,6 +37,13 @@ template <class... Parts>
 }
 
 #define VMEMORY_CHECK(condition, ...) ((condition) ? void() : ::vmemory::fail("vmemory: ", __VA_ARGS__))
+
+#ifndef VMEMORY_SIMT
+// what the emulator of a device is told (simt/tensors.h), and nobody else
+inline void known(const Tensor&) {}
+inline void made(const Tensor&) {}
+inline void written(const Tensor&) {}
+#endif
 
 template <class T>
 struct tag {
@@ -73,11 +83,13 @@ auto dispatch_stored(ScalarType type, F&& f) {
 
 template <class T>
 const T* data(const Tensor& t) {
+  known(t);
   return static_cast<const T*>(t.const_data_ptr());
 }
 
 template <class T>
 T* mutable_data(const Tensor& t) {
+  known(t);
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
@@ -95,6 +107,7 @@ inline void advise_huge_pages(void* begin, size_t bytes) {
 inline Tensor make(const Tensor& like, const Ints& sizes, std::optional<ScalarType> type = std::nullopt) {
   Tensor out = torch::stable::new_empty(like, sizes, type);
   if (out.is_cpu()) advise_huge_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
+  made(out);
   return out;
 }
 
@@ -107,6 +120,7 @@ inline void product_into(const Tensor& out, const Tensor& a, const Tensor& b) {
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
   // the returned handle is ours to release
   torch::stable::detail::to<Tensor>(stack[0]);
+  written(out);
 }
 
 // f(begin, end) over [0, n) on torch's own threads, at least `grain` each

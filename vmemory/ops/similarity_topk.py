@@ -26,11 +26,11 @@ from vmemory.reference import similarity_topk as _reference
 
 MAX_K = 1024
 
-_MANY_QUERIES = 16
+_MANY_QUERIES = 8
 
 
 def _passed_over(impl: str, query: Tensor) -> str:
-    # the CUDA kernel reads the memory once for every 16 queries and multiplies without tensor cores
+    # the CUDA kernel reads the memory once for every 8 queries and multiplies without tensor cores
     if impl == "native" and query.is_cuda and query.shape[1] > _MANY_QUERIES:
         return f"more than {_MANY_QUERIES} queries are a matrix product, which the Triton kernel does better"
     return ""
