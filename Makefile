@@ -2,6 +2,8 @@
 # make test: style, types, and the tests at this machine's instruction set     make test-all: this, and all below
 # make test-levels: operators and memories at each instruction set that the machine runs, built for all
 # make test-dist: source distribution and wheel, built and used in clean environments
+# make simt: CUDA C++ kernels on an emulated device, under the CPU's tests
+# make test-simt: the same with every access checked, in several orders of threads, and with faults put in
 # make test-matrix: models with the oldest and the newest transformers
 # make wheel: dist/*.whl for other machines, tagged by the glibc that it needs
 PYTHON ?= python3
@@ -18,7 +20,7 @@ LEVELS = $(shell $(PYTHON) vmemory/_cpu.py)
 # releases of transformers that `make test-matrix` runs, each in an environment of its own under build/matrix
 RELEASES ?= 5.18.0 newest
 
-.PHONY: demo test test-all test-levels test-dist test-matrix style types unit docs bench wheel native clean
+.PHONY: demo test test-all test-levels test-dist simt test-simt test-matrix style types unit docs bench wheel native clean
 .PRECIOUS: build/matrix/%.stamp
 
 demo: $(VENV)/stream.stamp
@@ -26,7 +28,7 @@ demo: $(VENV)/stream.stamp
 
 test: style types unit docs
 
-test-all: test test-levels test-dist test-matrix
+test-all: test test-levels test-dist simt test-simt test-matrix
 
 style: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -47,6 +49,20 @@ test-levels: $(VENV)/test.stamp
 
 test-dist: $(VENV)/test.stamp
 	$(BIN)/python -m pytest tests/test_distribution.py --distribution
+
+SIMT_TESTS = $(patsubst %,tests/test_%.py,ring select_tokens similarity_topk bank_op grid_pool token_merge gated_fusion)
+# of orders of threads and blocks
+SIMT_SEEDS ?= 1 2
+
+simt: $(VENV)/simt.stamp
+	$(BIN)/python -m tests.simt_build plain
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.simt --simt build/simt/plain/libsimt.so -q -n 2 $(SIMT_TESTS)
+
+test-simt: $(VENV)/simt.stamp
+	$(BIN)/python -m tests.simt_build checked
+	for seed in $(SIMT_SEEDS); do OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.simt --simt-seed $$seed \
+		--simt build/simt/checked/libsimt.so -q -n 2 $(SIMT_TESTS) || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/simt_mutants.py
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
@@ -98,6 +114,10 @@ $(VENV)/docs.stamp: $(VENV)/package.stamp
 
 $(VENV)/bench.stamp: $(VENV)/test.stamp
 	$(PIP) --group bench
+	touch $@
+
+$(VENV)/simt.stamp: $(VENV)/test.stamp
+	$(PIP) cmake ninja
 	touch $@
 
 # incremental rebuild of what lies in vmemory/, for work on csrc/; VMEMORY_CPU_ARCH="x86-64-v2;x86-64-v3" or all
