@@ -20,5 +20,5 @@ class LlavaOnevision(SquareFrameAdapter):
     newline = 1
 
     def pack(self, output: Any, tokens: Sequence[Tensor]) -> Any:
-        # the model flattens videos and tokens into one row, so videos of different lengths go in as one
-        return as_pooling(torch.cat(list(tokens))[None])
+        # the model flattens videos and tokens into one row; an entry a token is what beams divide between rows
+        return as_pooling(torch.cat(list(tokens))[:, None])

@@ -34,7 +34,7 @@ def prepare_inputs_labels_for_multimodal(model: Any, *args: Any, **kwargs: Any) 
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if not handle.enabled or given["images"] is None or given["input_ids"].shape[1] == 1 or "video" not in kinds:
         return prepare(*args, **kwargs)
-    handle.check_cache(given["past_key_values"])
+    handle.check_cache("past_key_values", given["past_key_values"])
     handle.adapter.kept = []
     made = prepare(*args, **kwargs)
     handle.record(handle.adapter.kept)

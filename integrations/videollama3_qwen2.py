@@ -65,7 +65,7 @@ def prepare_inputs_labels_for_multimodal(model: Any, *args: Any, **kwargs: Any) 
     silent = not handle.enabled or given["pixel_values"] is None or ids.shape[1] == 1
     if silent or "video" not in (modals or ()):
         return prepare(*args, **kwargs)
-    handle.check_cache(given["past_key_values"])
+    handle.check_cache("past_key_values", given["past_key_values"])
     if ids.shape[0] != 1:
         raise ValueError(
             f"input_ids: expected one row [1, L], into which several prompts are packed, got {list(ids.shape)}; this "

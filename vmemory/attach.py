@@ -18,6 +18,7 @@ from vmemory.models.hook import HANDLE
 from vmemory.models.registry import find_adapter, supported_types
 from vmemory.models.remember import Kept, Provenance, remember
 from vmemory.models.rewrite import Rewritten, rewrite
+from vmemory.models.turn import Turn, cache_in, tokens_in
 
 _ABSENT = "(absent)"
 
@@ -94,7 +95,7 @@ class Handle:
             return False
         if inputs.get("input_ids") is None:
             raise ValueError(f"input_ids: expected ids beside {self.adapter.pixels}, got none")
-        self.check_cache(inputs.get("past_key_values"))
+        self.check_cache(*cache_in(inputs))
         if self.adapter.speaks and inputs.get("output_hidden_states"):
             raise ValueError(
                 "output_hidden_states: expected False with a memory, got True; speech is made from the hidden states "
@@ -102,12 +103,12 @@ class Handle:
             )
         return True
 
-    def check_cache(self, cache: Any) -> None:
+    def check_cache(self, name: str, cache: Any) -> None:
         """Raise ValueError where a cache already holds something."""
-        held = 0 if cache is None else cache.get_seq_length()
+        held = tokens_in(cache)
         if held > 0:
             raise ValueError(
-                f"past_key_values: expected an empty cache with a new video, got one of {held} "
+                f"{name}: expected an empty cache with a new video, got one of {held} "
                 "tokens; vmemory.VideoSession takes frames in one after the other"
             )
 
@@ -116,12 +117,31 @@ class Handle:
         chunk = self.config.memory_chunk_frames
         return rewrite(self.model, self.adapter, inputs, self.remember, chunk=chunk, generating=generating)
 
-    def shrunk(self, inputs: Inputs, generating: bool) -> Inputs:
-        """The inputs for the model, and the model told where its prompt ends."""
+    def shrunk(self, inputs: Inputs, generating: bool) -> tuple[Inputs, Turn]:
+        """The inputs for the model, beside what was given; the model is told where its prompt ends."""
         new = self.rewritten(inputs, generating)
         self.record(new.kept)
         self.adapter.located(self.model, new.rope_deltas)
-        return new.inputs
+        return new.inputs, new.turn
+
+    def continued(self, inputs: Inputs, turn: Turn) -> Inputs:
+        """Inputs of `generate` on top of a cache whose prompt has shrunk; videos given once more are in it already.
+
+        Raises:
+            ValueError: They do not begin with that prompt, or hold a new video.
+        """
+        if inputs.get("input_ids") is None:
+            raise ValueError("input_ids: expected ids beside a cache that holds a prompt with its videos, got none")
+        known = {name: value for name, value in inputs.items() if name not in self.adapter.consumed}
+        ids = (getattr(self.model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+        held = tokens_in(cache_in(inputs)[1])
+        new = turn.continued(known, held, [int(token) for token in ids if token is not None])
+        self.adapter.located(self.model, turn.offset)
+        return new
+
+    def following(self, inputs: Inputs, turn: Turn) -> Inputs:
+        """Inputs of `forward`, the tokens that follow such a cache."""
+        return turn.following(inputs, tokens_in(cache_in(inputs)[1]))
 
 
 def attached(model: nn.Module) -> Handle | None:

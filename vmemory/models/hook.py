@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from vmemory.models.turn import Turn, cache_in, mark, turn_in
 
 HANDLE = "_vmemory"
 _METHODS = "_vmemory_methods"
@@ -18,10 +21,15 @@ class Rewrites(Protocol):
     """What the hooks ask of the handle that lies in `model.__dict__`."""
 
     undo: list[Any]
+    config: Any
 
     def wants(self, inputs: dict[str, Any]) -> bool: ...
 
-    def shrunk(self, inputs: dict[str, Any], generating: bool) -> dict[str, Any]: ...
+    def shrunk(self, inputs: dict[str, Any], generating: bool) -> tuple[dict[str, Any], Turn]: ...
+
+    def continued(self, inputs: dict[str, Any], turn: Turn) -> dict[str, Any]: ...
+
+    def following(self, inputs: dict[str, Any], turn: Turn) -> dict[str, Any]: ...
 
 
 class Method:
@@ -57,8 +65,9 @@ def install_prompt_hook(model: nn.Module, handle: Rewrites) -> None:
     Everything is a function of the module that finds the handle through the model: copies of the model carry hooks of
     their own. The hook runs in `__call__`, above whatever `forward` accelerate, Liger or a compiler left there.
     """
-    hook = model.register_forward_pre_hook(before_forward, with_kwargs=True)
-    handle.undo.append(partial(_remove_hook, key=hook.id))
+    before = model.register_forward_pre_hook(before_forward, with_kwargs=True)
+    after = model.register_forward_hook(after_forward, with_kwargs=True)
+    handle.undo.append(partial(_remove_hooks, before=before.id, after=after.id))
     install_methods(model, handle, {"generate": generate})
 
 
@@ -90,37 +99,100 @@ def _restore_methods(model: nn.Module) -> None:
             model.__dict__[name] = method.former
 
 
-def _remove_hook(model: nn.Module, key: int) -> None:
-    model._forward_pre_hooks.pop(key)
-    model._forward_pre_hooks_with_kwargs.pop(key)
+def _remove_hooks(model: nn.Module, before: int, after: int) -> None:
+    model._forward_pre_hooks.pop(before)
+    model._forward_pre_hooks_with_kwargs.pop(before)
+    model._forward_hooks.pop(after)
+    model._forward_hooks_with_kwargs.pop(after)
+
+
+# what a call on its way through a model has to hand to the hook behind it: by the model, in each thread
+_CALLS = threading.local()
 
 
 def before_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
     """The forward pre-hook."""
+    _CALLS.__dict__.pop(id(model), None)
     handle: Rewrites = model.__dict__[HANDLE]
     if args:
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         inputs = {**dict(zip(names, args, strict=False)), **inputs}
-    if not handle.wants(inputs):
+    if handle.wants(inputs):
+        new, turn = handle.shrunk(inputs, generating=False)
+        place = None
+        if handle.config.memory_full_logits:
+            place, asked = turn.column, inputs.get("logits_to_keep", 0)
+            chooses = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+            if chooses and (not isinstance(asked, int) or asked > 0):
+                new["logits_to_keep"], place = _logits_wanted(turn.column, asked)
+        _CALLS.__dict__[id(model)] = turn, place
+        return (), new
+    before = turn_in(cache_in(inputs)[1])
+    return None if before is None else ((), handle.following(inputs, before))
+
+
+def after_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
+    """The forward hook: logits at the caller's tokens, and a cache that knows what it holds."""
+    call = _CALLS.__dict__.pop(id(model), None)
+    if call is None:
         return None
-    return (), handle.shrunk(inputs, generating=False)
+    turn, place = call
+    if isinstance(output, tuple):
+        for cache in (x for x in output if hasattr(x, "get_seq_length")):
+            mark(cache, turn)
+        # of a model that was asked for a tuple the logits are the first tensor of three dimensions
+        at = next((i for i, x in enumerate(output) if isinstance(x, Tensor) and x.dim() == 3), None)
+        if place is None or at is None:
+            return None
+        return (*output[:at], _gathered(output[at], place), *output[at + 1 :])
+    mark(cache_in(output)[1], turn)
+    # fused losses give none
+    if place is not None and output.get("logits") is not None:
+        output["logits"] = _gathered(output["logits"], place)
+    return output
 
 
+def _logits_wanted(column: Tensor, asked: int | Tensor) -> tuple[Tensor, Tensor]:
+    """Which logits the model has to give, and `[B, n]` which of them stand for those that were asked for."""
+    wanted = column[:, -asked:] if isinstance(asked, int) else column[:, asked.to(column.device)]
+    columns, place = wanted.unique(return_inverse=True)
+    return columns, place
+
+
+def _gathered(logits: Tensor, place: Tensor) -> Tensor:
+    """`[B, n', V]` as `[B, n, V]`."""
+    return logits[torch.arange(len(place), device=logits.device)[:, None], place.to(logits.device)]
+
+
+@torch.no_grad()
 def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-    """`generate` with a prompt shrunk beforehand; the caller gets back the prompt that was given."""
+    """`generate` with a prompt shrunk beforehand; the caller gets back the prompt that was given.
+
+    As in the model's own there are no gradients, in the vision tower neither.
+    """
     handle: Rewrites = self.__dict__[HANDLE]
     former = original(self, "generate")
     if inputs is not None:
         kwargs["input_ids"] = inputs
-    if not handle.wants(kwargs):
+    cache = cache_in(kwargs)[1]
+    turn = turn_in(cache)
+    if turn is not None:
+        new = handle.continued(kwargs, turn)
+    elif handle.wants(kwargs):
+        new, turn = handle.shrunk(kwargs, generating=True)
+    else:
         return former(*args, **kwargs)
     ids = kwargs["input_ids"]
-    new = handle.shrunk(kwargs, generating=True)
     length = new["input_ids"].shape[1]
     new |= _lengths(self, args, new, ids.shape[1] - length)
     out = former(*args, **new)
     sequences = out if isinstance(out, torch.Tensor) else out.sequences
-    prompt = ids.repeat_interleave(len(sequences) // len(ids), 0).to(sequences.device)
+    times = len(sequences) // len(ids)
+    if cache is None and not isinstance(out, torch.Tensor):
+        cache = cache_in(out)[1]
+    if turn_in(cache) is None:
+        mark(cache, turn.repeated(times))
+    prompt = ids.repeat_interleave(times, 0).to(sequences.device)
     whole = torch.cat([prompt, sequences[:, length:]], 1)
     if isinstance(out, torch.Tensor):
         return whole

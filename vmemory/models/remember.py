@@ -18,7 +18,8 @@ class Kept(NamedTuple):
 
     Attributes:
         tokens: `[N, C]`, in the tower's dtype.
-        source: `[N]` int64, sorted and unique: the token of the flattened `T·H·W` grid whose place each one takes.
+        source: `[N]` int64, sorted and unique: the token of the flattened `T·H·W` grid whose place each one takes, one
+            that had a placeholder.
         grid: Its (T, H, W).
         valid: `[T, H, W]` bool, tokens that had a placeholder; None = all.
         tail: `[k, C]` rows behind the frames, which stay; or None.
@@ -92,7 +93,7 @@ def _streamed(first: Clip, second: Clip, rest: Iterator[Clip], config: MemoryCon
         return untouched(joined(early))
     made = bank.read()
     whole = torch.cat(valid) if valid else None
-    return Kept(made.tokens.to(kind), made.source, (length, H, W), whole, clip.tail)
+    return Kept(made.tokens.to(kind), placed(made.source, whole), (length, H, W), whole, clip.tail)
 
 
 def _chained(first: Clip, second: Clip, rest: Iterator[Clip]) -> Iterator[Clip]:
@@ -112,7 +113,37 @@ def compressed(clip: Clip, config: MemoryConfig, memory: Any = None) -> Kept:
     elif not hasattr(memory, "compress"):
         memory = memory(dim=C, grid=(H, W), device=clip.frames.device, **like)
     made = memory.compress(clip.frames, clip.time, valid=clip.valid)
-    return Kept(made.tokens.to(clip.frames.dtype), made.source, (T, H, W), clip.valid, clip.tail)
+    source = placed(made.source, clip.valid)
+    return Kept(made.tokens.to(clip.frames.dtype), source, (T, H, W), clip.valid, clip.tail)
+
+
+def placed(source: Tensor, valid: Tensor | None) -> Tensor:
+    """The cells `[N]` that tokens `source [N]` take among those that exist, in order, each its own.
+
+    A pooled or merged token may stand for a cell that does not exist: it takes the next that does, of its own frame
+    where that has one left.
+
+    Args:
+        source: Sorted and unique.
+        valid: `[T, H, W]` bool, cells that exist; None = all.
+
+    Raises:
+        ValueError: More tokens than cells.
+    """
+    if valid is None:
+        return source
+    exists = valid.flatten()
+    cells, N = exists.nonzero().flatten(), len(source)
+    if N > len(cells):
+        raise ValueError(f"memory: expected at most {len(cells)} tokens, as many as the video had, got {N}")
+    total = exists.long().cumsum(0)
+    frame = source // valid[0].numel()
+    ends = total[valid[0].numel() - 1 :: valid[0].numel()][frame]
+    order = torch.arange(N, device=source.device)
+    behind = torch.searchsorted(frame, frame, right=True) - 1 - order
+    rank = torch.minimum(total[source] - exists[source].long(), ends - 1 - behind).clamp(min=0)
+    rank = torch.minimum((rank - order).cummax(0).values + order, len(cells) - N + order)
+    return cells[rank]
 
 
 @lru_cache(maxsize=16)

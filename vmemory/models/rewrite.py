@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vmemory.models.adapter import Adapter, Clip, Inputs, known_arguments
 from vmemory.models.frame_text import Span, close_gaps, dead_spans
 from vmemory.models.remember import Kept
+from vmemory.models.turn import Turn
 
 
 class Rewritten(NamedTuple):
@@ -20,12 +21,14 @@ class Rewritten(NamedTuple):
         inputs: For `forward` or `generate`.
         keep: `[B, L]` bool, tokens of the old prompt that are in the new one.
         rope_deltas: `[B, 1]` int64 for models that keep them between calls, else None.
+        turn: The old prompt beside the new one.
         kept: Per video.
     """
 
     inputs: Inputs
     keep: Tensor
     rope_deltas: Tensor | None
+    turn: Turn
     kept: list[Kept]
 
 
@@ -62,10 +65,12 @@ def rewrite(
     everything = bool(keep.all())
     real = torch.ones_like(keep) if mask is None else mask.bool()
     dropped = (~keep & real).sum(-1, keepdim=True)
+    column = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
     if not everything:
         keep &= real
         left = generating or bool((~real[:, 0]).any())
         take = _gather(keep, left)
+        column = _columns(keep, left)
         new["input_ids"] = take(ids, padding_id(model))
         if mask is not None or bool((keep.sum(-1) != keep.sum(-1).max()).any()):
             new["attention_mask"] = take(real.long() if mask is None else mask, 0)
@@ -82,7 +87,10 @@ def rewrite(
     tokens = [k.tokens if k.tail is None else torch.cat([k.tokens, k.tail.to(k.tokens)]) for k in kept]
     new["mm_encoder_outputs"] = {adapter.modality: adapter.pack(output, tokens), **images(model, adapter, inputs)}
     deltas = None if located is None else located[1] + dropped.to(located[1])
-    return Rewritten(new, keep, deltas, kept)
+    read = new.get("attention_mask")
+    read = torch.ones_like(new["input_ids"]) if read is None else read
+    offset = None if located is None else _offset(positions, read)
+    return Rewritten(new, keep, deltas, Turn(ids, new["input_ids"], read, column, offset), kept)
 
 
 def remembered(
@@ -165,6 +173,21 @@ def _gather(keep: Tensor, left: bool) -> Callable[[Tensor, int], Tensor]:
         return taken.masked_fill(~there.expand(*lead, *there.shape), fill)
 
     return take
+
+
+def _columns(keep: Tensor, left: bool) -> Tensor:
+    """`[B, L]`: where `_gather` puts each column or, of those that go, the last one kept before it."""
+    count = keep.sum(-1, keepdim=True)
+    before = (keep.cumsum(-1) - 1).clamp(min=0)
+    return before + (count.max() - count) if left else before
+
+
+def _offset(positions: Tensor, mask: Tensor) -> Tensor:
+    """`[B, 1]`: how far three-row positions `[3, B, L]` are ahead of plain ones behind the prompt."""
+    column = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask.bool(), column, -1).amax(-1, keepdim=True).clamp(min=0)
+    ends = positions.amax(0).gather(1, last.to(positions.device))
+    return ends + 1 - mask.long().sum(-1, keepdim=True).to(ends)
 
 
 def with_text_row(positions: Tensor, mask: Tensor | None) -> Tensor:

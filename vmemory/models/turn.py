@@ -1,0 +1,147 @@
+"""A prompt as the caller wrote it, beside what the model has read of it: for logits, and for what follows a cache."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Any]
+_TURN = "_vmemory_turn"
+
+
+class Turn(NamedTuple):
+    """A prompt that shrank.
+
+    Attributes:
+        ids: `[B, L]` int64 of the caller.
+        seen: `[B, L']` int64, what the model read.
+        mask: `[B, L']` int64, its attention mask.
+        column: `[B, L]` int64: the column of `seen` that stands for each of `ids`, its own or the last one before it.
+        offset: `[B, 1]` int64, how far the positions of what follows are ahead of plain ones, where a model has rows of
+            them; else None.
+    """
+
+    ids: Tensor
+    seen: Tensor
+    mask: Tensor
+    column: Tensor
+    offset: Tensor | None
+
+    def repeated(self, times: int) -> Turn:
+        """The same for every entry of the batch `times` over, as beams and several answers have it."""
+        return self if times == 1 else Turn(*(None if x is None else x.repeat_interleave(times, 0) for x in self))
+
+    def whole_mask(self, mask: Tensor) -> Tensor:
+        """An attention mask of the caller's prompt and what follows, for the prompt the model read and that."""
+        return torch.cat([self.mask.to(mask), mask[:, self.ids.shape[1] :]], 1)
+
+    def continued(self, inputs: Inputs, held: int, places: list[int]) -> Inputs:
+        """Inputs of `generate` that begin with this prompt, on a cache of `held` tokens which begins with it too.
+
+        Args:
+            inputs: With `input_ids [B, L + n]`, without pixels.
+            held: Tokens of the cache.
+            places: Ids that stand for visual tokens.
+
+        Raises:
+            ValueError: They begin with something else, or hold a new video.
+        """
+        ids: Tensor = inputs["input_ids"]
+        L = self.ids.shape[1]
+        if held < self.seen.shape[1]:
+            raise ValueError(
+                f"{cache_in(inputs)[0]}: expected all {self.seen.shape[1]} tokens of the prompt with its videos, got a "
+                f"cache that was cut to {held}"
+            )
+        begins = ids.shape[0] == self.ids.shape[0] and ids.shape[1] > L
+        if not (begins and torch.equal(ids[:, :L], self.ids.to(ids))):
+            raise ValueError(
+                f"input_ids: expected the {list(self.ids.shape)} tokens whose videos the cache holds, and what follows "
+                f"them, got {list(ids.shape)} that begin otherwise"
+            )
+        if bool(torch.isin(ids[:, L:], ids.new_tensor(places)).any()):
+            raise ValueError(
+                f"{cache_in(inputs)[0]}: expected an empty cache with a new video, got one of {held} tokens; "
+                "vmemory.VideoSession takes frames in one after the other"
+            )
+        new = {**inputs, "input_ids": torch.cat([self.seen.to(ids), ids[:, L:]], 1)}
+        given = inputs.get("attention_mask")
+        mask = self.whole_mask(torch.ones_like(ids) if given is None else given)
+        new["attention_mask"] = mask
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if inputs.get(name) is not None:
+                rest = inputs[name][:, L:]
+                new[name] = torch.cat([rest.new_zeros(self.seen.shape), rest], 1)
+        if inputs.get("position_ids") is not None:
+            # of what was read nobody asks again
+            rest = inputs["position_ids"][..., L:]
+            new["position_ids"] = torch.cat([rest.new_zeros(*rest.shape[:-1], self.seen.shape[1]), rest], -1)
+        elif self.offset is not None:
+            new["position_ids"] = self.positions(mask)
+        return new
+
+    def following(self, inputs: Inputs, held: int) -> Inputs:
+        """Inputs of `forward`, `n` tokens on such a cache: a mask of the caller's prompt fits what is held, too.
+
+        Args:
+            inputs: With `input_ids [B, n]`.
+            held: Tokens of the cache.
+        """
+        ids: Tensor | None = inputs.get("input_ids")
+        given = inputs.get("attention_mask")
+        if ids is None or (given is not None and given.dim() != 2):
+            return inputs
+        new, n = dict(inputs), ids.shape[1]
+        longer = self.ids.shape[1] - self.seen.shape[1]
+        if given is not None and longer and given.shape[1] == held + longer + n:
+            new["attention_mask"] = given = self.whole_mask(given)
+        if self.offset is not None and inputs.get("position_ids") is None:
+            if given is None:
+                given = torch.cat([self.mask, self.mask.new_ones(len(ids), held + n - self.mask.shape[1])], 1)
+            new["position_ids"] = self.positions(given)[..., -n:]
+        return new
+
+    def positions(self, mask: Tensor) -> Tensor:
+        """`[4, B, L' + n]` of a prompt and what follows, with this mask; those of the prompt itself are not right."""
+        assert self.offset is not None
+        text = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return torch.cat([text[None], (text + self.offset.to(text)).expand(3, *text.shape)])
+
+
+def cache_argument(model: Any) -> str:
+    """The name that a model's `forward` has for its cache; transformers changed it in 5.24."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
+def cache_in(mapping: Any) -> tuple[str, Any]:
+    """Name and value of the cache among inputs or outputs, whatever its name; None where there is none."""
+    for name in ("cache", "past_key_values"):
+        # newer outputs warn when they are asked for the older name
+        if name in mapping.keys() and mapping[name] is not None:  # noqa: SIM118
+            return name, mapping[name]
+    return "past_key_values", None
+
+
+def tokens_in(cache: Any) -> int:
+    """Tokens that a cache holds."""
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def mark(cache: Any, turn: Turn) -> None:
+    """Let a cache tell which prompt it begins with; copies of it tell too."""
+    if cache is not None:
+        setattr(cache, _TURN, turn)
+
+
+def turn_in(cache: Any) -> Turn | None:
+    """The prompt that a cache begins with, if it is one that shrank."""
+    if cache is None or _TURN not in getattr(cache, "__dict__", {}):
+        return None
+    if tokens_in(cache) == 0:
+        delattr(cache, _TURN)
+        return None
+    turn: Turn = getattr(cache, _TURN)
+    return turn
