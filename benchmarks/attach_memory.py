@@ -75,7 +75,6 @@ def video(model: Any, frames: int, side: int, device: str, dtype: torch.dtype) -
     return {name: x.to(device) for name, x in inputs.items()}
 
 
-@torch.no_grad()
 def run(way: str, frames: int, device: str, large: bool, new: int) -> dict[str, Any]:
     """One way, in this process: bytes beyond the model and its inputs, seconds to the first token and a token."""
     from vmemory import attach

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vmemory.banks import MemoryConfig
 from vmemory.compress import TempMe
 from vmemory.compress.tempme_tower import vision_tower
-from vmemory.models.adapter import Clip, Inputs
+from vmemory.models.adapter import Clip, Inputs, dtype_of
 from vmemory.models.inside import InsideAdapter, handle_of
 from vmemory.models.registry import register_adapter
 from vmemory.models.remember import Kept
@@ -61,7 +61,7 @@ def encode_video(model: Any, pixel_values: Tensor, mask: Tensor | None = None) -
     kept = _remembered(model, handle, pixel_values, exists)
     handle.record([k for k in kept if k is not None])
     D = model.config.projection_dim
-    zeros = torch.zeros(D, dtype=next(model.parameters()).dtype, device=pixel_values.device)
+    zeros = torch.zeros(D, dtype=dtype_of(model), device=pixel_values.device)
     return torch.stack([zeros if k is None else _mean(k.tokens[None])[0] for k in kept])
 
 

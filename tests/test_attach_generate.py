@@ -11,8 +11,8 @@ pytest.importorskip("transformers")
 import transformers
 
 import vmemory
-from tests.attaching import SMALL
 from tests.attach_oracle import GREEDY as PLAIN
+from tests.attaching import SMALL
 from tests.tiny_vlms import FAMILIES, IMAGE, VIDEO, tiny, with_types
 from vmemory.models.remember import placed
 from vmemory.models.turn import cache_argument, cache_in
@@ -74,17 +74,16 @@ def test_a_helper_guesses_and_the_answer_stays(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_second_and_a_third_turn_on_the_cache_equal_the_conversation_sent_again(family):
     model, inputs = tiny(family, T=6, B=2)
-    name = cache_argument(model)
+    name, fed = cache_argument(model), []
+    model.register_forward_pre_hook(lambda m, a, k: fed.append(k["input_ids"].shape[1]), with_kwargs=True)
     with vmemory.attach(model, config=SMALL):
         out = model.generate(**inputs, **GREEDY)
         for more in ([20, 21, 22], [30]):
             whole = followed(inputs, out.sequences, more)
             again = model.generate(**whole, **GREEDY)
             asked = {k: whole[k] for k in ("input_ids", "attention_mask")}
-            fed = []
-            hook = model.register_forward_pre_hook(lambda m, a, k: fed.append(k["input_ids"].shape[1]), with_kwargs=True)
+            fed.clear()
             out = model.generate(**asked, **{name: cache_in(out)[1]}, **GREEDY)
-            hook.remove()
             # the answer's last token and the new ones
             assert fed[0] == 1 + len(more)
             assert torch.equal(out.sequences, again.sequences)
@@ -140,13 +139,13 @@ def test_what_a_turn_cannot_be():
                 model.generate(**whole, **{name: cache}, **GREEDY)
         whole = followed(inputs, out.sequences, [20])
         whole["input_ids"][0, 1] += 1
-        with pytest.raises(ValueError, match="input_ids: expected the .* whose videos the cache holds"):
+        with pytest.raises(ValueError, match=r"input_ids: expected the .* whose videos the cache holds"):
             model.generate(**whole, **{name: cache}, **GREEDY)
-        with pytest.raises(ValueError, match="input_ids: expected the .* whose videos the cache holds"):
+        with pytest.raises(ValueError, match=r"input_ids: expected the .* whose videos the cache holds"):
             model.generate(torch.tensor([[20, 21]]), **{name: cache}, **GREEDY)
         length = cache.get_seq_length()
         cache.crop(10 - length)
-        with pytest.raises(ValueError, match=f"{name}: expected all .* cut to 10"):
+        with pytest.raises(ValueError, match=rf"{name}: expected all .* cut to 10"):
             model.generate(**followed(inputs, out.sequences, [20]), **{name: cache}, **GREEDY)
 
 

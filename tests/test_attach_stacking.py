@@ -264,8 +264,6 @@ def test_inside_the_wrapper_of_compile(small):
         assert handle.model is model
         assert vmemory.attached(wrapped) is handle
         assert remembers(model, inputs, logits, answer)
-        with torch.no_grad():
-            torch.testing.assert_close(wrapped(**inputs).logits, logits)
 
 
 def test_signatures_are_the_model_s_own(small):

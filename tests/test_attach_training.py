@@ -69,6 +69,11 @@ def test_the_last_logits_and_those_asked_for(family):
         assert model(**inputs).logits.shape[1] == short["input_ids"].shape[1] < L
 
 
+def first_of(out):
+    """The logits, where a trainer gathers other outputs with them."""
+    return out[0] if isinstance(out, tuple) else out
+
+
 class Twice(torch.utils.data.Dataset):
     def __init__(self, inputs):
         self.inputs = inputs
@@ -100,8 +105,8 @@ def test_a_trainer_with_metrics_and_label_smoothing(tmp_path, smoothing):
     )  # fmt: skip
     with vmemory.attach(model, config=SMALL):
         trainer = transformers.Trainer(
-            model, arguments, train_dataset=Twice(inputs), eval_dataset=Twice(inputs), data_collator=lambda rows: rows[0],
-            compute_metrics=metrics, preprocess_logits_for_metrics=lambda out, _: out[0] if isinstance(out, tuple) else out,
+            model, arguments, train_dataset=Twice(inputs), eval_dataset=Twice(inputs), compute_metrics=metrics,
+            data_collator=lambda rows: rows[0], preprocess_logits_for_metrics=lambda out, _: first_of(out),
         )  # fmt: skip
         before = trainer.evaluate()
         trainer.train()

@@ -277,7 +277,10 @@ def test_compiles_in_one_graph(backend):
         ({"frames": torch.zeros(1, 2, 4, 4, 17)}, r"frames: expected \[S, T, 6, 4, 17\]"),
         ({"frames": torch.zeros(6, 4, 17)}, r"frames: expected a tensor \[S, T, H, W, D\]"),
         ({"frames": torch.zeros(1, 2, 6, 4, 17, dtype=torch.int32)}, "frames: .*int32"),
-        ({"frames": torch.zeros(1, 2, 6, 4, 17, dtype=torch.float16)}, "frames: expected state.slots's dtype"),
+        (
+            {"frames": torch.zeros(1, 2, 6, 4, 17, dtype=torch.float16)},
+            "frames: expected the bank's dtype torch.float32, got torch.float16",
+        ),
         ({"frames": torch.zeros(2, 2, 6, 4, 17)}, "frames: expected 1 streams, got 2"),
         ({"time": torch.zeros(1, 2)}, r"time: expected torch.float64 of shape \[1, 2\]"),
         ({"valid": torch.zeros(1, 2, 4, 6, dtype=torch.bool)}, r"valid: expected torch.bool of shape \[1, 2, 6, 4\]"),

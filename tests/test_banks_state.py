@@ -140,6 +140,29 @@ def test_erase_after_evictions_keeps_nothing_of_the_span(policy: str, survivors:
     assert bank.counts()["held"] == len(expected)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float32, "int8"])
+def test_an_early_span_goes_to_the_last_byte_and_the_rest_stays(policy: str, dtype: torch.dtype | str) -> None:
+    """Frames of the span alone have something in channel 0, so that all that was computed from them shows."""
+    bank = make(policy, entries=12, dtype=dtype)
+    video = clip(40)
+    video[..., 0] = 0
+    video[6:9, ..., 0] = 50
+    bank.push(video, seconds(40))
+    held = bank.entries()
+    hit = (held.start <= 8) & (held.stop >= 6)
+    assert bank.erase(6, 8) == int(hit.sum())
+    after = bank.entries()
+    assert torch.equal(after.frame, held.frame[~hit])
+    assert len(after.frame) > 0
+    assert not bank.read().tokens[..., 0].any()
+    assert not bank.descriptor[..., 0].any()
+    # and the cosines of neighbours are those of what is left
+    before = bank.link.clone()
+    bank.erase(6, 8)
+    assert torch.equal(bank.link, before)
+
+
 @pytest.mark.parametrize("policy", ["hierarchical", "merging", "uniform", "recent"])
 def test_pushes_after_an_erase_decide_as_the_reference(policy: str, native) -> None:
     bank = make(policy, entries=12)

@@ -62,6 +62,8 @@ def test_nothing_of_an_erased_span_is_left(family):
     before = session.held
     # frames 5 and 6 are the second of one pair and the first of the next
     session.erase(2.5, 3.0)
+    # the prompt's cache, too, was made of these frames
+    assert session.nbytes == session.memory.nbytes + session._opening.nbytes
     gone = torch.tensor([2.0, 2.5, 3.0, 3.5]) if session.adapter.frames_together(model) == 2 else torch.tensor([2.5, 3])
     if family == "qwen3_vl":
         gone = torch.tensor([2.25, 3.25])
@@ -69,8 +71,6 @@ def test_nothing_of_an_erased_span_is_left(family):
     assert 0 < int(left.sum()) < len(left)
     assert torch.equal(session.held.tokens, before.tokens[left])
     assert set(session.memory.read().time.tolist()).isdisjoint(gone.tolist())
-    # the prompt's cache, too, was made of these frames
-    assert session.nbytes == session.memory.nbytes + session._opening.nbytes
     assert isinstance(session.ask("what happens?", **GREEDY), str)
     assert len(session._waiting) == (13 % session.adapter.frames_together(model))
     session.erase(5.9, 6.1)

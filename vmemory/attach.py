@@ -175,6 +175,9 @@ def adapter_of(model: nn.Module) -> Adapter:
         adapter.check(model)
         return adapter
     kind = getattr(getattr(model, "config", None), "model_type", None)
+    inner = getattr(model, "module", None)
+    if isinstance(inner, nn.Module) and find_adapter(base_of(inner)) is not None:
+        raise ValueError(f"model: expected the model inside the wrapper, model.module, got {type(model).__name__}")
     if hasattr(model, "thinker"):
         raise ValueError(
             f"model: expected the part that reads the prompt, model.thinker, got {type(model).__name__} ({kind!r}); "

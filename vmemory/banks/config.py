@@ -35,9 +35,9 @@ class MemoryConfig:
         max_frames_before_compression: Videos of at most so many frames pass untouched.
         memory_chunk_frames: Frames the tower encodes at a time, so that its peak does not grow with the video; None =
             all at once, which is what the model itself does to the bit.
-        memory_full_logits: `forward` of a model gives logits `[B, L, V]` at the caller's tokens, so that they stand beside
-            the caller's ids and labels; a token that went has those of the last one before it. Off gives those that
-            the model computes, fewer, and saves the bytes of the copy where only the loss is looked at.
+        memory_full_logits: `forward` gives logits `[B, L, V]` at the caller's tokens, so that they stand beside the
+            caller's ids and labels; a token that went has those of the last one before it. Off gives those that the
+            model computes, fewer, and saves the bytes of the copy where only the loss is looked at.
         compression_strategy: `"similarity"`, `"uniform"` or `"random"`: the policy, where `memory_policy` is not set.
         memory_options: Further arguments of the policy's class; the dual memory is `residual` where they do not say.
 

@@ -82,22 +82,25 @@ class PastModule(StateModule):
 
     @torch.no_grad()
     @locked
-    def erase(self, t0: float, t1: float, stream: int = 0, *, survivors: str = "clear") -> int:
+    def erase(self, t0: float, t1: float, stream: int = 0, *, survivors: str = "keep") -> int:
         """Forget the frames from `t0` to `t1`: nothing computed from them stays; what becomes free is zeroed.
 
         Where every frame taken in is still whole (neither dropped nor reduced nor merged), the others are taken in
         again, and the state is that of a memory which never saw the span, to the bit; a bank in 8 or 4 bits takes in
-        the rounded frames, so that later decisions rest on the means of these. Else entries with a part in the
-        span are removed whole (merged ones too, with what they hold of other frames) and nothing that was dropped
-        comes back. Other frames keep their numbers; those erased count as skipped. Synchronises the host.
+        the rounded frames, so that later decisions rest on the means of these. Else every entry with a part in the
+        span goes whole: a merged one with what it holds of other frames, since a mean cannot be taken apart. Entries
+        wholly outside stay as they are, for no byte of them was computed from the span; cosines between neighbours
+        are computed anew. Nothing that was dropped comes back. Other frames keep their numbers; those erased count as
+        skipped. Synchronises the host.
 
         Args:
             t0, t1: Seconds, both inclusive.
             stream: Which stream.
-            survivors: Policies that compare frames (hierarchical, merging, episodic) let the frames of the span decide
-                which others stay. Where the past cannot be repeated, `"clear"` therefore removes every entry since
-                `t0` too, if frames of the span can have been seen; `"keep"` removes only what was computed from the
-                span. The others (recent, uniform, reservoir) decide by number alone, and always keep.
+            survivors: Which of the entries outside the span stay where the past cannot be repeated. `"keep"`: all.
+                Policies that compare frames (hierarchical, merging, episodic) let the frames of the span decide which
+                others stayed, so that their choice still tells a little of it; `"clear"` therefore removes every entry
+                since `t0` too, if frames of the span can have been seen. The others (recent, uniform, reservoir)
+                decide by number alone, and always keep.
 
         Returns:
             Entries removed from what was held.

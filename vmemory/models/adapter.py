@@ -102,9 +102,7 @@ class Adapter:
         if isinstance(memory, str):
             memory = None
         if memory is None and settings.memory_policy == DualMemory.policy:
-            memory = settings.make(
-                self.width(model), (1, 1), device=device_of(model), dtype=next(model.parameters()).dtype
-            )
+            memory = settings.make(self.width(model), (1, 1), device=device_of(model), dtype=dtype_of(model))
         if isinstance(memory, DualMemory) and memory.key_dim != self.width(model):
             wanted = self.width(model)
             raise ValueError(f"memory: expected a DualMemory for {wanted} channels, got one for {memory.key_dim}")
@@ -199,6 +197,11 @@ def device_of(model: nn.Module) -> torch.device:
         if device is not None:
             return torch.device(device)
     return next(model.parameters()).device
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """What a model computes in, where its weights say: the dtype of the first that floats."""
+    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
 
 
 def as_pooling(tokens: Any) -> Any:

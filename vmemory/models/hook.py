@@ -106,13 +106,19 @@ def _remove_hooks(model: nn.Module, before: int, after: int) -> None:
     model._forward_hooks_with_kwargs.pop(after)
 
 
-# what a call on its way through a model has to hand to the hook behind it: by the model, in each thread
-_CALLS = threading.local()
+class _Calls(threading.local):
+    """What calls on their way through models hand to the hook behind them, by the model's `id`; each thread's own."""
+
+    def __init__(self) -> None:
+        self.open: dict[int, tuple[Turn, Tensor | None]] = {}
+
+
+_CALLS = _Calls()
 
 
 def before_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
     """The forward pre-hook."""
-    _CALLS.__dict__.pop(id(model), None)
+    _CALLS.open.pop(id(model), None)
     handle: Rewrites = model.__dict__[HANDLE]
     if args:
         names = list(inspect.signature(type(model).forward).parameters)[1:]
@@ -125,7 +131,7 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, An
             chooses = "logits_to_keep" in inspect.signature(type(model).forward).parameters
             if chooses and (not isinstance(asked, int) or asked > 0):
                 new["logits_to_keep"], place = _logits_wanted(turn.column, asked)
-        _CALLS.__dict__[id(model)] = turn, place
+        _CALLS.open[id(model)] = turn, place
         return (), new
     before = turn_in(cache_in(inputs)[1])
     return None if before is None else ((), handle.following(inputs, before))
@@ -133,7 +139,7 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, An
 
 def after_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
     """The forward hook: logits at the caller's tokens, and a cache that knows what it holds."""
-    call = _CALLS.__dict__.pop(id(model), None)
+    call = _CALLS.open.pop(id(model), None)
     if call is None:
         return None
     turn, place = call
@@ -202,16 +208,18 @@ def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any)
 
 def _lengths(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dropped: int) -> dict[str, int]:
     """`max_length` and `min_length` for a prompt without `dropped` of its tokens: both count the caller's prompt."""
-    config = args[0] if args else kwargs.get("generation_config")
-
-    def setting(name: str) -> int | None:
-        found = [kwargs.get(name), getattr(config, name, None), getattr(model.generation_config, name, None)]
-        return next((value for value in found if value is not None), None)
-
+    given = {"generation_config": args[0], **kwargs} if args else kwargs
     lengths = {}
     for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        value = setting(name)
+        value = generation_setting(model, given, name)
         # a number of new tokens takes precedence
-        if value and setting(new_tokens) is None:
+        if value and generation_setting(model, given, new_tokens) is None:
             lengths[name] = max(value - dropped, 0)
     return lengths
+
+
+def generation_setting(model: Any, given: Mapping[str, Any], name: str) -> Any:
+    """What `generate` will take for a setting: of its arguments, their `generation_config`, or the model's; or None."""
+    configs = (given.get("generation_config"), getattr(model, "generation_config", None))
+    found = [given.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in found if value is not None), None)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from vmemory.banks.budget import parse_bytes
 from vmemory.banks.lock import MemoryLock, locked
+from vmemory.models.hook import generation_setting
 from vmemory.models.kv_attention import observed_queries
 from vmemory.models.kv_cache import new_cache, one_input, plain_layers
 from vmemory.models.kv_rules import SHARES, Attention, KeyDifference, Recent, Reservoir, RowRule, Rows
 from vmemory.models.kv_spans import SpanRule
+from vmemory.models.turn import cache_argument
 from vmemory.ops._checks import check_choice, check_int, shape_of
 
 Rule = RowRule | SpanRule
@@ -225,7 +227,7 @@ class KVMemory:
                     output = model(
                         **{name: inputs[:, part]},
                         position_ids=positions[..., part],
-                        past_key_values=cache,
+                        **{cache_argument(model): cache},
                         use_cache=True,
                         **kwargs,
                     )
@@ -262,7 +264,7 @@ class KVMemory:
             What `generate` returns: `[B, N + answer]` ids. The last id of the answer is not in the cache.
 
         Raises:
-            ValueError: No rows or no tokens, or beams.
+            ValueError: No rows or no tokens, beams, or another kind of cache asked for.
         """
         from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -271,10 +273,12 @@ class KVMemory:
         B, N = input_ids.shape
         if N < 1:
             raise ValueError(f"input_ids: expected [B, N] with at least one token, got shape {shape_of(input_ids)}")
-        settings = kwargs.get("generation_config") or model.generation_config
         for name in ("num_beams", "num_return_sequences"):
-            if (kwargs.get(name) or getattr(settings, name, 1) or 1) > 1:
+            if (generation_setting(model, kwargs, name) or 1) > 1:
                 raise ValueError(f"{name}: expected 1, because copies of a cache have no memory, got more")
+        kind = generation_setting(model, kwargs, "cache_implementation")
+        if kind is not None:
+            raise ValueError(f"cache_implementation: expected None, because the cache is the one given, got {kind!r}")
         positions = self._positions(B, N, input_ids.device) if position_ids is None else position_ids
         memory, asked = self, kwargs.pop("stopping_criteria", None)
 
@@ -291,7 +295,7 @@ class KVMemory:
                 input_ids=input_ids,
                 attention_mask=input_ids.new_ones(B, self.token.shape[3] + N),
                 position_ids=positions,
-                past_key_values=cache,
+                **{cache_argument(model): cache},
                 stopping_criteria=StoppingCriteriaList([Evict(), *(asked or [])]),
                 **kwargs,
             )

@@ -134,7 +134,7 @@ def placed(source: Tensor, valid: Tensor | None) -> Tensor:
         return source
     exists = valid.flatten()
     cells, N = exists.nonzero().flatten(), len(source)
-    if N > len(cells):
+    if len(cells) < N:
         raise ValueError(f"memory: expected at most {len(cells)} tokens, as many as the video had, got {N}")
     total = exists.long().cumsum(0)
     frame = source // valid[0].numel()

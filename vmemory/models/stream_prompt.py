@@ -11,9 +11,15 @@ from vmemory.banks import MemoryTokens
 from vmemory.models.adapter import Adapter
 from vmemory.models.rewrite import with_text_row
 
+# whole numbers that float32 tells apart
+_EXACT = 2**24
+
 
 class HeldFrame(NamedTuple):
-    """One entry of a memory: number and seconds of its (first) frame, and the cells `[n]` of its tokens."""
+    """One entry of a memory: number and seconds of its (first) frame, and the cells `[n]` of its tokens.
+
+    In a prompt seconds count from its origin.
+    """
 
     frame: int
     time: float
@@ -43,7 +49,10 @@ def positions(
 
     Args:
         grid: Cells (H, W) of a frame.
-        origin: The entry whose time counts as the start; None = the stream's own start.
+        origin: The entry whose time counts as the start; None = that of the entries' seconds.
+
+    Raises:
+        ValueError: Positions that float32, in which models rotate, cannot tell apart.
     """
     if not adapter.three_rows:
         return None
@@ -71,7 +80,13 @@ def positions(
             top = max(top, t)
             i += len(cells)
         at += max(grid) if after_sides else max(top + 1, *grid)
-    three = torch.cat(rows, 1)[:, None].to(ids.device)
+    three = torch.cat(rows, 1)[:, None]
+    last = int(three.max())
+    if last > _EXACT:
+        raise ValueError(
+            f"time_origin: expected positions up to {_EXACT}, got {last}; 'oldest' counts from the oldest entry held"
+        )
+    three = three.to(ids.device)
     return with_text_row(three, None)
 
 

@@ -32,7 +32,8 @@ class Turn(NamedTuple):
 
     def repeated(self, times: int) -> Turn:
         """The same for every entry of the batch `times` over, as beams and several answers have it."""
-        return self if times == 1 else Turn(*(None if x is None else x.repeat_interleave(times, 0) for x in self))
+        ids, seen, mask, column = (x.repeat_interleave(times, 0) for x in self[:4])
+        return Turn(ids, seen, mask, column, None if self.offset is None else self.offset.repeat_interleave(times, 0))
 
     def whole_mask(self, mask: Tensor) -> Tensor:
         """An attention mask of the caller's prompt and what follows, for the prompt the model read and that."""
@@ -113,7 +114,9 @@ class Turn(NamedTuple):
 
 def cache_argument(model: Any) -> str:
     """The name that a model's `forward` has for its cache; transformers changed it in 5.24."""
-    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    inner = getattr(model, "get_base_model", None)
+    forward = type(inner() if callable(inner) else model).forward
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def cache_in(mapping: Any) -> tuple[str, Any]:

@@ -145,7 +145,7 @@ def check_push(
 ) -> None:
     """What `check_frames` checks, and that frames and streams fit the state."""
     check_frames(frames, layout, time, valid)
-    check_same("frames", frames, "state.slots", state.slots)
+    check_same("frames", frames, "the bank", state.slots)
     rows = state.slots.shape[0] if streams is None else streams.shape[0]
     if frames.shape[0] != rows:
         raise ValueError(f"frames: expected {rows} streams, got {frames.shape[0]}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,11 @@ def as_frames(frames: Any, time: Any = None) -> Iterator[Timed]:
     Raises:
         TypeError, ValueError: Not frames, or as many times as frames are missing.
     """
+    if isinstance(frames, (str, Path)):
+        raise TypeError(
+            f"frames: expected frames, got {frames!r}; vmemory.stream.FrameSource reads a film or a folder, "
+            "LiveSource a camera"
+        )
     if isinstance(frames, Frame):
         frames = [frames]
     if isinstance(frames, (Tensor, np.ndarray)) or _is_picture(frames):
@@ -38,13 +45,13 @@ def as_frames(frames: Any, time: Any = None) -> Iterator[Timed]:
         if len(sizes) > 1:
             raise ValueError(f"frames: expected one size, got {sizes[0]} and {sizes[1]}")
         yield _timed(torch.cat(pixels), time)
-    elif isinstance(frames, Iterable) and not isinstance(frames, (str, bytes)):
+    elif isinstance(frames, Iterable) and not isinstance(frames, bytes):
         if time is not None:
             raise ValueError("time: expected None with frames that bring theirs")
         for frame in frames:
             if not isinstance(frame, Frame):
                 raise TypeError(f"frames: expected an iterable of Frame, got one of {type(frame).__name__}")
-            yield _pixels(frame.image), [float(frame.time)]
+            yield _timed(_pixels(frame.image), frame.time)
     else:
         raise TypeError(f"frames: expected a tensor, an array, pictures or Frames, got {type(frames).__name__}")
 
@@ -56,7 +63,7 @@ def _is_picture(frame: Any) -> bool:
 def _pixels(frame: Any) -> Tensor:
     if _is_picture(frame):
         frame = rgb(frame)
-    pixels = torch.as_tensor(frame)
+    pixels = _tensor(frame)
     pixels = pixels[None] if pixels.dim() == 3 else pixels
     if pixels.dtype != torch.uint8 or pixels.dim() != 4 or 3 not in (pixels.shape[1], pixels.shape[3]):
         raise ValueError(
@@ -67,10 +74,38 @@ def _pixels(frame: Any) -> Tensor:
     return pixels if pixels.shape[1] == 3 else pixels.permute(0, 3, 1, 2)
 
 
+def _tensor(array: Any) -> Tensor:
+    """Arrays of any layout: torch takes no negative strides, no other machine's byte order and nothing read-only."""
+    if isinstance(array, np.ndarray):
+        array = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
+    return torch.as_tensor(array)
+
+
+def seconds_of(time: Any) -> list[float]:
+    """Seconds as callers give them, a number or several, as floats.
+
+    Raises:
+        TypeError: Not numbers.
+        ValueError: NaN or infinite.
+    """
+    try:
+        # float32, torch's choice for a list of numbers, cannot tell seconds of a wall clock apart
+        numbers = time.double() if isinstance(time, Tensor) else torch.tensor(np.asarray(time, np.float64))
+        seconds: list[float] = numbers.reshape(-1).tolist()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"time: expected seconds as a number or numbers, such as time.time() or moment.timestamp(), got {time!r}"
+        ) from None
+    for value in seconds:
+        if not math.isfinite(value):
+            raise ValueError(f"time: expected finite seconds, got {value}")
+    return seconds
+
+
 def _timed(pixels: Tensor, time: Any) -> Timed:
     if time is None:
         return pixels, [None] * len(pixels)
-    seconds = torch.as_tensor(time, dtype=torch.float64).reshape(-1).tolist()
+    seconds = seconds_of(time)
     if len(seconds) != len(pixels):
         raise ValueError(f"time: expected {len(pixels)} seconds, one a frame, got {len(seconds)}")
-    return pixels, seconds
+    return pixels, list(seconds)

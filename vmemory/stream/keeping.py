@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vmemory.banks import BankFile, BankFileError, load
 from vmemory.banks.lock import locked
-from vmemory.models.adapter import Clip
+from vmemory.models.adapter import Clip, device_of
 from vmemory.stream.held import shape_of_tokens
 from vmemory.stream.opening import Opening
 from vmemory.stream.session_notes import SessionNotes, frame_size
@@ -34,6 +34,7 @@ class Keeping(Watching):
             self.memory.reset()
         self._opening.reset()
         self._waiting, self._frames, self._last, self._prefix = [], 0, -math.inf, None
+        self._pair = self._start = None
         self._pushes += 1
 
     @locked
@@ -78,7 +79,7 @@ class Keeping(Watching):
         self._waiting = [(frame, t) for frame, t in self._waiting if not t0 <= t <= t1]
         # an answer that is being prepared must not keep what it had
         self._pushes += 1
-        self._prefix = None
+        self._prefix = self._pair = None
         if self._home is not None and self._home.exists():
             try:
                 self.save(self._home)
@@ -109,7 +110,8 @@ class Keeping(Watching):
             extra["waiting"] = torch.stack([frame for frame, _ in self._waiting])
         notes = SessionNotes(
             self._frames, self._last, self.fps, self.frame_size, self._grid, self.time_origin,
-            tuple(t for _, t in self._waiting), self._step, opening,
+            tuple(t for _, t in self._waiting), self._step, opening, self._start,
+            self._kind,
         )  # fmt: skip
         file: BankFile = self.memory.to_file(extra, {"session": notes._asdict()})
         return file
@@ -151,12 +153,14 @@ class Keeping(Watching):
         Raises:
             BankFileError: As in `load`; nothing has changed then.
         """
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         memory, file = load(path, device)
         if "session" not in file.notes:
             raise BankFileError(f"{path}: holds a memory without a session")
         try:
             notes = SessionNotes.of(file.notes["session"])
+            if notes.model_type != self._kind:
+                raise ValueError(f"holds what a model of type {notes.model_type!r} saw, got one of type {self._kind!r}")
             waiting = notes.frames_waiting(file.extra, self.adapter.frames_together(self.model))
             opening = Opening.resumed(file.extra, notes.opening, device)
             output = self._checked(notes, memory, opening, file.extra)
@@ -169,6 +173,11 @@ class Keeping(Watching):
             self.fps, self.time_origin, self.frame_size = notes.fps, notes.time_origin, notes.frame_size
             self._prefix, self._pushes = None, self._pushes + 1
             self._step, self._opening = notes.step, opening
+            self._start, self._pair = notes.start, None
+
+    @property
+    def _kind(self) -> str:
+        return str(self.model.config.model_type)
 
     def _checked(self, notes: SessionNotes, memory: Any, opening: Opening, extra: dict[str, Tensor]) -> Any:
         """The tower's output for a blank frame, whose tokens are those that a session's parts are made for.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +38,16 @@ class Opening:
                 _, H, W, C = frames.shape
                 self.bank = RingBank(C, (H, W), self.frames, device=frames.device, dtype=frames.dtype)
             self.bank.push(frames, times, valid=valid)
+
+    @contextmanager
+    def preserved(self) -> Iterator[None]:
+        """Pushes within the block leave no trace."""
+        seen, bank = self.seen, self.bank
+        with nullcontext() if bank is None else bank.preserved():
+            try:
+                yield
+            finally:
+                self.seen, self.bank = seen, bank
 
     def reset(self) -> None:
         """A new stream."""

@@ -22,10 +22,12 @@ class SessionNotes(NamedTuple):
     fps: float
     frame_size: tuple[int, int] | None
     grid: tuple[int, int]
-    time_origin: str
+    time_origin: str | float
     waiting: tuple[float, ...]
     step: float
     opening: dict[str, Any]
+    start: float | None
+    model_type: str
 
     @classmethod
     def of(cls, notes: Any) -> SessionNotes:
@@ -36,8 +38,11 @@ class SessionNotes(NamedTuple):
         """
         if not isinstance(notes, dict) or set(notes) != set(cls._fields):
             raise ValueError(f"session: expected {', '.join(cls._fields)}, got {_short(notes)}")
-        if notes["time_origin"] not in ("start", "oldest"):
-            raise ValueError(f"session.time_origin: expected 'start' or 'oldest', got {_short(notes['time_origin'])}")
+        origin, start = notes["time_origin"], notes["start"]
+        if origin not in ("start", "oldest"):
+            origin = number("session.time_origin", origin, -math.inf)
+        if not isinstance(notes["model_type"], str):
+            raise ValueError(f"session.model_type: expected a name, got {_short(notes['model_type'])}")
         waiting, opening = notes["waiting"], notes["opening"]
         if not isinstance(waiting, list):
             raise ValueError(f"session.waiting: expected seconds, got {_short(waiting)}")
@@ -55,10 +60,12 @@ class SessionNotes(NamedTuple):
             fps=number("session.fps", notes["fps"], math.ulp(0.0)),
             frame_size=None if size is None else frame_size(size),
             grid=_pair("session.grid", notes["grid"], MOST),
-            time_origin=notes["time_origin"],
+            time_origin=origin,
             waiting=seconds,
             step=number("session.step", notes["step"], 0.0),
             opening=opening,
+            start=None if start is None else number("session.start", start, -math.inf),
+            model_type=notes["model_type"],
         )
 
     def frames_waiting(self, extra: dict[str, Tensor], together: int) -> list[tuple[Tensor, float]]:

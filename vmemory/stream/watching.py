@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from torch import Tensor, nn
 from vmemory.attach import adapter_of, attached, base_of
 from vmemory.banks import DualMemory, MemoryConfig
 from vmemory.banks.lock import MemoryLock, locked
-from vmemory.models.adapter import Clip, Inputs
+from vmemory.models.adapter import Clip, Inputs, device_of, dtype_of
 from vmemory.ops._checks import check_choice, check_int
-from vmemory.stream.frames import as_frames
+from vmemory.stream.frames import as_frames, seconds_of
 from vmemory.stream.opening import Opening
 
 
@@ -33,12 +34,15 @@ class Watching:
         fps: float = 1.0,
         frame_size: tuple[int, int] | None = None,
         frame_tokens: int = 256,
-        time_origin: str = "start",
+        time_origin: str | float = "start",
         reuse_prefix: bool = True,
         gate: Callable[[Tensor, Any], Any] | None = None,
         on_push: Sequence[Callable[[Any], None]] = (),
     ) -> None:
-        check_choice("time_origin", time_origin, ("start", "oldest"))
+        if isinstance(time_origin, str):
+            check_choice("time_origin", time_origin, ("start", "oldest"))
+        elif not math.isfinite(time_origin):
+            raise ValueError(f"time_origin: expected 'start', 'oldest' or finite seconds, got {time_origin}")
         check_int("frame_tokens", frame_tokens, low=1)
         if not fps > 0:
             raise ValueError(f"fps: expected more than 0, got {fps}")
@@ -56,7 +60,9 @@ class Watching:
         self.gate, self.on_push = gate, list(on_push)
         self.tower_calls = 0
         self._waiting: list[tuple[Tensor, float]] = []
+        self._pair: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._frames, self._last = 0, -math.inf
+        self._start: float | None = None
         self._grid: tuple[int, int] | None = None
         self._tail: Tensor | None = None
         self._output: Any = None
@@ -75,13 +81,15 @@ class Watching:
 
         Args:
             frames: uint8 RGB `[n, 3, H, W]` or `[n, H, W, 3]`, pictures, arrays, or an iterable of `Frame` such as a
-                `FrameSource`, whose frames are taken one by one until it ends.
-            time: Seconds of each frame, or of the only one, strictly increasing; None = those the frames bring, or
-                numbered by `fps`.
+                `FrameSource`, whose frames are taken one by one until it ends. Where two frames become one of the
+                memory, the last of an odd number waits for its pair; questions see it all the same, as if it came
+                twice.
+            time: Seconds of each frame, or of the only one, strictly increasing, by any clock; None = those the frames
+                bring, or numbered by `fps`.
             inputs: Ready inputs of the tower instead, for example `pixel_values_videos=`, `video_grid_thw=`.
 
         Raises:
-            ValueError: Frames or times do not fit; nothing has changed then.
+            TypeError, ValueError: Frames or times do not fit; nothing has changed then.
         """
         if (frames is None) == (not inputs):
             raise ValueError(
@@ -101,12 +109,14 @@ class Watching:
         self._check_here()
         if self._waiting:
             raise ValueError("inputs: expected no frame that waits for its pair before ready inputs, got one")
-        given = None if time is None else torch.as_tensor(time).double().reshape(-1).tolist()
+        given = None if time is None else seconds_of(time)
         taken = self._take(dict(inputs), given)
         together = self.adapter.frames_together(self.model)
         self._last = max([self._last, *taken])
         self._step = max(self._step, (together - 1) / self.fps)
         self._frames += len(taken) * together
+        if self._start is None and taken:
+            self._start = taken[0]
 
     def _check_here(self) -> None:
         if self._left is not None:
@@ -129,16 +139,46 @@ class Watching:
         together = self.adapter.frames_together(self.model)
         ready = len(frames) // together * together
         if ready:
-            stack = torch.stack([frame for frame, _ in frames[:ready]])
-            size = self.frame_size or self.adapter.frame_size(self.model, _size(stack), self.frame_tokens)
+            self._take(*self._prepared(frames[:ready]))
             times = [t for _, t in frames[:ready]]
             step = max(times[i + together - 1] - times[i] for i in range(0, ready, together))
-            pairs = [self.adapter.frame_time(times[i], times[i + together - 1]) for i in range(0, ready, together)]
-            self._take(self.adapter.prepare(self.model, stack, self.processor, size), pairs)
-            self.frame_size, self._step = size, max(self._step, step)
-        self._waiting, self._last = frames[ready:], seconds[-1]
+            self._step = max(self._step, step)
+        else:
+            # a question now sees another last frame
+            self._pushes += 1
+        self._waiting, self._pair, self._last = frames[ready:], None, seconds[-1]
         self._frames += len(pixels)
+        self._start = seconds[0] if self._start is None else self._start
         return ready > 0
+
+    def _prepared(self, frames: list[tuple[Tensor, float]]) -> tuple[Inputs, list[float]]:
+        """The tower's inputs of whole groups of frames, and the seconds of each group; the first ones fix the size."""
+        stack, times = torch.stack([frame for frame, _ in frames]), [t for _, t in frames]
+        together = self.adapter.frames_together(self.model)
+        size = self.frame_size or self.adapter.frame_size(self.model, _size(stack), self.frame_tokens)
+        inputs = self.adapter.prepare(self.model, stack, self.processor, size)
+        self.frame_size = size
+        groups = range(0, len(frames), together)
+        return inputs, [self.adapter.frame_time(times[i], times[i + together - 1]) for i in groups]
+
+    @contextmanager
+    def _complete(self) -> Iterator[None]:
+        """The frame that waits for its pair is in the memory, as if it came twice, for as long as the block lasts."""
+        if not self._waiting:
+            yield
+            return
+        if self._pair is None:
+            missing = self.adapter.frames_together(self.model) - len(self._waiting)
+            inputs, seconds = self._prepared([*self._waiting, *self._waiting[-1:] * missing])
+            clip, output = self._encoded(inputs)
+            memory = self._fitting(clip)
+            self._pair = self._chosen(clip, seconds)
+            self._note(memory, clip, output)
+        frames, times, valid = self._pair
+        with self.memory.preserved(), self._opening.preserved():
+            self.memory.push(frames, times, valid=valid)
+            self._opening.push(frames, times, valid)
+            yield
 
     def _call(self) -> None:
         # last of all and with nothing locked: a callback may ask, save or fail, and the push has happened
@@ -147,10 +187,7 @@ class Watching:
 
     def _take(self, inputs: Inputs, seconds: list[float] | None) -> list[float]:
         """Encode and remember; the seconds of each frame of the memory."""
-        clips, output = self.adapter.encode(self.model, self._moved(inputs))
-        if len(clips) != 1:
-            raise ValueError(f"inputs: expected one video, got {len(clips)}")
-        clip = clips[0]
+        clip, output = self._encoded(inputs)
         memory = self._fitting(clip)
         T = clip.frames.shape[0]
         if seconds is None:
@@ -158,26 +195,40 @@ class Watching:
             seconds = [self._seconds(t * together) for t in range(T)]
         if len(seconds) != T:
             raise ValueError(f"time: expected {T} seconds, one for each frame of the memory, got {len(seconds)}")
-        times = torch.tensor(seconds, dtype=torch.float64)
-        frames, valid = clip.frames, clip.valid
-        if self.gate is not None:
-            chosen = torch.as_tensor(self.gate(frames, self), device=frames.device).expand(T)
-            frames, times = frames[chosen], times[chosen.cpu()]
-            valid = None if valid is None else valid[chosen]
-        frames = frames.contiguous()
+        frames, times, valid = self._chosen(clip, seconds)
         memory.push(frames, times, valid=valid)
         self._opening.push(frames, times, valid)
-        self.memory, self._grid = memory, (clip.frames.shape[1], clip.frames.shape[2])
-        self._tail, self._output = clip.tail, output
-        self.tower_calls += 1
+        self._note(memory, clip, output)
         self._pushes += 1
         return seconds
 
+    def _encoded(self, inputs: Inputs) -> tuple[Clip, Any]:
+        clips, output = self.adapter.encode(self.model, self._moved(inputs))
+        if len(clips) != 1:
+            raise ValueError(f"inputs: expected one video, got {len(clips)}")
+        self.tower_calls += 1
+        return clips[0], output
+
+    def _chosen(self, clip: Clip, seconds: list[float]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Frames, times and cells that exist, of those that the gate lets through."""
+        times = torch.tensor(seconds, dtype=torch.float64)
+        frames, valid = clip.frames, clip.valid
+        if self.gate is not None:
+            chosen = torch.as_tensor(self.gate(frames, self), device=frames.device).expand(len(frames))
+            frames, times = frames[chosen], times[chosen.cpu()]
+            valid = None if valid is None else valid[chosen]
+        return frames.contiguous(), times, valid
+
+    def _note(self, memory: Any, clip: Clip, output: Any) -> None:
+        """What a prompt needs beside the memory."""
+        self.memory, self._grid = memory, (clip.frames.shape[1], clip.frames.shape[2])
+        self._tail, self._output = clip.tail, output
+
     def _moved(self, inputs: Inputs) -> Inputs:
         """Tensors where the model is, floats in its dtype."""
-        like = next(self.model.parameters())
+        device, dtype = device_of(self.model), dtype_of(self.model)
         return {
-            name: x.to(like.device, like.dtype if x.is_floating_point() else x.dtype) if torch.is_tensor(x) else x
+            name: x.to(device, dtype if x.is_floating_point() else x.dtype) if torch.is_tensor(x) else x
             for name, x in inputs.items()
         }
 
