@@ -163,7 +163,7 @@ def test_ready_inputs_do_not_overtake_a_waiting_frame():
         (ValueError, torch.zeros(2, 3, 32, 32), r"frames: expected uint8 RGB .* got torch.float32"),
         (ValueError, torch.zeros(2, 4, 32, 32, dtype=torch.uint8), r"got torch.uint8 of shape \[2, 4, 32, 32\]"),
         (ValueError, [film(1)[0], film(1, 32, 48)[0]], r"frames: expected one size, got \(32, 32\) and \(32, 48\)"),
-        (TypeError, "film.mp4", "frames: expected a tensor, an array, pictures or Frames, got str"),
+        (TypeError, b"film", "frames: expected a tensor, an array, pictures or Frames, got bytes"),
         (TypeError, iter([film(1)]), "frames: expected an iterable of Frame, got one of Tensor"),
     ],
 )
