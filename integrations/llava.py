@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmemory.models.adapter import Adapter, Clip, Encoded, Inputs, as_pooling, known_arguments
+from vmemory.models.adapter import Adapter, Clip, Encoded, Inputs, as_pooling, known_arguments, one_tensor
 from vmemory.models.pixels import CLIP_MEAN, CLIP_STD, normalisation, scaled, square_size
 from vmemory.models.registry import register_adapter
 
@@ -40,8 +40,8 @@ class Llava(Adapter):
         return Encoded([Clip(row, C) for row in rows if len(row)], output)
 
     def pack(self, output: Any, tokens: Sequence[Tensor]) -> Any:
-        # VipLlava takes one tensor, which beams divide between rows entry by entry: an entry a token fits all rows
-        return as_pooling(torch.cat(list(tokens))[:, None] if torch.is_tensor(output.pooler_output) else list(tokens))
+        # VipLlava takes one tensor
+        return one_tensor(tokens) if torch.is_tensor(output.pooler_output) else as_pooling(list(tokens))
 
     def _pictures(self, model: nn.Module, inputs: Inputs) -> list[int]:
         """Pictures in each row of the prompt; without a prompt they are all one video's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ import vmemory
 from tests.attach_oracle import GREEDY as PLAIN
 from tests.attaching import SMALL
 from tests.tiny_vlms import FAMILIES, IMAGE, VIDEO, tiny, with_types
+from vmemory.banks import RingBank
+from vmemory.models.adapter import _copies_entry_by_entry
 from vmemory.models.remember import placed
 from vmemory.models.turn import cache_argument, cache_in
 
@@ -60,6 +63,26 @@ def test_each_beam_and_each_answer_sees_its_own_video(family):
     assert not torch.allclose(alone[0], alone[2], rtol=0, atol=1e-4)
     for logits in (beams, several):
         torch.testing.assert_close(logits, alone, rtol=0, atol=CACHED)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "vipllava"])
+def test_beams_of_videos_of_which_unlike_numbers_of_tokens_stay(family):
+    model, inputs = tiny(family, T=6, B=2)
+    lengths = iter([2, 3] * 3)
+    kept = SimpleNamespace(
+        compress=lambda clip, time, valid=None: RingBank(clip.shape[-1], clip.shape[1:3], next(lengths)).compress(clip)
+    )
+    one = {**GREEDY, "max_new_tokens": 1}
+    with vmemory.attach(model, kept):
+        alone = model.generate(**inputs, **one).logits[0].repeat_interleave(2, 0)
+        pooled = vmemory.compress_inputs(model, inputs)["mm_encoder_outputs"].popitem()[1].pooler_output
+        assert pooled.shape[1] == 1
+        if _copies_entry_by_entry(model, "image" if family == "vipllava" else "video"):
+            with pytest.raises(ValueError, match="num_beams, num_return_sequences: expected one video"):
+                model.generate(**inputs, **one, num_beams=2)
+        else:
+            beams = model.generate(**inputs, **one, num_beams=2).logits[0]
+            torch.testing.assert_close(beams, alone, rtol=0, atol=CACHED)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "video_llama_3", "llava_onevision", "qwen3_vl"])

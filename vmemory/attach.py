@@ -13,7 +13,7 @@ from torch import nn
 
 import vmemory.integrations
 from vmemory.banks import MemoryConfig
-from vmemory.models.adapter import Adapter, Clip, Inputs
+from vmemory.models.adapter import Adapter, Clip, Inputs, check_copies
 from vmemory.models.hook import HANDLE
 from vmemory.models.registry import find_adapter, supported_types
 from vmemory.models.remember import Kept, Provenance, remember
@@ -123,6 +123,10 @@ class Handle:
         self.record(new.kept)
         self.adapter.located(self.model, new.rope_deltas)
         return new.inputs, new.turn
+
+    def check_copies(self, inputs: Inputs) -> None:
+        """Raise ValueError where beams or several answers would see other videos than their row's."""
+        check_copies(self.model, inputs)
 
     def continued(self, inputs: Inputs, turn: Turn) -> Inputs:
         """Inputs of `generate` on top of a cache whose prompt has shrunk; videos given once more are in it already.

@@ -211,6 +211,36 @@ def as_pooling(tokens: Any) -> Any:
     return BaseModelOutputWithPooling(pooler_output=tokens)
 
 
+def one_tensor(tokens: Sequence[Tensor]) -> Any:
+    """Videos' tokens `[N_i, C]` as the towers return them whose models flatten all into one row.
+
+    `[V, N, C]` where all have as many, so that beams copy whole videos; else an entry a token, `[ΣN, 1, C]`, of which
+    newer releases of transformers copy those of a row together.
+    """
+    same = len({len(video) for video in tokens}) == 1
+    return as_pooling(torch.stack(list(tokens)) if same else torch.cat(list(tokens))[:, None])
+
+
+def check_copies(model: Any, inputs: Inputs) -> None:
+    """Raise ValueError where beams or several answers would hand a row the video of another."""
+    for kind, output in inputs["mm_encoder_outputs"].items():
+        pooled = output.pooler_output
+        if torch.is_tensor(pooled) and pooled.shape[0] > 1 == pooled.shape[1] and _copies_entry_by_entry(model, kind):
+            from transformers import __version__
+
+            raise ValueError(
+                "num_beams, num_return_sequences: expected one video, or videos of which the memory keeps equally many "
+                f"tokens, with transformers {__version__}, which copies them token by token (5.24 does not)"
+            )
+
+
+def _copies_entry_by_entry(model: Any, kind: str) -> bool:
+    token = getattr(model.config, f"{kind}_token_id")
+    pair = {kind: as_pooling(torch.tensor([[[0.0]], [[1.0]]]))}
+    copied = model._expand_multimodal_outputs(torch.full((1, 2), token), pair, expand_size=2)[kind].pooler_output
+    return bool(copied.flatten().tolist() == [0.0, 0.0, 1.0, 1.0])
+
+
 def known_arguments(function: Callable[..., Any], inputs: Mapping[str, Any], **renamed: str) -> Inputs:
     """Those of `inputs` that `function` takes; `renamed` maps its name for an input to the input's."""
     source = {**inputs, **{name: inputs.get(other) for name, other in renamed.items()}}

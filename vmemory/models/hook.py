@@ -27,6 +27,8 @@ class Rewrites(Protocol):
 
     def shrunk(self, inputs: dict[str, Any], generating: bool) -> tuple[dict[str, Any], Turn]: ...
 
+    def check_copies(self, inputs: dict[str, Any]) -> None: ...
+
     def continued(self, inputs: dict[str, Any], turn: Turn) -> dict[str, Any]: ...
 
     def following(self, inputs: dict[str, Any], turn: Turn) -> dict[str, Any]: ...
@@ -186,6 +188,9 @@ def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any)
         new = handle.continued(kwargs, turn)
     elif handle.wants(kwargs):
         new, turn = handle.shrunk(kwargs, generating=True)
+        several = ("num_beams", "num_return_sequences")
+        if max(generation_setting(self, _given(args, kwargs), name) or 1 for name in several) > 1:
+            handle.check_copies(new)
     else:
         return former(*args, **kwargs)
     ids = kwargs["input_ids"]
@@ -208,14 +213,17 @@ def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any)
 
 def _lengths(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dropped: int) -> dict[str, int]:
     """`max_length` and `min_length` for a prompt without `dropped` of its tokens: both count the caller's prompt."""
-    given = {"generation_config": args[0], **kwargs} if args else kwargs
-    lengths = {}
+    given, lengths = _given(args, kwargs), {}
     for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         value = generation_setting(model, given, name)
         # a number of new tokens takes precedence
         if value and generation_setting(model, given, new_tokens) is None:
             lengths[name] = max(value - dropped, 0)
     return lengths
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"generation_config": args[0], **kwargs} if args else kwargs
 
 
 def generation_setting(model: Any, given: Mapping[str, Any], name: str) -> Any:
