@@ -6,6 +6,7 @@
 
 #include "common/pool.h"
 #include "common/rows.h"
+#include "common/stream.h"
 
 namespace vmemory {
 
@@ -90,10 +91,19 @@ struct RowScratch {
   }
 };
 
+// store_some, past the caches where that was found worth it
+template <class T>
+inline void put(T* p, vec<acc_t<T>> x, int64_t lanes, bool streamed) {
+  if constexpr (sizeof(T) >= 4) {
+    if (streamed && lanes == kLanes<T>) return stream(p, x);
+  }
+  store_some(p, x, lanes);
+}
+
 // row i of the target grid, channels [0, D); `bias` [D] may be null
 template <class T>
 void map_row(const GridMap<acc_t<T>>& map, int64_t i, const T* in, int64_t width, int64_t pitch, const acc_t<T>* bias,
-             T* out, int64_t D, RowScratch<T>& scratch) {
+             T* out, int64_t D, RowScratch<T>& scratch, bool streamed = false) {
   using A = acc_t<T>;
   const int64_t w = map.columns.size(), height = map.rows.start[i + 1] - map.rows.start[i];
   scratch.cell.clear();
@@ -110,19 +120,21 @@ void map_row(const GridMap<acc_t<T>>& map, int64_t i, const T* in, int64_t width
       // the reciprocal of a power of two is exact, and a product costs a tenth of a quotient
       const A scale = A(1) / static_cast<A>(n);
       sum_rows<false>(cell, weight, n, D, scratch.levels,
-                      [&](int64_t d, vec<A> s, int64_t lanes) { store_some(out + d, s * scale, lanes); });
+                      [&](int64_t d, vec<A> s, int64_t lanes) { put(out + d, s * scale, lanes, streamed); });
     } else if (map.weighting == Weighting::kMean) {
       // dividing the sum, as adaptive_avg_pool2d does: multiplying by a rounded reciprocal would add an error
-      sum_rows<false>(cell, weight, n, D, scratch.levels,
-                      [&](int64_t d, vec<A> s, int64_t lanes) { store_some(out + d, s / static_cast<A>(n), lanes); });
+      sum_rows<false>(cell, weight, n, D, scratch.levels, [&](int64_t d, vec<A> s, int64_t lanes) {
+        put(out + d, s / static_cast<A>(n), lanes, streamed);
+      });
     } else {
       sum_rows<true>(cell, weight, n, D, scratch.levels, [&](int64_t d, vec<A> s, int64_t lanes) {
-        store_some(out + d, bias ? s + load_some(bias + d, lanes) : s, lanes);
+        put(out + d, bias ? s + load_some(bias + d, lanes) : s, lanes, streamed);
       });
     }
     cell += n;
     weight += n;
   }
+  if (streamed) finish_streams();
 }
 
 }  // namespace vmemory

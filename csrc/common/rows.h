@@ -79,11 +79,13 @@ class LevelSum {
 template <int K, bool kWeighted, class T, class F>
 inline void sum_group(const T* const* row, const T* const* next, const acc_t<T>* weight, int64_t D, const F& f) {
   using A = acc_t<T>;
+  constexpr int64_t kLine = 64 / sizeof(T);
   const T *r[K], *ahead[K];
   A w[K];
   for (int k = 0; k < K; ++k) r[k] = row[k], ahead[k] = next[k], w[k] = kWeighted ? weight[k] : A(1);
   for_channels<A>(D, [&](int64_t d, int64_t lanes) {
-    for (int k = 0; k < K; ++k) __builtin_prefetch(ahead[k] + d, 0, 1);
+    if (d % kLine == 0)
+      for (int k = 0; k < K; ++k) __builtin_prefetch(ahead[k] + d, 0, 1);
     vec<A> part[K];
     for (int k = 0; k < K; ++k) part[k] = kWeighted ? load_some(r[k] + d, lanes) * w[k] : load_some(r[k] + d, lanes);
     for (int k = 2; k < K; ++k) part[k - 2] += part[k];

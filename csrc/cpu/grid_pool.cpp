@@ -25,22 +25,32 @@ bool is_shuffle(const std::string& mode) { return mode.rfind("pixel_shuffle", 0)
 Shuffle shuffle_of(const std::string& mode, int64_t H, int64_t W) { return {H, W, mode == "pixel_shuffle_v1"}; }
 
 template <class T>
-void shuffle_row(const Shuffle& shuffle, int64_t y, const T* frame, T* out, int64_t pitch, int64_t D) {
-  for (int64_t x = 0; x < shuffle.W; ++x)
-    std::memcpy(out + shuffle.row(y, x) * pitch, frame + (y * shuffle.W + x) * pitch, D * sizeof(T));
+void shuffle_row(const Shuffle& shuffle, int64_t y, const T* frame, T* out, int64_t pitch, int64_t D, bool streamed) {
+  for (int64_t x = 0; x < shuffle.W; ++x) {
+    T* to = out + shuffle.row(y, x) * pitch;
+    const T* from = frame + (y * shuffle.W + x) * pitch;
+    if (streamed) {
+      for_channels<acc_t<T>>(D,
+                             [&](int64_t d, int64_t lanes) { put(to + d, load_some(from + d, lanes), lanes, true); });
+    } else {
+      std::memcpy(to, from, D * sizeof(T));
+    }
+  }
+  if (streamed) finish_streams();
 }
 
 template <class T>
 void unshuffle_row(const Shuffle& shuffle, int64_t y, const T* grad, const acc_t<T>* bias, T* out, int64_t pitch,
-                   int64_t D) {
+                   int64_t D, bool streamed) {
   using A = acc_t<T>;
   for (int64_t x = 0; x < shuffle.W; ++x, out += pitch) {
     const T* from = grad + shuffle.row(y, x) * pitch;
     for_channels<A>(D, [&](int64_t d, int64_t lanes) {
       const vec<A> g = load_some(from + d, lanes);
-      store_some(out + d, bias ? g + load_some(bias + d, lanes) : g, lanes);
+      put(out + d, bias ? g + load_some(bias + d, lanes) : g, lanes, streamed);
     });
   }
+  if (streamed) finish_streams();
 }
 
 struct Shape {
@@ -50,19 +60,19 @@ struct Shape {
 
 // f(pool_row) with pool_row(frame, i, slice begin, slice width, out) for target row i
 template <class T, class F>
-void with_row_kernel(const std::string& mode, const Shape& s, const F& f) {
+void with_row_kernel(const std::string& mode, const Shape& s, bool streamed, const F& f) {
   if (is_shuffle(mode)) {
     const Shuffle shuffle = shuffle_of(mode, s.H, s.W);
     f(s.H, [&](const T* frame, int64_t y, int64_t d, int64_t width, T* out, RowScratch<T>&) {
-      shuffle_row(shuffle, y, frame + d, out + d, s.D, width);
+      shuffle_row(shuffle, y, frame + d, out + d, s.D, width, streamed);
       return y + 1;
     });
     return;
   }
   const auto map = GridMap<acc_t<T>>::forward(mode, s.H, s.W, s.h, s.w);
   f(s.h, [&](const T* frame, int64_t i, int64_t d, int64_t width, T* out, RowScratch<T>& scratch) {
-    map_row(map, i, frame + d, s.W, s.D, static_cast<const acc_t<T>*>(nullptr), out + i * s.w * s.D + d, width,
-            scratch);
+    map_row(map, i, frame + d, s.W, s.D, static_cast<const acc_t<T>*>(nullptr), out + i * s.w * s.D + d, width, scratch,
+            streamed);
     return map.rows.source[map.rows.start[i + 1] - 1] + 1;
   });
 }
@@ -85,7 +95,8 @@ Tensor grid_pool(const Tensor& tokens, Ints size, std::string mode) {
     const T* from = data<T>(in);
     T* to = mutable_data<T>(out);
     const int64_t frame_out = out.numel() / std::max<int64_t>(s.B, 1);
-    with_row_kernel<T>(mode, s, [&](int64_t rows, const auto& pool_row) {
+    const bool streamed = worth_streaming(to, s.D, out.numel() * sizeof(T));
+    with_row_kernel<T>(mode, s, streamed, [&](int64_t rows, const auto& pool_row) {
       const int64_t bytes = in.numel() * sizeof(T);
       const Slices slices(s.D, s.B * rows, threads_for(bytes));
       parallel_bytes(s.B * rows * slices.count, bytes, [&](int64_t begin, int64_t end) {
@@ -114,7 +125,8 @@ std::tuple<Tensor, Tensor, Tensor> grid_pool_stats(const Tensor& tokens, Ints si
     T* to = mutable_data<T>(out);
     A* means = mutable_data<A>(mean);
     const int64_t frame_out = out.numel() / std::max<int64_t>(s.B, 1);
-    with_row_kernel<T>(mode, s, [&](int64_t rows, const auto& pool_row) {
+    const bool streamed = worth_streaming(to, s.D, out.numel() * sizeof(T));
+    with_row_kernel<T>(mode, s, streamed, [&](int64_t rows, const auto& pool_row) {
       const int64_t bytes = in.numel() * sizeof(T);
       const Slices slices(s.D, s.B, threads_for(bytes));
       parallel_bytes(s.B * slices.count, bytes, [&](int64_t begin, int64_t end) {
@@ -156,6 +168,7 @@ Tensor grid_pool_backward(const Tensor& grad, std::optional<Tensor> cell, Ints g
     T* to = mutable_data<T>(out);
     const A* biases = cell ? data<A>(bias) : nullptr;
     const int64_t frame_in = g.numel() / std::max<int64_t>(s.B, 1);
+    const bool streamed = worth_streaming(to, s.D, out.numel() * sizeof(T));
     const Shuffle shuffle = shuffle_of(mode, s.H, s.W);
     const auto map = is_shuffle(mode) ? GridMap<A>() : GridMap<A>::backward(mode, s.H, s.W, s.h, s.w);
     parallel_bytes(s.B * s.H, out.numel() * sizeof(T), [&](int64_t begin, int64_t end) {
@@ -166,9 +179,9 @@ Tensor grid_pool_backward(const Tensor& grad, std::optional<Tensor> cell, Ints g
         const A* bias_row = biases ? biases + b * s.D : nullptr;
         T* out_row = to + row * s.W * s.D;
         if (is_shuffle(mode)) {
-          unshuffle_row(shuffle, y, frame, bias_row, out_row, s.D, s.D);
+          unshuffle_row(shuffle, y, frame, bias_row, out_row, s.D, s.D, streamed);
         } else {
-          map_row(map, y, frame, s.w, s.D, bias_row, out_row, s.D, scratch);
+          map_row(map, y, frame, s.w, s.D, bias_row, out_row, s.D, scratch, streamed);
         }
       }
     });

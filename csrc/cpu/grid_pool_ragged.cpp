@@ -46,13 +46,14 @@ Tensor grid_pool_ragged(const Tensor& tokens, Ints sizes, std::string mode) {
     const Plan<A> plan(sizes, mode, H, W, false);
     const T* from = data<T>(in);
     T* to = mutable_data<T>(out);
+    const bool streamed = worth_streaming(to, D, out.numel() * sizeof(T));
     parallel_bytes(T_, in.numel() * sizeof(T), [&](int64_t begin, int64_t end) {
       RowScratch<T> scratch;
       for (int64_t f = begin; f < end; ++f) {
         const int64_t w = plan.map[f]->columns.size();
         for (int64_t i = 0; i < plan.map[f]->rows.size(); ++i)
           map_row(*plan.map[f], i, from + f * H * W * D, W, D, static_cast<const A*>(nullptr),
-                  to + (plan.token[f] + i * w) * D, D, scratch);
+                  to + (plan.token[f] + i * w) * D, D, scratch, streamed);
       }
     });
   });
@@ -70,12 +71,13 @@ Tensor grid_pool_ragged_backward(const Tensor& grad, Ints sizes, Ints grid, std:
     const Plan<A> plan(sizes, mode, H, W, true);
     const T* from = data<T>(g);
     T* to = mutable_data<T>(out);
+    const bool streamed = worth_streaming(to, D, out.numel() * sizeof(T));
     parallel_bytes(T_ * H, out.numel() * sizeof(T), [&](int64_t begin, int64_t end) {
       RowScratch<T> scratch;
       for (int64_t row = begin; row < end; ++row) {
         const int64_t f = row / H;
         map_row(*plan.map[f], row % H, from + plan.token[f] * D, sizes[2 * f + 1], D, static_cast<const A*>(nullptr),
-                to + row * W * D, D, scratch);
+                to + row * W * D, D, scratch, streamed);
       }
     });
   });
