@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ class Rotation:
     def __call__(self) -> Tensor:
         self._at = (self._at + 1) % len(self._inputs)
         return self._inputs[self._at]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self._inputs)
 
 
 class Copy:
