@@ -108,7 +108,7 @@ def calls(device: str = "cpu") -> dict[str, Call]:
         "select_tokens": Call(lambda x: ops.select_tokens(x, 2), lambda x: native.select_tokens(x, [2], None), scores),
         "similarity_topk": Call(
             lambda x: ops.similarity_topk(x, memory, 2),
-            lambda x: native.similarity_topk(x, memory, None, None, None, 2, "cosine"),
+            lambda x: native.similarity_topk(x, memory, None, None, None, None, 2, "cosine"),
             rows,
         ),
         "slot_replace_": Call(

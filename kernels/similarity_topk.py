@@ -182,8 +182,10 @@ def _choose(keys: Tensor, best: int) -> Tensor:
 
 
 def similarity_topk(
-    query: Tensor, memory: Tensor, count: Tensor | None, where: Tensor | None, scale: Tensor | None, k: int, metric: str
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, memory: Tensor, count: Tensor | None, where: Tensor | None, scale: Tensor | None,
+    norm: Tensor | None, k: int, metric: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    # `norm` is not read: the rows are, and their squares are summed while the next ones are waited for
     query, memory = query.contiguous(), memory.contiguous()
     streams, queries, channels = query.shape
     slots = memory.shape[1]
@@ -205,8 +207,8 @@ def similarity_topk(
     chosen_groups = min(k, groups.shape[2])
     chosen_tiles = triton.cdiv(chosen_groups * group, block_m)
     keys = query.new_empty((streams, queries, chosen_tiles * block_m), dtype=torch.int64)
-    norm = torch.linalg.vector_norm(query, dim=-1, dtype=torch.float32) if metric == "cosine" else query
-    inputs = query, norm, memory, *(query if x is None else x.contiguous() for x in (count, where, scale))
+    query_norm = torch.linalg.vector_norm(query, dim=-1, dtype=torch.float32) if metric == "cosine" else query
+    inputs = query, query_norm, memory, *(query if x is None else x.contiguous() for x in (count, where, scale))
     options = {
         "COSINE": metric == "cosine", "HAS_COUNT": count is not None, "HAS_WHERE": where is not None,
         "HAS_SCALE": scale is not None, "GROUP": group, "BLOCK_Q": block_q, "BLOCK_M": block_m, "BLOCK_D": block_d,

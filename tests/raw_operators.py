@@ -95,6 +95,7 @@ def good_calls() -> None:
         ops.similarity_topk(leaf(2, 3, 8), stored.values, 2, scale=stored.scale).values.sum().backward()
     filters = {"count": torch.tensor([5, 9]), "where": random_tensor(2, 9) < 0.5}
     ops.similarity_topk(leaf(2, 3, 8), leaf(2, 9, 8), 2, **filters).values.sum().backward()
+    ops.similarity_topk(random_tensor(2, 3, 8), random_tensor(2, 9, 8), 2, norm=torch.ones(2, 9))
     ops.similarity_topk(random_tensor(2, 20, 8), random_tensor(2, 9, 8), 2, metric="dot")
     for queries in (2, 9):
         attended = ops.memory_attention(leaf(2, queries, 2, 8), leaf(2, 4, 3, 2, 8), leaf(2, 4, 3, 2, 8), count)
@@ -308,9 +309,10 @@ KNOWN: dict[str, Callable[[list[Arguments]], Arguments]] = {
     ],
     "slot_replace_: small means": setting(2, torch.randn(1, 1, 1), call=2),
     "slot_replace_: means of whole frames": setting(5, "flat", call=2),
-    **{f"similarity_topk: k {k}": setting(5, k) for k in (-1, 0, 10**6, 2**40)},
+    **{f"similarity_topk: k {k}": setting(6, k) for k in (-1, 0, 10**6, 2**40)},
     "similarity_topk: a query of more channels": setting(0, torch.randn(2, 3, 800)),
     "similarity_topk: a short filter": setting(3, torch.ones(2, 1, dtype=torch.bool)),
+    "similarity_topk: a short norm": setting(5, torch.ones(2, 1)),
     "similarity_topk: a large count": with_value(2, 0, 10**6, call=2),
     "similarity_topk_backward: a slot that is not there": setting(2, full([2, 3, 2], 10**7)),
     "token_merge: a row that is not there": setting(2, full([2, 9], 10**7)),

@@ -49,6 +49,12 @@ def filters(S: int, M: int, seed: int = 2) -> dict[str, torch.Tensor]:
     return {"count": count, "where": torch.rand(S, M, generator=generator) > 0.3}
 
 
+def norms_of(memory: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """What `norm` takes beside queries of `dtype`."""
+    rows = memory.double() if scale is None else memory.double() * scale[..., None]
+    return rows.norm(dim=-1).to(torch.promote_types(dtype, torch.float32))
+
+
 def assert_finds(actual, query, memory, k, metric="cosine", count=None, where=None, scale=None):
     """Values by the budget; slots exactly wherever the float64 scores differ by more than the budget, or not at all."""
     wide_memory = memory if memory.dtype == torch.int8 else memory.double()

@@ -6,7 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vmemory
-from tests.similarity import FLOATING, INF, METRICS, NAN, SHAPES, assert_finds, filters, int8_memory, memory_with_ties
+from tests.similarity import (
+    FLOATING,
+    INF,
+    METRICS,
+    NAN,
+    SHAPES,
+    assert_finds,
+    filters,
+    int8_memory,
+    memory_with_ties,
+    norms_of,
+)
 from vmemory.ops.similarity_topk import similarity_topk
 from vmemory.reference import similarity_topk as reference
 from vmemory.testing import assert_within_budget, layouts, poisoned, random_tensor
@@ -128,6 +139,60 @@ def test_slots_that_are_not_searched_have_no_influence(impl):
 
 
 @pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("queries", [1, 3, 8, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_a_filter_changes_no_score(dtype, queries):
+    M, D = 1003, 70
+    query = random_tensor(1, queries, D, dtype=torch.float32 if dtype == torch.int8 else dtype)
+    rows, scale = int8_memory(1, M, D) if dtype == torch.int8 else (random_tensor(1, M, D, dtype=dtype), None)
+    plain = similarity_topk(query, rows, M, scale=scale)
+    every = similarity_topk(query, rows, M, scale=scale, where=torch.ones(1, M, dtype=torch.bool))
+    assert all(map(torch.equal, plain, every))
+    # whole eights that are in and out, and edges anywhere
+    place = torch.arange(M)
+    for where in (place % 64 < 8, place > 500, place < 129, (place // 8 % 2 == 0) ^ (place % 97 == 3), place == M - 1):
+        found = similarity_topk(query, rows, M, scale=scale, where=where[None])
+        kept = where[plain.indices]
+        count = int(where.sum())
+        assert torch.equal(found.indices[..., :count], plain.indices[kept].view(1, queries, count))
+        assert torch.equal(found.values[..., :count], plain.values[kept].view(1, queries, count))
+        assert (found.indices[..., count:] == -1).all()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [*FLOATING, torch.int8])
+def test_norms_that_are_kept(dtype, impl):
+    query = random_tensor(2, 3, 33, dtype=torch.float32 if dtype == torch.int8 else dtype)
+    rows, scale = int8_memory(2, 300, 33) if dtype == torch.int8 else (memory_with_ties(2, 300, 33, dtype), None)
+    norm, chosen = norms_of(rows, scale, query.dtype), filters(2, 300)
+    found = similarity_topk(query, rows, 9, scale=scale, norm=norm, impl=impl, **chosen)
+    assert_finds(found, query, rows, 9, scale=scale, **chosen)
+    # they are taken as they are, clamped like the others, and only for a cosine
+    doubled = similarity_topk(query, rows, 9, scale=scale, norm=2 * norm, impl=impl)
+    assert torch.equal(doubled.values * 2, similarity_topk(query, rows, 9, scale=scale, norm=norm, impl=impl).values)
+    nothing = torch.zeros_like(norm)
+    assert similarity_topk(query, rows, 9, scale=scale, norm=nothing, impl=impl).values.isfinite().all()
+    assert all(
+        map(
+            torch.equal,
+            similarity_topk(query, rows, 9, metric="dot", scale=scale, norm=nothing, impl=impl),
+            similarity_topk(query, rows, 9, metric="dot", scale=scale, impl=impl),
+        )
+    )
+
+
+@pytest.mark.usefixtures("native")
+def test_gradients_beside_kept_norms():
+    query, memory = random_tensor(2, 3, 24), random_tensor(2, 80, 24)
+    kept = gradients("native", query, memory, 9, "cosine", norm=memory.norm(dim=-1))
+    assert_within_budget(
+        kept,
+        gradients("reference", query, memory, 9, "cosine"),
+        gradients("reference", query.double(), memory.double(), 9, "cosine"),
+    )
+
+
+@pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("layout", ["offset", "strided", "reversed", "padded"])
 def test_any_layout_finds_alike(layout):
     query, (memory, scale) = random_tensor(2, 9, 20), int8_memory(2, 90, 20)
@@ -197,9 +262,11 @@ def test_opcheck(dtype):
     rows, scale = int8_memory(2, 40, 20)
     chosen = filters(2, 40)
     forward, backward = torch.ops.vmemory.similarity_topk.default, torch.ops.vmemory.similarity_topk_backward.default
-    torch.library.opcheck(forward, (query, memory, None, None, None, 4, "dot"))
-    torch.library.opcheck(forward, (query, rows, chosen["count"], chosen["where"], scale, 50, "cosine"))
-    values, indices = forward(query, memory, None, None, None, 4, "cosine")
+    torch.library.opcheck(forward, (query, memory, None, None, None, None, 4, "dot"))
+    torch.library.opcheck(
+        forward, (query, rows, chosen["count"], chosen["where"], scale, norms_of(rows, scale, dtype), 50, "cosine")
+    )
+    values, indices = forward(query, memory, None, None, None, None, 4, "cosine")
     for wanted in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(backward, (values, values, indices, query, memory, None, "cosine", *wanted))
 
@@ -228,19 +295,21 @@ def test_compiles_in_one_graph(backend, dynamic):
     dtype=st.sampled_from([*FLOATING, torch.int8]),
     layout=st.sampled_from(["contiguous", "strided", "reversed", "padded"]),
     filtered=st.sampled_from([(), ("count",), ("where",), ("count", "where")]),
+    normed=st.booleans(),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=100, deadline=None)
-def test_any_search(shape, k, metric, dtype, layout, filtered, seed):
+def test_any_search(shape, k, metric, dtype, layout, filtered, normed, seed):
     S, Q, M, D = shape
     query = random_tensor(S, Q, D, dtype=torch.float32 if dtype == torch.int8 else dtype, seed=seed)
     memory, scale = (
         int8_memory(S, M, D, seed + 1) if dtype == torch.int8 else (memory_with_ties(S, M, D, dtype, seed + 1), None)
     )
     chosen = {name: x for name, x in filters(S, M, seed).items() if name in filtered}
+    norm = layouts(norms_of(memory, scale, query.dtype))[layout] if normed else None
     with poisoned():
         found = similarity_topk(
-            layouts(query)[layout], layouts(memory)[layout], k, metric=metric, scale=scale, **chosen
+            layouts(query)[layout], layouts(memory)[layout], k, metric=metric, scale=scale, norm=norm, **chosen
         )
     assert_finds(found, query, memory, k, metric, scale=scale, **chosen)
 
@@ -268,6 +337,9 @@ Q, M = torch.ones(2, 3, 8), torch.ones(2, 9, 8)
         (lambda: similarity_topk(Q, M.char(), 1), ValueError, "scale: expected one with int8"),
         (lambda: similarity_topk(Q, M, 1, scale=M[..., 0]), ValueError, "scale: expected one with int8"),
         (lambda: similarity_topk(Q, M.char(), 1, scale=M[0, :, 0]), ValueError, r"scale: expected .*\[2, 9\]"),
+        (lambda: similarity_topk(Q, M, 1, norm=M[0, :, 0]), ValueError, r"norm: expected torch.float32 .*\[2, 9\]"),
+        (lambda: similarity_topk(Q, M, 1, norm=M[..., 0].double()), ValueError, "norm: expected torch.float32"),
+        (lambda: similarity_topk(Q, M, 1, norm=1.0), TypeError, "norm: expected a tensor, got float"),
         (lambda: similarity_topk(Q, M, 1, count=3), TypeError, "count: expected a tensor, got int"),
         (lambda: similarity_topk(Q, M, 1, count=torch.ones(2)), ValueError, "count: expected torch.int64"),
         (lambda: similarity_topk(Q, M, 1, count=torch.ones(3).long()), ValueError, r"count: .*\[2\]"),

@@ -20,14 +20,16 @@ def test_triton_interpreted(interpreter, S, Q, M, D, k, dtype, metric):
     query, memory = random_tensor(S, Q, D, dtype=dtype), memory_with_ties(S, M, D, dtype)
     memory[:, 9:10] = float("nan")
     chosen = filters(S, M)
-    found = interpreter(MODULE, "similarity_topk", query, memory, chosen["count"], chosen["where"], None, k, metric)
+    found = interpreter(
+        MODULE, "similarity_topk", query, memory, chosen["count"], chosen["where"], None, None, k, metric
+    )
     assert_finds(found, query, memory, k, metric, **chosen)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_triton_interpreted_many_queries(interpreter, metric):
     query, memory = random_tensor(1, 18, 16), memory_with_ties(1, 70, 16)
-    found = interpreter(MODULE, "similarity_topk", query, memory, None, None, None, 3, metric)
+    found = interpreter(MODULE, "similarity_topk", query, memory, None, None, None, None, 3, metric)
     assert_finds(found, query, memory, 3, metric)
 
 
@@ -35,7 +37,7 @@ def test_triton_interpreted_many_queries(interpreter, metric):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_triton_interpreted_in_int8(interpreter, dtype, metric):
     query, (memory, scale) = random_tensor(1, 2, 24, dtype=dtype), int8_memory(1, 130, 24)
-    found = interpreter(MODULE, "similarity_topk", query, memory, None, None, scale, 6, metric)
+    found = interpreter(MODULE, "similarity_topk", query, memory, None, None, scale, None, 6, metric)
     assert_finds(found, query, memory, 6, metric, scale=scale)
 
 

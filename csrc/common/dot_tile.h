@@ -9,7 +9,7 @@
 namespace vmemory {
 
 constexpr int kTileRows = 4;
-// as many as leave every sum a register beside the rows; with squares one fewer
+// a register for every sum, for every query's vector and for one row's; with squares one query fewer
 #if defined(__AVX512F__)
 constexpr int kTileQueries = 6;
 #else
@@ -149,10 +149,9 @@ inline void sum_four(vec<float> a, vec<float> b, vec<float> c, vec<float> d, flo
   std::memcpy(out, &sums, sizeof sums);
 }
 
-// What a tile reads ahead for a later one: lines of its own rows' successors, `distance` elements on, first to last
-// row.
+// What a tile reads ahead for a later one: of its own rows first to last, those that stand `rows` later in the list.
 struct Ahead {
-  int64_t distance;
+  int64_t rows;
   int first, last;
 };
 
@@ -166,40 +165,37 @@ __attribute__((always_inline)) inline void unrolled(const F& f) {
   unrolled(std::make_integer_sequence<int, N>{}, f);
 }
 
+template <class T>
+constexpr int64_t kLineChannels = 64 / sizeof(T) * (std::is_same_v<T, nibbles> ? 2 : 1);
+
 // dots[j * stride + r] = row r . query j, squares[r] = row r . row r. The queries are interleaved, kLanes of each in
 // turn, and padded with zeros: one stream instead of Q keeps them from falling into one cache set.
 template <int Q, bool kSquares, class A, class T>
 void dot_tile(const T* const* row, const A* query, int64_t D, const Ahead& ahead, A* dots, int64_t stride, A* squares) {
-  constexpr int64_t L = kLanes<A>, kLine = 64 / sizeof(T) * (std::is_same_v<T, nibbles> ? 2 : 1);
+  constexpr int64_t L = kLanes<A>;
   constexpr int R = kTileRows;
   vec<A> dot[Q * R], square[R];
   unrolled<Q * R>([&](auto i) __attribute__((always_inline)) { dot[i] = vec<A>{}; });
   unrolled<R>([&](auto i) __attribute__((always_inline)) { square[i] = vec<A>{}; });
   const T* const r[R] = {row[0], row[1], row[2], row[3]};
-  const auto step = [&](const vec<A>* x) __attribute__((always_inline)) {
-    if constexpr (kSquares)
-      unrolled<R>([&](auto i) __attribute__((always_inline)) { square[i] = multiply_add(x[i], x[i], square[i]); });
-    unrolled<Q>([&](auto j) __attribute__((always_inline)) {
-      const vec<A> w = load(query + j * L);
-      unrolled<R>([&](auto i)
-                      __attribute__((always_inline)) { dot[j * R + i] = multiply_add(x[i], w, dot[j * R + i]); });
-    });
+  const auto step = [&](const auto& channels) __attribute__((always_inline)) {
+    vec<A> w[Q];
+    unrolled<Q>([&](auto j) __attribute__((always_inline)) { w[j] = load(query + j * L); });
     query += Q * L;
+    unrolled<R>([&](auto i) __attribute__((always_inline)) {
+      const vec<A> x = channels(r[i]);
+      if constexpr (kSquares) square[i] = multiply_add(x, x, square[i]);
+      unrolled<Q>([&](auto j)
+                      __attribute__((always_inline)) { dot[j * R + i] = multiply_add(x, w[j], dot[j * R + i]); });
+    });
   };
   int64_t d = 0;
   for (; d + L <= D; d += L) {
-    if (d % kLine == 0)
-      for (int i = ahead.first; i < ahead.last; ++i) __builtin_prefetch(channel(r[i], d) + ahead.distance, 0, 2);
-    const vec<A> x[R] = {load_row<A>(channel(r[0], d)), load_row<A>(channel(r[1], d)), load_row<A>(channel(r[2], d)),
-                         load_row<A>(channel(r[3], d))};
-    step(x);
+    if (d % kLineChannels<T> == 0)
+      for (int i = ahead.first; i < ahead.last; ++i) __builtin_prefetch(channel(row[ahead.rows + i], d), 0, 2);
+    step([&](const T* p) __attribute__((always_inline)) { return load_row<A>(channel(p, d)); });
   }
-  if (d < D) {
-    const int64_t n = D - d;
-    const vec<A> x[R] = {load_row<A>(channel(r[0], d), n), load_row<A>(channel(r[1], d), n),
-                         load_row<A>(channel(r[2], d), n), load_row<A>(channel(r[3], d), n)};
-    step(x);
-  }
+  if (d < D) step([&](const T* p) __attribute__((always_inline)) { return load_row<A>(channel(p, d), D - d); });
   unrolled<Q>([&](auto j) __attribute__((always_inline)) {
     sum_four(dot[j * R], dot[j * R + 1], dot[j * R + 2], dot[j * R + 3], dots + j * stride);
   });
@@ -209,15 +205,14 @@ void dot_tile(const T* const* row, const A* query, int64_t D, const Ahead& ahead
 template <class A, class T>
 using DotTile = void (*)(const T* const*, const A*, int64_t, const Ahead&, A*, int64_t, A*);
 
-// the tile of `queries` queries; with squares one fewer fits the registers
-template <class A, class T>
+// the tile of `queries` queries, at most kTileQueries, with squares one fewer
+template <class A, class T, int Q = kTileQueries>
 DotTile<A, T> dot_tile_of(int queries, bool squares) {
-  static constexpr DotTile<A, T> plain[] = {dot_tile<1, false, A, T>, dot_tile<2, false, A, T>,
-                                            dot_tile<3, false, A, T>, dot_tile<4, false, A, T>,
-                                            dot_tile<5, false, A, T>, dot_tile<6, false, A, T>};
-  static constexpr DotTile<A, T> squared[] = {dot_tile<1, true, A, T>, dot_tile<2, true, A, T>, dot_tile<3, true, A, T>,
-                                              dot_tile<4, true, A, T>, dot_tile<5, true, A, T>};
-  return squares ? squared[queries - 1] : plain[queries - 1];
+  if constexpr (Q > 1)
+    if (queries < Q) return dot_tile_of<A, T, Q - 1>(queries, squares);
+  if constexpr (Q < kTileQueries)
+    if (squares) return dot_tile<Q, true, A, T>;
+  return dot_tile<Q, false, A, T>;
 }
 
 }  // namespace vmemory

@@ -17,12 +17,13 @@ inline void search(const Argument& query, const Argument& memory, const std::opt
 }
 
 inline void similarity_topk(const Tensor& query_, const Tensor& memory_, const std::optional<Tensor>& count,
-                            const std::optional<Tensor>& where, const std::optional<Tensor>& scale, int64_t k,
-                            const std::string& metric) {
+                            const std::optional<Tensor>& where, const std::optional<Tensor>& scale,
+                            const std::optional<Tensor>& norm, int64_t k, const std::string& metric) {
   const Argument query("query", query_), memory("memory", memory_);
   search(query, memory, scale, metric);
   Argument("count", count).shape({query.size(0)}).of(dtype::int64).beside(query);
   Argument("where", where).shape({query.size(0), memory.size(1)}).of(dtype::boolean).beside(query);
+  Argument("norm", norm).shape({query.size(0), memory.size(1)}).sums_of(query);
   expect_int("k", k, 1, kMostFound);
 }
 

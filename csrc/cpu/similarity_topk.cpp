@@ -5,6 +5,7 @@
 #include <memory>
 
 #include "common/dot_tile.h"
+#include "common/lines.h"
 #include "common/topk.h"
 #include "torch/stable.h"
 
@@ -13,8 +14,9 @@ namespace {
 
 constexpr int64_t kSmall = 1 << 17;       // products below which a second thread costs more than it saves
 constexpr int64_t kQueryBytes = 1 << 18;  // queries that stay in the second-level cache
-constexpr int64_t kRowBytes = 3 << 15;    // rows that stay beside them, and as many read ahead
-constexpr int64_t kMostQueries = 96, kMostRows = 128;
+constexpr int64_t kRowBytes = 1 << 14;    // rows that stay in the first-level cache while all queries pass
+constexpr int64_t kAheadBytes = 1 << 15;  // rows read ahead
+constexpr int64_t kMostQueries = 96, kMostRows = 128, kMostAhead = 64;
 
 struct Sizes {
   int64_t S, Q, M, D, k;
@@ -29,7 +31,7 @@ struct Tile {
 };
 
 // even tiles; the first takes the rows' norms along
-std::vector<Tile> tiles_of(int64_t queries, bool squares, int64_t distance) {
+std::vector<Tile> tiles_of(int64_t queries, bool squares, int64_t rows_ahead) {
   static_assert(kTileQueries >= 3, "an even tile has two places at least, so that the first has a query");
   const int64_t work = queries + squares, n = (work + kTileQueries - 1) / kTileQueries;
   const int64_t ahead = std::min<int64_t>(n, kTileRows);
@@ -37,19 +39,24 @@ std::vector<Tile> tiles_of(int64_t queries, bool squares, int64_t distance) {
   for (int64_t t = 0, first = 0; t < n; ++t) {
     const bool takes_squares = squares && t == 0;
     const int count = static_cast<int>((t + 1) * work / n - t * work / n - takes_squares);
-    Ahead lines{distance, 0, 0};
-    if (distance > 0 && t < ahead)
-      lines = {distance, static_cast<int>(kTileRows * t / ahead), static_cast<int>(kTileRows * (t + 1) / ahead)};
+    Ahead lines{0, 0, 0};
+    if (rows_ahead > 0 && t < ahead)
+      lines = {rows_ahead, static_cast<int>(kTileRows * t / ahead), static_cast<int>(kTileRows * (t + 1) / ahead)};
     tiles.push_back({first, count, takes_squares, lines});
     first += count;
   }
   return tiles;
 }
 
+// a NaN stays one
+template <class A>
+A at_least_eps(A norm) {
+  return norm < A(1e-8) ? A(1e-8) : norm;
+}
+
 template <class A>
 A norm_of(A square, A scale = 1) {
-  const A norm = std::sqrt(square) * std::fabs(scale);
-  return norm < A(1e-8) ? A(1e-8) : norm;
+  return at_least_eps(std::sqrt(square) * std::fabs(scale));
 }
 
 // queries of every stream in the accumulation type, interleaved for their tiles, and their norms
@@ -68,13 +75,13 @@ struct Queries {
   }
 
   template <class U>
-  void pack(const U* query, const Sizes& z) {
+  void pack(const U* query, const Sizes& z, bool squares) {
     constexpr int64_t L = kLanes<A>;
     parallel(z.S * blocks, kSmall / (block * z.D + 1), [&](int64_t begin, int64_t end) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t first = item / blocks * z.Q + item % blocks * block;
         const int64_t count = std::min(block, z.Q - item % blocks * block);
-        for (const Tile& tile : tiles_of(count, z.cosine, 0)) {
+        for (const Tile& tile : tiles_of(count, squares, 0)) {
           const U* from = query + (first + tile.first) * z.D;
           A* to = packed.data() + (first + tile.first) * padded;
           for (int64_t j = 0; j < tile.queries; ++j) {
@@ -93,61 +100,139 @@ struct Queries {
   }
 };
 
-template <class T>
+template <class T, class A>
 struct Memory {
   const T* row;        // [S, M, stored_elements(D)]
   const float* scale;  // [S, M] or null
   const bool* where;   // [S, M] or null
+  const A* norm;       // [S, M] or null
 };
+
+// D channels in the accumulation type, the rest of the last vector zero; lines of a later row are read ahead
+template <class A, class T>
+void widen_row(const T* row, const T* later, int64_t D, A* out) {
+  constexpr int64_t L = kLanes<A>, kLine = kLineChannels<T>;
+  int64_t d = 0;
+  for (; d + kLine <= D; d += kLine) {
+    __builtin_prefetch(channel(later, d), 0, 2);
+    unrolled<kLine / L>(
+        [&](auto k) __attribute__((always_inline)) { store(out + d + k * L, load_row<A>(channel(row, d + k * L))); });
+  }
+  for (; d + L <= D; d += L) store(out + d, load_row<A>(channel(row, d)));
+  if (d < D) store(out + d, load_row<A>(channel(row, d), D - d));
+}
 
 // rows of one stream that one thread searches
 struct Segment {
   int64_t stream, begin, end, keep, found;  // `found`: where its best are kept for each query
 };
 
+// The searched rows of a segment in order, a block at a time, with as many behind it as are read ahead.
+template <class T>
+class Rows {
+ public:
+  int64_t slot[kMostRows + kMostAhead];
+  const T* row[kMostRows + kMostAhead];
+
+  Rows(const T* first, int64_t stored, const bool* where, int64_t begin, int64_t end, int64_t block, int64_t ahead)
+      : first_(first), stored_(stored), where_(where), at_(begin), end_(end), block_(block), ahead_(ahead) {}
+
+  // the size of the next block, 0 at the end; whatever stands behind the last row may be read
+  int64_t next() {
+    std::copy(slot + taken_, slot + held_, slot);
+    std::copy(row + taken_, row + held_, row);
+    held_ -= taken_;
+    const int64_t most = block_ + ahead_;
+    while (held_ < most && at_ < end_) {
+      const int64_t n = std::min(most - held_, end_ - at_);
+      if (!where_) {
+        for (int64_t i = 0; i < n; ++i) take(at_ + i);
+      } else {
+        int64_t i = 0;
+        for (uint64_t eight; i + 8 <= n; i += 8) {
+          std::memcpy(&eight, where_ + at_ + i, 8);
+          if (eight == 0) continue;
+          for (int64_t j = i; j < i + 8; ++j)
+            if (where_[at_ + j]) take(at_ + j);
+        }
+        for (; i < n; ++i)
+          if (where_[at_ + i]) take(at_ + i);
+      }
+      at_ += n;
+    }
+    taken_ = std::min(held_, block_);
+    for (int64_t i = held_; i < most && taken_ > 0; ++i) row[i] = row[held_ - 1];
+    return taken_;
+  }
+
+ private:
+  void take(int64_t i) {
+    slot[held_] = i;
+    row[held_++] = first_ + i * stored_;
+  }
+
+  const T* first_;
+  int64_t stored_;
+  const bool* where_;
+  int64_t at_, end_, block_, ahead_, taken_ = 0, held_ = 0;
+};
+
 // best[q] over rows [begin, end) of a stream, for `count` queries from the first of a block
 template <class A, class T>
-void scan(const Sizes& z, const Memory<T>& memory, const Queries<A>& queries, const Segment& part, int64_t first,
+void scan(const Sizes& z, const Memory<T, A>& memory, const Queries<A>& queries, const Segment& part, int64_t first,
           int64_t count, std::vector<TopK<A>>& best) {
   const int64_t stored = stored_elements<T>(z.D), row_bytes = stored * sizeof(T) + 1;
-  const int64_t step = std::clamp<int64_t>(kRowBytes / row_bytes / kTileRows * kTileRows, 2 * kTileRows, kMostRows);
-  const bool* where = memory.where ? memory.where + part.stream * z.M : nullptr;
-  // beside a filter the rows to come are not known here
-  const std::vector<Tile> tiles = tiles_of(count, z.cosine, where ? 0 : step * stored);
+  const int64_t ahead = std::clamp<int64_t>(kAheadBytes / row_bytes, kTileRows, kMostAhead), padded = queries.padded;
+  const int64_t near =
+      std::clamp<int64_t>(kRowBytes / (padded * sizeof(A) + 1) / kTileRows * kTileRows, kTileRows, kMostRows);
+  const bool squares = z.cosine && memory.norm == nullptr;
+  const std::vector<Tile> tiles = tiles_of(count, squares, ahead);
+  // rows that several tiles read are brought into the accumulation type once
+  const bool widened = !std::is_same_v<T, A> && tiles.size() > 1;
   const int64_t at = part.stream * z.Q + first;
-  const A* packed = queries.packed.data() + at * queries.padded;
-  std::vector<A> score(count * step), norm(step);
-  int64_t slot[kMostRows];
-  const T* row[kMostRows];
-  for (int64_t m = part.begin; m < part.end; m += step) {
-    int64_t n = 0;
-    for (int64_t i = m; i < std::min(m + step, part.end); ++i) {
-      if (where && !where[i]) continue;
-      slot[n] = i;
-      row[n++] = memory.row + (part.stream * z.M + i) * stored;
+  const A* packed = queries.packed.data() + at * padded;
+  std::vector<A> score(count * kMostRows), norm(kMostRows);
+  Lines<A> wide(widened ? near * padded : 0);
+  const A* wide_row[kMostRows];
+  for (int64_t i = 0; widened && i < near; ++i) wide_row[i] = wide.get() + i * padded;
+  const float* scale = memory.scale ? memory.scale + part.stream * z.M : nullptr;
+  const A* norms = memory.norm ? memory.norm + part.stream * z.M : nullptr;
+  Rows<T> rows(memory.row + part.stream * z.M * stored, stored,
+               memory.where ? memory.where + part.stream * z.M : nullptr, part.begin, part.end, kMostRows, ahead);
+  for (int64_t n; (n = rows.next()) > 0;) {
+    for (int64_t b = 0; b < n; b += near) {
+      // the last tile is filled up with rows whose dots are not looked at
+      const int64_t end = std::min(near, (n - b + kTileRows - 1) / kTileRows * kTileRows);
+      const auto run = [&](auto from, const auto* const* row, bool reads_ahead) {
+        using F = typename decltype(from)::type;
+        for (const Tile& tile : tiles) {
+          const DotTile<A, F> dots = dot_tile_of<A, F>(tile.queries, tile.squares);
+          for (int64_t i = 0; i < end; i += kTileRows)
+            dots(row + i, packed + tile.first * padded, z.D, reads_ahead ? tile.ahead : Ahead{0, 0, 0},
+                 score.data() + tile.first * kMostRows + b + i, kMostRows, norm.data() + b + i);
+        }
+      };
+      if (widened) {
+        for (int64_t i = 0; i < end; ++i)
+          widen_row(rows.row[b + i], rows.row[b + i + ahead], z.D, wide.get() + i * padded);
+        run(tag<A>{}, wide_row, false);
+      } else {
+        run(tag<T>{}, rows.row + b, true);
+      }
     }
-    if (n == 0) continue;
-    // the last tile is filled up with a row it has: its dots are not looked at
-    const int64_t filled = (n + kTileRows - 1) / kTileRows * kTileRows;
-    for (int64_t i = n; i < filled; ++i) row[i] = row[n - 1];
-    for (const Tile& tile : tiles) {
-      const DotTile<A, T> dots = dot_tile_of<A, T>(tile.queries, tile.squares);
-      for (int64_t i = 0; i < filled; i += kTileRows)
-        dots(row + i, packed + tile.first * queries.padded, z.D, tile.ahead, score.data() + tile.first * step + i, step,
-             norm.data() + i);
-    }
-    const float* scale = memory.scale ? memory.scale + part.stream * z.M : nullptr;
-    if (z.cosine)
-      for (int64_t i = 0; i < n; ++i) norm[i] = norm_of(norm[i], scale ? A(scale[slot[i]]) : A(1));
+    if (z.cosine && norms)
+      for (int64_t i = 0; i < n; ++i) norm[i] = at_least_eps(norms[rows.slot[i]]);
+    else if (z.cosine)
+      for (int64_t i = 0; i < n; ++i) norm[i] = norm_of(norm[i], scale ? A(scale[rows.slot[i]]) : A(1));
     for (int64_t q = 0; q < count; ++q) {
-      A* to = score.data() + q * step;
+      A* to = score.data() + q * kMostRows;
       if (scale)
-        for (int64_t i = 0; i < n; ++i) to[i] *= scale[slot[i]];
+        for (int64_t i = 0; i < n; ++i) to[i] *= scale[rows.slot[i]];
       if (z.cosine) {
         const A query_norm = queries.norm[at + q];
         for (int64_t i = 0; i < n; ++i) to[i] /= query_norm * norm[i];
       }
-      best[q].add(to, slot, n);
+      best[q].add(to, rows.slot, n);
     }
   }
 }
@@ -205,7 +290,7 @@ struct Split {
 };
 
 template <class A, class T>
-void search(const Sizes& z, const Memory<T>& memory, const Queries<A>& queries, const int64_t* count,
+void search(const Sizes& z, const Memory<T, A>& memory, const Queries<A>& queries, const int64_t* count,
             const Output<A>& out) {
   const Split split(z, count);
   std::unique_ptr<Scored<A>[]> kept(new Scored<A>[split.kept]);
@@ -246,12 +331,12 @@ void search(const Sizes& z, const Memory<T>& memory, const Queries<A>& queries, 
 }
 
 std::tuple<Tensor, Tensor> similarity_topk(const Tensor& query_, const Tensor& memory_, std::optional<Tensor> count_,
-                                           std::optional<Tensor> where_, std::optional<Tensor> scale_, int64_t k,
-                                           std::string metric) {
-  contract::similarity_topk(query_, memory_, count_, where_, scale_, k, metric);
+                                           std::optional<Tensor> where_, std::optional<Tensor> scale_,
+                                           std::optional<Tensor> norm_, int64_t k, std::string metric) {
+  contract::similarity_topk(query_, memory_, count_, where_, scale_, norm_, k, metric);
   const Tensor query = dense(query_), memory = dense(memory_);
   const Tensor count = count_ ? dense(*count_) : query, where = where_ ? dense(*where_) : query;
-  const Tensor scale = scale_ ? dense(*scale_) : query;
+  const Tensor scale = scale_ ? dense(*scale_) : query, norm = norm_ ? dense(*norm_) : query;
   const Sizes z{query.size(0), query.size(1), memory.size(1), query.size(2), k, metric == "cosine"};
   const ScalarType wide = query.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   Tensor value = make(query, {z.S, z.Q, k}, wide), index = make(query, {z.S, z.Q, k}, ScalarType::Long);
@@ -260,11 +345,11 @@ std::tuple<Tensor, Tensor> similarity_topk(const Tensor& query_, const Tensor& m
     using U = typename decltype(u)::type;
     using A = acc_t<U>;
     Queries<A> queries(z);
-    queries.pack(data<U>(query), z);
+    queries.pack(data<U>(query), z, z.cosine && !norm_);
     const auto run = [&](auto t) {
       using T = typename decltype(t)::type;
-      const Memory<T> slots{data<T>(memory), scale_ ? data<float>(scale) : nullptr,
-                            where_ ? data<bool>(where) : nullptr};
+      const Memory<T, A> slots{data<T>(memory), scale_ ? data<float>(scale) : nullptr,
+                               where_ ? data<bool>(where) : nullptr, norm_ ? data<A>(norm) : nullptr};
       search(z, slots, queries, count_ ? data<int64_t>(count) : nullptr,
              Output<A>{mutable_data<A>(value), mutable_data<int64_t>(index), k});
     };

@@ -37,9 +37,10 @@ void search(const Device& device, Args& args, int64_t S) {
 }
 
 std::tuple<Tensor, Tensor> similarity_topk(const Tensor& query_, const Tensor& memory_, std::optional<Tensor> count_,
-                                           std::optional<Tensor> where_, std::optional<Tensor> scale_, int64_t k,
-                                           std::string metric) {
-  contract::similarity_topk(query_, memory_, count_, where_, scale_, k, metric);
+                                           std::optional<Tensor> where_, std::optional<Tensor> scale_,
+                                           std::optional<Tensor> norm, int64_t k, std::string metric) {
+  // `norm` is not read: the rows are, and their squares are summed while the next ones are waited for
+  contract::similarity_topk(query_, memory_, count_, where_, scale_, norm, k, metric);
   const Device device(query_);
   const Tensor query = dense(query_), memory = dense(memory_);
   const Tensor count = count_ ? dense(*count_) : query, where = where_ ? dense(*where_) : query;

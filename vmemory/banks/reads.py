@@ -70,12 +70,13 @@ class BankReads(StateModule):
         if query.shape[1] not in (self.layout.dim, self.layout.key_dim):
             raise ValueError(f"query: expected [Q, {self.layout.key_dim}], got shape {shape_of(query)}")
         check_int("stream", stream, low=0, high=self.streams - 1)
-        keys = self._keys()[stream]
+        keys = self._of_own_tier(self.descriptor)[stream]
         found = similarity_topk(
             query[None, :, : self.layout.key_dim].to(keys.dtype),
             keys[None],
             k,
             where=(self.entry[stream, :, FRAME] >= 0)[None],
+            norm=self._of_own_tier(self.norm)[stream][None],
         )
         values, slot = found.values[0], found.indices[0]
         if threshold is not None:
@@ -102,12 +103,12 @@ class BankReads(StateModule):
         made = [self.entry.new_full((n,), value) for n, value in zip(self.layout.capacities, of_tiers, strict=True)]
         return torch.cat([self.entry.new_empty((0,)), *made])
 
-    def _keys(self) -> Tensor:
-        """Each slot's mean as its own tier sees it, `[S, M, K]`."""
-        if self.descriptor.shape[2] == 1:
-            return self.descriptor[:, :, 0]
-        slot = torch.arange(self.layout.slots, device=self.descriptor.device)
-        return self.descriptor[:, slot, self._of_slots(range(self.layout.tiers))]
+    def _of_own_tier(self, of_maps: Tensor) -> Tensor:
+        """Each slot's mean or its norm as the slot's own tier sees it: `[S, M, R, ...]` to `[S, M, ...]`."""
+        if of_maps.shape[2] == 1:
+            return of_maps[:, :, 0]
+        slot = torch.arange(self.layout.slots, device=of_maps.device)
+        return of_maps[:, slot, self._of_slots(range(self.layout.tiers))]
 
     @locked
     def entries(self, stream: int = 0) -> Entries:
@@ -127,7 +128,7 @@ class BankReads(StateModule):
             start=clock[:, START],
             stop=clock[:, STOP],
             level=level,
-            descriptor=self._keys()[stream, slots],
+            descriptor=self._of_own_tier(self.descriptor)[stream, slots],
         )
 
     @locked

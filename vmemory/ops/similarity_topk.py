@@ -58,7 +58,14 @@ def _wide(query: Tensor) -> torch.dtype:
 
 
 def _fake(
-    query: Tensor, memory: Tensor, count: Tensor | None, where: Tensor | None, scale: Tensor | None, k: int, metric: str
+    query: Tensor,
+    memory: Tensor,
+    count: Tensor | None,
+    where: Tensor | None,
+    scale: Tensor | None,
+    norm: Tensor | None,
+    k: int,
+    metric: str,
 ) -> tuple[Tensor, Tensor]:
     shape = (*query.shape[:2], k)
     return query.new_empty(shape, dtype=_wide(query)), query.new_empty(shape, dtype=torch.int64)
@@ -81,7 +88,8 @@ def _fake_backward(
 
 _forward = Op(
     "similarity_topk",
-    "(Tensor query, Tensor memory, Tensor? count, Tensor? where, Tensor? scale, int k, str metric) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor memory, Tensor? count, Tensor? where, Tensor? scale, Tensor? norm, int k, str metric)"
+    " -> (Tensor, Tensor)",
     _fake,
 )
 # a gradient that is not asked for comes back as an empty tensor
@@ -102,11 +110,12 @@ class _SimilarityTopK(Function):
         count: Tensor | None,
         where: Tensor | None,
         scale: Tensor | None,
+        norm: Tensor | None,
         k: int,
         metric: str,
         impl: str,
     ) -> tuple[Tensor, Tensor]:
-        values, indices = _forward(impl, query, memory, count, where, scale, k, metric)
+        values, indices = _forward(impl, query, memory, count, where, scale, norm, k, metric)
         ctx.save_for_backward(values, indices, query, memory, scale)
         ctx.metric = metric
         ctx.mark_non_differentiable(indices)
@@ -121,7 +130,7 @@ class _SimilarityTopK(Function):
         picked = _BACKWARD.pick(query)
         run = _reference.similarity_topk_backward if picked == "reference" else partial(_backward, picked)
         to_query, to_memory = run(*arguments)
-        return to_query if for_query else None, to_memory if for_memory else None, *(None,) * 6
+        return to_query if for_query else None, to_memory if for_memory else None, *(None,) * 7
 
 
 @with_backends(_BACKENDS, {torch.uint8: _IN_4_BITS})
@@ -134,6 +143,7 @@ def similarity_topk(
     metric: Literal["cosine", "dot"] = "cosine",
     where: Tensor | None = None,
     scale: Tensor | None = None,
+    norm: Tensor | None = None,
     impl: Impl = "auto",
 ) -> TopK:
     """Find the k slots of a memory most similar to each query, by an exact search that stores no score matrix.
@@ -150,6 +160,9 @@ def similarity_topk(
             `(time >= since) & (time < until)`: that is a byte a slot beside a row of them, and the CPU does not read
             the rows that are left out. A slot whose time is NaN is in no range.
         scale: `[S, M]` float32: a row is its int8 or 4-bit values times its scale.
+        norm: `[S, M]`, the dtype of the values: the Euclidean norms of the rows, with their scales, for whoever keeps
+            them beside the rows. A cosine on the CPU then costs what a dot product costs. They are taken as they are;
+            a GPU, which waits for the rows anyway, computes its own.
         impl: Which implementation to run; `"auto"` picks by device, dtype and, on a GPU, the number of queries. Memory
             in 4 bits has no native kernel there.
 
@@ -190,6 +203,7 @@ def similarity_topk(
         ("count", count, (S,), torch.int64),
         ("where", where, (S, M), torch.bool),
         ("scale", scale, (S, M), torch.float32),
+        ("norm", norm, (S, M), _wide(query)),
     ):
         if x is None:
             continue
@@ -200,7 +214,7 @@ def similarity_topk(
         check_device(name, x, "query", query)
     picked = (_IN_4_BITS if in_4_bits else _BACKENDS).pick(query, impl)
     if picked == "reference":
-        return TopK(*_reference.similarity_topk(query, memory, k, count, where, metric, scale))
+        return TopK(*_reference.similarity_topk(query, memory, k, count, where, metric, scale, norm))
     if torch.is_grad_enabled() and (query.requires_grad or memory.requires_grad):
-        return TopK(*_SimilarityTopK.apply(query, memory, count, where, scale, k, metric, picked))
-    return TopK(*_forward(picked, query, memory, count, where, scale, k, metric))
+        return TopK(*_SimilarityTopK.apply(query, memory, count, where, scale, norm, k, metric, picked))
+    return TopK(*_forward(picked, query, memory, count, where, scale, norm, k, metric))

@@ -23,10 +23,12 @@ def similarity_topk(
     where: Tensor | None = None,
     metric: str = "cosine",
     scale: Tensor | None = None,
+    norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`query [S, Q, D]` against `memory [S, M, D]`: values and indices `[S, Q, k]`, best first, lower index first.
 
-    Packed rows in uint8, `[S, M, ceil(D / 2)]`, are those of `quantize_slots`. A NaN score is the largest of all.
+    `norm [S, M]` are the rows' norms where they are kept. Packed rows in uint8, `[S, M, ceil(D / 2)]`, are those of
+    `quantize_slots`. A NaN score is the largest of all.
     Places that cannot be filled are −inf / −1. Slots that are not searched may hold anything, NaN included.
     """
     S, Q, D = query.shape
@@ -41,7 +43,8 @@ def similarity_topk(
     # one multiply and one sum a row, not a matrix product: equal rows get equal scores wherever they lie
     scores = torch.stack([(q[:, i, None] * m).sum(-1) for i in range(Q)], 1) if Q else q.new_zeros(S, 0, M)
     if metric == "cosine":
-        scores = scores / (q.norm(dim=-1).clamp_min(_EPS)[..., None] * m.norm(dim=-1).clamp_min(_EPS)[:, None])
+        row_norm = m.norm(dim=-1) if norm is None else torch.where(valid, norm, 0)
+        scores = scores / (q.norm(dim=-1).clamp_min(_EPS)[..., None] * row_norm.clamp_min(_EPS)[:, None])
     valid = valid[:, None].expand(S, Q, M)
     values, index = torch.where(valid, scores, -torch.inf).sort(dim=-1, descending=True, stable=True)
     # a searched slot may score −inf itself: it still comes before those that were not searched
