@@ -6,6 +6,7 @@
 
 #include "common/dot_tile.h"
 #include "common/lines.h"
+#include "common/searched_rows.h"
 #include "common/topk.h"
 #include "torch/stable.h"
 
@@ -16,7 +17,7 @@ constexpr int64_t kSmall = 1 << 17;       // products below which a second threa
 constexpr int64_t kQueryBytes = 1 << 18;  // queries that stay in the second-level cache
 constexpr int64_t kRowBytes = 1 << 14;    // rows that stay in the first-level cache while all queries pass
 constexpr int64_t kAheadBytes = 1 << 15;  // rows read ahead
-constexpr int64_t kMostQueries = 96, kMostRows = 128, kMostAhead = 64;
+constexpr int64_t kMostQueries = 96;
 
 struct Sizes {
   int64_t S, Q, M, D, k;
@@ -63,15 +64,15 @@ A norm_of(A square, A scale = 1) {
 template <class A>
 struct Queries {
   int64_t block, blocks, padded;
-  std::vector<A> packed, norm;
+  Lines<A> packed;
+  std::vector<A> norm;
 
-  Queries(const Sizes& z) : padded((z.D + kLanes<A> - 1) / kLanes<A> * kLanes<A>) {
+  Queries(const Sizes& z)
+      : padded((z.D + kLanes<A> - 1) / kLanes<A> * kLanes<A>), packed(z.S * z.Q * padded), norm(z.S * z.Q) {
     const int64_t most = std::clamp<int64_t>(kQueryBytes / (padded * sizeof(A) + 1), kTileQueries, kMostQueries);
     blocks = (z.Q + most - 1) / most;
     block = (z.Q + blocks - 1) / blocks;
     blocks = (z.Q + block - 1) / block;
-    packed.resize(z.S * z.Q * padded);
-    norm.resize(z.S * z.Q);
   }
 
   template <class U>
@@ -83,7 +84,7 @@ struct Queries {
         const int64_t count = std::min(block, z.Q - item % blocks * block);
         for (const Tile& tile : tiles_of(count, squares, 0)) {
           const U* from = query + (first + tile.first) * z.D;
-          A* to = packed.data() + (first + tile.first) * padded;
+          A* to = packed.get() + (first + tile.first) * padded;
           for (int64_t j = 0; j < tile.queries; ++j) {
             A* lanes = to + j * L;
             vec<A> square{};
@@ -108,73 +109,9 @@ struct Memory {
   const A* norm;       // [S, M] or null
 };
 
-// D channels in the accumulation type, the rest of the last vector zero; lines of a later row are read ahead
-template <class A, class T>
-void widen_row(const T* row, const T* later, int64_t D, A* out) {
-  constexpr int64_t L = kLanes<A>, kLine = kLineChannels<T>;
-  int64_t d = 0;
-  for (; d + kLine <= D; d += kLine) {
-    __builtin_prefetch(channel(later, d), 0, 2);
-    unrolled<kLine / L>(
-        [&](auto k) __attribute__((always_inline)) { store(out + d + k * L, load_row<A>(channel(row, d + k * L))); });
-  }
-  for (; d + L <= D; d += L) store(out + d, load_row<A>(channel(row, d)));
-  if (d < D) store(out + d, load_row<A>(channel(row, d), D - d));
-}
-
 // rows of one stream that one thread searches
 struct Segment {
   int64_t stream, begin, end, keep, found;  // `found`: where its best are kept for each query
-};
-
-// The searched rows of a segment in order, a block at a time, with as many behind it as are read ahead.
-template <class T>
-class Rows {
- public:
-  int64_t slot[kMostRows + kMostAhead];
-  const T* row[kMostRows + kMostAhead];
-
-  Rows(const T* first, int64_t stored, const bool* where, int64_t begin, int64_t end, int64_t block, int64_t ahead)
-      : first_(first), stored_(stored), where_(where), at_(begin), end_(end), block_(block), ahead_(ahead) {}
-
-  // the size of the next block, 0 at the end; whatever stands behind the last row may be read
-  int64_t next() {
-    std::copy(slot + taken_, slot + held_, slot);
-    std::copy(row + taken_, row + held_, row);
-    held_ -= taken_;
-    const int64_t most = block_ + ahead_;
-    while (held_ < most && at_ < end_) {
-      const int64_t n = std::min(most - held_, end_ - at_);
-      if (!where_) {
-        for (int64_t i = 0; i < n; ++i) take(at_ + i);
-      } else {
-        int64_t i = 0;
-        for (uint64_t eight; i + 8 <= n; i += 8) {
-          std::memcpy(&eight, where_ + at_ + i, 8);
-          if (eight == 0) continue;
-          for (int64_t j = i; j < i + 8; ++j)
-            if (where_[at_ + j]) take(at_ + j);
-        }
-        for (; i < n; ++i)
-          if (where_[at_ + i]) take(at_ + i);
-      }
-      at_ += n;
-    }
-    taken_ = std::min(held_, block_);
-    for (int64_t i = held_; i < most && taken_ > 0; ++i) row[i] = row[held_ - 1];
-    return taken_;
-  }
-
- private:
-  void take(int64_t i) {
-    slot[held_] = i;
-    row[held_++] = first_ + i * stored_;
-  }
-
-  const T* first_;
-  int64_t stored_;
-  const bool* where_;
-  int64_t at_, end_, block_, ahead_, taken_ = 0, held_ = 0;
 };
 
 // best[q] over rows [begin, end) of a stream, for `count` queries from the first of a block
@@ -184,21 +121,21 @@ void scan(const Sizes& z, const Memory<T, A>& memory, const Queries<A>& queries,
   const int64_t stored = stored_elements<T>(z.D), row_bytes = stored * sizeof(T) + 1;
   const int64_t ahead = std::clamp<int64_t>(kAheadBytes / row_bytes, kTileRows, kMostAhead), padded = queries.padded;
   const int64_t near =
-      std::clamp<int64_t>(kRowBytes / (padded * sizeof(A) + 1) / kTileRows * kTileRows, kTileRows, kMostRows);
+      std::clamp<int64_t>(kRowBytes / (padded * sizeof(A) + 1) / kTileRows * kTileRows, kTileRows, kBlockRows);
   const bool squares = z.cosine && memory.norm == nullptr;
   const std::vector<Tile> tiles = tiles_of(count, squares, ahead);
   // rows that several tiles read are brought into the accumulation type once
   const bool widened = !std::is_same_v<T, A> && tiles.size() > 1;
   const int64_t at = part.stream * z.Q + first;
-  const A* packed = queries.packed.data() + at * padded;
-  std::vector<A> score(count * kMostRows), norm(kMostRows);
+  const A* packed = queries.packed.get() + at * padded;
+  std::vector<A> score(count * kBlockRows), norm(kBlockRows);
   Lines<A> wide(widened ? near * padded : 0);
-  const A* wide_row[kMostRows];
+  const A* wide_row[kBlockRows];
   for (int64_t i = 0; widened && i < near; ++i) wide_row[i] = wide.get() + i * padded;
   const float* scale = memory.scale ? memory.scale + part.stream * z.M : nullptr;
   const A* norms = memory.norm ? memory.norm + part.stream * z.M : nullptr;
-  Rows<T> rows(memory.row + part.stream * z.M * stored, stored,
-               memory.where ? memory.where + part.stream * z.M : nullptr, part.begin, part.end, kMostRows, ahead);
+  SearchedRows<T> rows(memory.row + part.stream * z.M * stored, stored,
+                       memory.where ? memory.where + part.stream * z.M : nullptr, part.begin, part.end, ahead);
   for (int64_t n; (n = rows.next()) > 0;) {
     for (int64_t b = 0; b < n; b += near) {
       // the last tile is filled up with rows whose dots are not looked at
@@ -209,7 +146,7 @@ void scan(const Sizes& z, const Memory<T, A>& memory, const Queries<A>& queries,
           const DotTile<A, F> dots = dot_tile_of<A, F>(tile.queries, tile.squares);
           for (int64_t i = 0; i < end; i += kTileRows)
             dots(row + i, packed + tile.first * padded, z.D, reads_ahead ? tile.ahead : Ahead{0, 0, 0},
-                 score.data() + tile.first * kMostRows + b + i, kMostRows, norm.data() + b + i);
+                 score.data() + tile.first * kBlockRows + b + i, kBlockRows, norm.data() + b + i);
         }
       };
       if (widened) {
@@ -225,7 +162,7 @@ void scan(const Sizes& z, const Memory<T, A>& memory, const Queries<A>& queries,
     else if (z.cosine)
       for (int64_t i = 0; i < n; ++i) norm[i] = norm_of(norm[i], scale ? A(scale[rows.slot[i]]) : A(1));
     for (int64_t q = 0; q < count; ++q) {
-      A* to = score.data() + q * kMostRows;
+      A* to = score.data() + q * kBlockRows;
       if (scale)
         for (int64_t i = 0; i < n; ++i) to[i] *= scale[rows.slot[i]];
       if (z.cosine) {
