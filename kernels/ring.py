@@ -30,7 +30,8 @@ def _target(streams, row, S, ROUTED: tl.constexpr):
 @triton.jit
 def _counted(count, stream, added):
     """A stream's counter, which `added` frames join; one that cannot be counts as the nearest that can."""
-    return tl.minimum(tl.maximum(tl.load(count + stream), 0), 0x7FFFFFFFFFFFFFFF - added)
+    most = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64) - added
+    return tl.minimum(tl.maximum(tl.load(count + stream), 0), most)
 
 
 @triton.jit

@@ -220,7 +220,7 @@ def test_saved_banks_come_back_and_broken_files_are_refused(policy: str, tmp_pat
     for broken, words in (
         (whole[: len(whole) // 2], "not a whole .vmem file"),
         (b"not a memory", "not a whole .vmem file"),
-        (whole.replace(b'"version":"1"', b'"version":"9"'), "version 9, this vmemory reads version 1"),
+        (whole.replace(b'"version":"1"', b'"version":"9"'), "version '9', this vmemory reads version 1"),
         (whole[:-3] + b"\x01\x02\x03", "checksum"),
     ):
         path.write_bytes(broken)

@@ -38,7 +38,7 @@ def test_unusable_memories(run: Run, clip: Path, tmp_path: Path) -> None:
         (tmp_path / "none.vmem", "no such file"),
         (half, "not a whole .vmem file"),
         (text, "not a whole .vmem file"),
-        (old, "version 9, this vmemory reads version 1"),
+        (old, "version '9', this vmemory reads version 1"),
         (altered, "the file was altered"),
         (bare, "a memory without a video stream"),
     ):

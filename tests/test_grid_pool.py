@@ -193,7 +193,8 @@ def test_bilinear_reference_is_torchs(grid, size):
 def test_pooling_to_the_same_grid_is_the_identity(mode, impl):
     x = random_tensor(2, 5, 7, 33, dtype=torch.bfloat16)
     x[0, 1, 2, 3], x[1, 4, 0, 1] = float("inf"), float("nan")
-    assert torch.equal(grid_pool(x, (5, 7), mode, impl=impl).view(torch.int16), x.view(torch.int16))
+    # a NaN may come back with other bits
+    torch.testing.assert_close(grid_pool(x, (5, 7), mode, impl=impl), x, rtol=0, atol=0, equal_nan=True)
 
 
 def test_norm_of_a_zero_frame_has_gradient_zero():

@@ -119,15 +119,16 @@ def poisoned() -> Iterator[None]:
 
 
 def _dot(_: Any, a: Any, b: Any, c: Any, *options: Any) -> Any:
-    """A b + c summed in one order for every row and column, as on a GPU.
+    """A b + c summed in one order for every row and column, as on a GPU, and rounded once.
 
     The interpreter's own is NumPy's, whose BLAS sums equal rows differently where they lie at different places.
     """
-    total = c.data.copy()
+    kept = c.data.dtype
+    total = c.data.astype("float64" if kept.kind == "f" else kept)
     rows, columns = a.data.astype(total.dtype), b.data.astype(total.dtype)
     for k in range(rows.shape[-1]):
         total += rows[..., k, None] * columns[..., None, k, :]
-    return type(c)(total, c.dtype.scalar)
+    return type(c)(total.astype(kept), c.dtype.scalar)
 
 
 def _launch(module: str, launcher: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
