@@ -134,6 +134,7 @@ def test_native_code_keeps_to_the_macros_of_torch_2_11():
         ("contracts", "contracts/|torch/"),
         ("cpu", "common/|contracts/|torch/"),
         ("host", "common/|host/"),
+        ("simt", "simt/|torch/"),
     ],
 )
 def test_native_includes_go_one_way(folder, own):
