@@ -13,9 +13,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from vmemory.models.loading import load_model
 from vmemory.models.pixels import patch_rows, scaled
-from vmemory.stream import FrameSource
-from vmemory.stream.loading import load_model
+from vmemory.sources import FrameSource
 
 VIDEO, START, END = "<video>", "<start>", "<end>"
 TEMPLATE = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny_vlms import SIDE, Inputs
-from vmemory.attach import Handle
+from vmemory._attach import Handle
 
 # merged and fused tokens are no tokens of the model's own; linear attention cannot mask
 MIXES, RECURRENT = ("merging", "dual"), ("qwen3_5", "qwen3_5_moe")

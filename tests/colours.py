@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmemory.stream import Frame
+from vmemory.sources import Frame
 
 RED, GREEN, BLUE, GREY = (230, 20, 20), (20, 230, 20), (20, 20, 230), (128, 128, 128)
 WORDS = {"red": 0, "green": 1, "blue": 2}

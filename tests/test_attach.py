@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from tests.attach_oracle import MIXES, RECURRENT, double, generated, logits_of, masked_inputs
 from tests.tiny_vlms import FAMILIES, SIDE, tiny
 from vmemory import attach, attached, compress_inputs
-from vmemory.attach import Handle
+from vmemory._attach import Handle
 from vmemory.banks import POLICIES
 
 # the first family runs with every policy, every family with the first three

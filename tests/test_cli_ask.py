@@ -8,7 +8,7 @@ from tests.colours import Colours
 from tests.commands import Run, check_page, clip, colours, expect_error, run
 from vmemory.cli import ask, inspect
 from vmemory.cli.common import make_encoder
-from vmemory.stream.video_bank import video_bank
+from vmemory.search.presets import video_bank
 
 __all__ = ["clip", "colours", "run"]
 

@@ -20,9 +20,10 @@ import av
 from tests.tiny_vlms import tiny
 from tests.tiny_words import byte_words
 from vmemory.cli.app import run
-from vmemory.stream import SourceError, VideoSession
-from vmemory.stream.live import LiveSource
-from vmemory.stream.loading import load_model
+from vmemory.models.loading import load_model
+from vmemory.session import VideoSession
+from vmemory.sources import SourceError
+from vmemory.sources.live import LiveSource
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
@@ -130,7 +131,7 @@ def test_what_breaks_while_decoding_reaches_whoever_iterates(film, monkeypatch):
     def broken(*_, **__):
         raise MemoryError("no room for a picture")
 
-    monkeypatch.setattr("vmemory.stream.live.Frame", broken)
+    monkeypatch.setattr("vmemory.sources.live.Frame", broken)
     with pytest.raises(MemoryError, match="no room"):
         list(source)
 

@@ -25,8 +25,8 @@ from vmemory.cli.common import make_encoder, question
 from vmemory.cli.errors import UserError
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.terminal import clean, one_line, open_page
-from vmemory.stream.memory_stream import MemoryStream
-from vmemory.stream.video_bank import video_bank
+from vmemory.search.presets import video_bank
+from vmemory.search.video_search import MemoryStream
 
 __all__ = ["clip", "colours", "run"]
 

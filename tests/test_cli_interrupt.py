@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.colours import RED, Colours, write_clip
 from tests.commands import check_page
-from vmemory.stream.memory_stream import MemoryStream
+from vmemory.search.video_search import MemoryStream
 
 ROOT = Path(__file__).parents[1]
 

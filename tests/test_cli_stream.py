@@ -16,7 +16,7 @@ from tests.clips import served, write_clip_at
 from tests.colours import BLUE, GREEN, RED, Colours, write_clip
 from tests.commands import Run, check_page, clip, colours, expect_error, run
 from vmemory.banks import POLICIES, BankFile
-from vmemory.stream.memory_stream import MemoryStream
+from vmemory.search.video_search import MemoryStream
 
 __all__ = ["clip", "colours", "run"]
 
@@ -246,7 +246,7 @@ def test_an_address_of_a_film_is_that_film(run: Run, clip: Path) -> None:
 def test_a_camera_that_goes_away_leaves_what_it_gave(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calibrate: float
 ) -> None:
-    monkeypatch.setattr("vmemory.stream.live._PAUSE", 0.01)
+    monkeypatch.setattr("vmemory.sources.live._PAUSE", 0.01)
     data = write_clip_at(tmp_path / "a.ts", list(range(24)), codec="mpeg1video").read_bytes()
     server = socket.create_server(("127.0.0.1", 0))
 

@@ -34,7 +34,7 @@ def given(monkeypatch, tmp_path):
     from vmemory.models import registry
 
     # all that is known before the guides add to it
-    import_module("vmemory.attach")._load_families()
+    import_module("vmemory._attach")._load_families()
     monkeypatch.setattr(registry, "_BY_TYPE", dict(registry._BY_TYPE))
     monkeypatch.setattr(registry, "_BY_METHODS", list(registry._BY_METHODS))
     monkeypatch.chdir(tmp_path)
@@ -82,5 +82,5 @@ def test_every_policy_and_every_family_is_told_of():
 
     readme = (ROOT / "README.md").read_text()
     assert all(cls.__name__ in readme for cls in vmemory.banks.POLICIES.values())
-    import_module("vmemory.attach")._load_families()
+    import_module("vmemory._attach")._load_families()
     assert all(f"`{kind}`" in PAGES["models"] for kind in supported_types())

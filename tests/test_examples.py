@@ -41,7 +41,7 @@ def test_live_session(example, capsys):
 
 def test_a_checkpoint_takes_the_place_of_the_tiny_model(example, tmp_path, capsys, monkeypatch):
     # the folder has a tokenizer and no processor
-    monkeypatch.setattr("vmemory.stream.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("vmemory.models.loading.find_spec", lambda name: None)
     main = example("live_session")
     model, processor = main.__globals__["load"](None)
     model.save_pretrained(tmp_path)
@@ -67,7 +67,7 @@ def test_custom_family(example, monkeypatch):
     from vmemory.models import registry
 
     # all that is known before the example adds to it
-    import_module("vmemory.attach")._load_families()
+    import_module("vmemory._attach")._load_families()
     monkeypatch.setattr(registry, "_BY_TYPE", dict(registry._BY_TYPE))
     same, before, after = example("custom_family")([])
     assert same

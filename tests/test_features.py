@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vmemory.eval import Features, hit_rate, localize, video_features
-from vmemory.stream import SourceError
+from vmemory.sources import SourceError
 
 
 class Averages:

@@ -15,8 +15,8 @@ from tests.hostile import PLAIN, mutated
 from tests.test_session import SETTINGS, chunks
 from tests.tiny_vlms import tiny
 from vmemory.banks import BankFile, BankFileError
-from vmemory.stream import VideoSession
-from vmemory.stream.opening import Opening
+from vmemory.session import VideoSession
+from vmemory.session.short_stream import Opening
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 

@@ -10,8 +10,8 @@ pytest.importorskip("transformers")
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.kv_texts import BUDGET, CHUNK, FAMILIES, make, prompt, text_model
-from vmemory.models.kv_cache import new_cache
-from vmemory.models.kv_memory import POLICIES, KVMemory
+from vmemory.kv.cache import new_cache
+from vmemory.kv.memory import POLICIES, KVMemory
 
 
 @pytest.mark.parametrize("family", FAMILIES)

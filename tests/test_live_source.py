@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.clips import write_clip_at
-from vmemory.stream import LiveSource, SourceError, live
+from vmemory.sources import LiveSource, SourceError, live
 
 # the clip of two seconds as bytes, sent at once: what counts here is the connection
 Sender = Callable[[socket.socket, int], None]

@@ -11,14 +11,14 @@ from PIL import Image
 
 from tests.colours import BLUE, GREEN, GREY, RED, Colours, frames_of
 from vmemory.banks import POLICIES, BankFileError, DualMemory, HierarchicalBank, MergingBank
-from vmemory.stream import Frame
-from vmemory.stream.encoder import calibrate
-from vmemory.stream.held import dropped
-from vmemory.stream.memory_stream import MemoryStream
-from vmemory.stream.search import Found, centred_search, spread
-from vmemory.stream.thumbnails import Thumbnails, nearest
-from vmemory.stream.trace import Trace
-from vmemory.stream.video_bank import video_bank
+from vmemory.search.encoder import calibrate
+from vmemory.search.held import dropped
+from vmemory.search.presets import video_bank
+from vmemory.search.similar import Found, centred_search, spread
+from vmemory.search.thumbnails import Thumbnails, nearest
+from vmemory.search.trace import Trace
+from vmemory.search.video_search import MemoryStream
+from vmemory.sources import Frame
 
 FILM = [RED] * 10 + [GREEN] * 10 + [BLUE] * 10
 

@@ -11,7 +11,7 @@ from tests.attach_oracle import GREEDY
 from tests.tiny_vlms import CLOSE, FAMILIES, IMAGE, OPEN, SEPARATOR, SIDE, VIDEO, VISION_END, VISION_START, stamp, tiny
 from vmemory import attach, compress_inputs
 from vmemory.banks import POLICIES
-from vmemory.stream import VideoSession
+from vmemory.session import VideoSession
 
 SETTINGS = {"memory_capacities": [4, 3, 2]}
 T = 24

@@ -15,7 +15,7 @@ from tests.test_session_words import film
 from tests.tiny_vlms import FAMILIES, tiny
 from tests.tiny_words import byte_words
 from vmemory.banks import BankFileError
-from vmemory.stream import VideoSession
+from vmemory.session import VideoSession
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 SMALL = {"memory_capacities": [3, 2, 1]}
@@ -176,9 +176,9 @@ def test_what_is_refused_by_name(words, tmp_path):
         (
             TypeError,
             {"frames": "film.mp4"},
-            r"frames: expected frames, got 'film.mp4'; vmemory.stream.FrameSource reads",
+            r"frames: expected frames, got 'film.mp4'; vmemory.sources.FrameSource reads",
         ),
-        (TypeError, {"frames": tmp_path / "film.mp4"}, "vmemory.stream.FrameSource reads"),
+        (TypeError, {"frames": tmp_path / "film.mp4"}, "vmemory.sources.FrameSource reads"),
         (ValueError, {"frames": frames, "time": [0.0, float("inf")]}, "time: expected finite seconds, got inf"),
         (ValueError, {"frames": frames, "time": [float("nan"), 1.0]}, "time: expected finite seconds, got nan"),
         (TypeError, {"frames": frames, "time": [moment, moment]}, r"time: expected seconds .* moment.timestamp\(\)"),

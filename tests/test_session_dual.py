@@ -11,9 +11,9 @@ from tests.attach_oracle import GREEDY
 from tests.test_session import T, chunks, question, whole_video
 from tests.tiny_vlms import tiny
 from vmemory import attach
-from vmemory.attach import adapter_of
+from vmemory._attach import adapter_of
 from vmemory.banks import DualMemory
-from vmemory.stream import VideoSession
+from vmemory.session import VideoSession
 
 # Qwen3-VL has deepstack features behind its tokens, the others none
 FAMILIES = ("qwen3_vl", "qwen2_5_vl", "llava_onevision")

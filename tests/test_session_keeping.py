@@ -11,7 +11,7 @@ import vmemory
 from tests.test_session_words import film
 from tests.tiny_vlms import tiny
 from tests.tiny_words import byte_words
-from vmemory.stream import VideoSession
+from vmemory.session import VideoSession
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 from tests.attach_oracle import GREEDY
 from tests.test_session import SETTINGS, chunks, question
 from tests.tiny_vlms import tiny
-from vmemory.stream import SessionPool, VideoSession
+from vmemory.session import SessionPool, VideoSession
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 

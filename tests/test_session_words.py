@@ -14,9 +14,10 @@ import transformers
 
 from tests.tiny_vlms import FAMILIES, tiny
 from tests.tiny_words import byte_words
-from vmemory.attach import adapter_of
+from vmemory._attach import adapter_of
 from vmemory.models.pixels import CLIP_MEAN, CLIP_STD, patch_rows, scaled, size_for
-from vmemory.stream import Frame, FrameSource, VideoSession
+from vmemory.session import VideoSession
+from vmemory.sources import Frame, FrameSource
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]

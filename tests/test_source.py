@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tests.clips import write_clip_at
-from vmemory.stream import FrameSource, SourceError
+from vmemory.sources import FrameSource, SourceError
 
 RATE = 24
 

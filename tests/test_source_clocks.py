@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from tests.clips import served, write_clip_at
-from vmemory.stream import FrameSource, LiveSource, SourceError
-from vmemory.stream.live import open_video
-from vmemory.stream.places import place_of, shown
+from vmemory.sources import FrameSource, LiveSource, SourceError
+from vmemory.sources.live import open_video
+from vmemory.sources.places import place_of, shown
 
 RATE = 24
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vmemory.stream import FrameSource, SourceError
-from vmemory.stream.frames import as_frames
+from vmemory.sources import FrameSource, SourceError
+from vmemory.sources.frames import as_frames
 
 RAMP = np.tile(np.linspace(0, 1, 64), (8, 1))
 

@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 from vmemory import banks, compress, ops
-from vmemory.attach import attach, attached, compress_inputs
+from vmemory._attach import attach, attached, compress_inputs
 from vmemory.models.registry import register_adapter
 from vmemory.ops._select import explain
 
@@ -13,10 +13,10 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     # what reads video comes with an extra, and only when it is asked for
-    if name == "stream":
-        return importlib.import_module("vmemory.stream")
+    if name in ("session", "sources", "search", "kv"):
+        return importlib.import_module(f"vmemory.{name}")
     if name == "VideoSession":
-        return importlib.import_module("vmemory.stream.session").VideoSession
+        return importlib.import_module("vmemory.session").VideoSession
     raise AttributeError(f"module 'vmemory' has no attribute {name!r}")
 
 

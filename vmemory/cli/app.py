@@ -18,7 +18,7 @@ from vmemory.cli.stream import stream
 from vmemory.cli.terminal import error_line
 from vmemory.data import FetchError
 from vmemory.encoders import AssetError
-from vmemory.stream import SourceError
+from vmemory.sources import SourceError
 
 app = typer.Typer(
     add_completion=False,

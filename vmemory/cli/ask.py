@@ -19,7 +19,7 @@ from vmemory.cli.common import (
 from vmemory.cli.errors import UserError
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.terminal import Terminal
-from vmemory.stream.memory_stream import MemoryStream
+from vmemory.search.video_search import MemoryStream
 
 
 def ask(

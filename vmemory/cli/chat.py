@@ -18,9 +18,9 @@ from vmemory.cli.common import check_writable, question, timecode
 from vmemory.cli.errors import UserError, user_input
 from vmemory.cli.terminal import Terminal, error_line
 from vmemory.cli.watch import Kept, stop_on_interrupt
-from vmemory.stream import Frame
-from vmemory.stream.live import open_video
-from vmemory.stream.session import VideoSession
+from vmemory.session.session import VideoSession
+from vmemory.sources import Frame
+from vmemory.sources.live import open_video
 
 
 def chat(
@@ -40,7 +40,7 @@ def chat(
     save: Annotated[Path | None, typer.Option(help="A .vmem file to go on from later.")] = None,
 ) -> None:
     """Let a model watch, and ask it: type a question at any moment, an empty line or Ctrl-D to end."""
-    from vmemory.stream.loading import device_for, load_model
+    from vmemory.models.loading import device_for, load_model
 
     if save is not None:
         check_writable(save, folder=False)

@@ -14,11 +14,11 @@ import torch
 from vmemory.cli.errors import UserError, user_input
 from vmemory.cli.terminal import Terminal, plain_table
 from vmemory.encoders import FrameEncoder
-from vmemory.stream.held import Memory
-from vmemory.stream.memory_stream import Answer, MemoryStream
-from vmemory.stream.pictures import read_picture
-from vmemory.stream.places import kind_of
-from vmemory.stream.video_bank import video_bank
+from vmemory.search.held import Memory
+from vmemory.search.presets import video_bank
+from vmemory.search.video_search import Answer, MemoryStream
+from vmemory.sources.pictures import read_picture
+from vmemory.sources.places import kind_of
 
 # what watches a video where nothing else is asked for; README tells why
 POLICY, BUDGET = "merging", "16MiB"

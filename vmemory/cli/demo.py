@@ -33,8 +33,8 @@ from vmemory.data import fetch_film, fetch_trailer, trailer_to_film
 from vmemory.data.film import ATTRIBUTION
 from vmemory.encoders import FrameEncoder
 from vmemory.eval.features import Features, video_features
-from vmemory.stream import Frame, FrameSource
-from vmemory.stream.memory_stream import MemoryStream
+from vmemory.search.video_search import MemoryStream
+from vmemory.sources import Frame, FrameSource
 
 TEXTS = ("a rabbit", "a bird flying in the sky", "a bow and arrow", "end credits, text on a screen")
 # second of the trailer whose picture is looked for

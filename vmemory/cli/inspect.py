@@ -12,7 +12,7 @@ from vmemory.banks import BankFile, format_bytes, load
 from vmemory.cli.common import check_writable, make_encoder, timecode
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.terminal import Terminal, open_page, plain_table
-from vmemory.stream.memory_stream import MemoryStream
+from vmemory.search.video_search import MemoryStream
 
 
 def inspect(

@@ -22,9 +22,9 @@ from vmemory.cli.timeline import DARK, LIGHT, draw_timeline
 from vmemory.cli.watch import Watched
 from vmemory.eval.setups import CALIBRATION
 from vmemory.eval.trailer import LONGEST_SPAN, TOLERANCE
-from vmemory.stream.held import dropped, frame_bytes, tiers_of
-from vmemory.stream.memory_stream import MemoryStream
-from vmemory.stream.thumbnails import jpeg
+from vmemory.search.held import dropped, frame_bytes, tiers_of
+from vmemory.search.thumbnails import jpeg
+from vmemory.search.video_search import MemoryStream
 
 # pictures a tier shows at most, and how wide they are, tier by tier
 _SHOWN, _WIDTHS = 300, (128, 96, 72)

@@ -28,12 +28,12 @@ from vmemory.cli.errors import Interrupted, user_input
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.terminal import Terminal, error_line
 from vmemory.cli.watch import Kept, Watched, live_origin_of, origin_of, watch
-from vmemory.stream import FrameSource, LiveSource
-from vmemory.stream.held import dropped
-from vmemory.stream.live import open_video
-from vmemory.stream.memory_stream import MemoryStream
-from vmemory.stream.places import name_of, place_of
-from vmemory.stream.video_bank import UNTRAINED
+from vmemory.search.held import dropped
+from vmemory.search.presets import UNTRAINED
+from vmemory.search.video_search import MemoryStream
+from vmemory.sources import FrameSource, LiveSource
+from vmemory.sources.live import open_video
+from vmemory.sources.places import name_of, place_of
 
 
 def stream(

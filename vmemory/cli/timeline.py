@@ -17,9 +17,9 @@ from vmemory.banks import format_bytes
 from vmemory.cli.common import Question, timecode
 from vmemory.cli.errors import UserError
 from vmemory.cli.terminal import clean
-from vmemory.stream.held import dropped, tiers_of
-from vmemory.stream.memory_stream import MemoryStream
-from vmemory.stream.pictures import rgb
+from vmemory.search.held import dropped, tiers_of
+from vmemory.search.video_search import MemoryStream
+from vmemory.sources.pictures import rgb
 
 
 class Palette(NamedTuple):

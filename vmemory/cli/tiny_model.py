@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vmemory.stream import FrameSource, VideoSession
+from vmemory.session import VideoSession
+from vmemory.sources import FrameSource
 
 # capacities of the three tiers
 TIERS = (4, 4, 8)

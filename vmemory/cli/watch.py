@@ -18,10 +18,10 @@ from torch import Tensor
 from vmemory.banks import format_bytes
 from vmemory.cli.common import timecode
 from vmemory.cli.terminal import Terminal, one_line
-from vmemory.stream import Frame, FrameSource, SourceError
-from vmemory.stream.encoder import Encoder, calibrate
-from vmemory.stream.memory_stream import MemoryStream
-from vmemory.stream.places import name_of, place_of
+from vmemory.search.encoder import Encoder, calibrate
+from vmemory.search.video_search import MemoryStream
+from vmemory.sources import Frame, FrameSource, SourceError
+from vmemory.sources.places import name_of, place_of
 
 
 class Watched(NamedTuple):

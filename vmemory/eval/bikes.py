@@ -16,10 +16,10 @@ from vmemory.data.bikes import CUTS, SENTENCES, fetch_bikes
 from vmemory.encoders import FrameEncoder
 from vmemory.eval.features import Features, video_features
 from vmemory.eval.setups import Setup, keys_of, origin_of, setups, watch
-from vmemory.stream import FrameSource
-from vmemory.stream.encoder import Encoder
-from vmemory.stream.held import Memory
-from vmemory.stream.search import centred_search
+from vmemory.search.encoder import Encoder
+from vmemory.search.held import Memory
+from vmemory.search.similar import centred_search
+from vmemory.sources import FrameSource
 
 # frames a second that memories watch
 FPS = 5.0

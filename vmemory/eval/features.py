@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vmemory._files import cache_dir, replacing, sha256_of
 from vmemory.encoders import FrameEncoder
-from vmemory.stream import Frame, FrameSource, SourceError
+from vmemory.sources import Frame, FrameSource, SourceError
 
 
 class Features(NamedTuple):

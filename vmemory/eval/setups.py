@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vmemory.banks import DualMemory, MemoryTokens
 from vmemory.eval.features import Features
-from vmemory.stream.held import Memory
-from vmemory.stream.video_bank import video_bank
+from vmemory.search.held import Memory
+from vmemory.search.presets import video_bank
 
 # seconds of a video whose mean token calibrated memories subtract
 CALIBRATION = 60.0

@@ -18,8 +18,8 @@ from vmemory.banks import MemoryTokens
 from vmemory.data import trailer_to_film
 from vmemory.eval.features import Features
 from vmemory.eval.setups import Setup, keys_of, origin_of, setups, watch
-from vmemory.stream.held import Memory
-from vmemory.stream.search import centred_search
+from vmemory.search.held import Memory
+from vmemory.search.similar import centred_search
 
 # seconds: how far off an answer may be, and the longest merged span that counts as an answer at all
 TOLERANCE = 2.0

@@ -15,7 +15,7 @@ from vmemory.data import fetch_walk
 from vmemory.eval.features import Features
 from vmemory.eval.setups import Setup, setups
 from vmemory.eval.trailer import Queries, Score, evaluate
-from vmemory.stream.encoder import Encoder
+from vmemory.search.encoder import Encoder
 
 # places: how far off an answer may be, and the longest merged span that counts as an answer at all
 TOLERANCE = 2.0

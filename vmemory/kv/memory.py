@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from vmemory.banks.budget import parse_bytes
 from vmemory.banks.lock import MemoryLock, locked
+from vmemory.kv.attention import observed_queries
+from vmemory.kv.cache import new_cache, one_input, plain_layers
+from vmemory.kv.rules import SHARES, Attention, KeyDifference, Recent, Reservoir, RowRule, Rows
+from vmemory.kv.spans import SpanRule
 from vmemory.models.hook import generation_setting
-from vmemory.models.kv_attention import observed_queries
-from vmemory.models.kv_cache import new_cache, one_input, plain_layers
-from vmemory.models.kv_rules import SHARES, Attention, KeyDifference, Recent, Reservoir, RowRule, Rows
-from vmemory.models.kv_spans import SpanRule
 from vmemory.models.turn import cache_argument
 from vmemory.ops._checks import check_choice, check_int, shape_of
 

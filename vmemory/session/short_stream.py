@@ -12,7 +12,7 @@ from torch import Tensor
 from vmemory.banks import RingBank
 from vmemory.banks.checks import MOST
 from vmemory.banks.loading import restored
-from vmemory.stream.session_notes import integer
+from vmemory.session.checkpoint import integer
 
 _STATE = "opening."
 

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from vmemory.banks import BankFile, BankFileError, load
 from vmemory.banks.lock import locked
 from vmemory.models.adapter import Clip, device_of
-from vmemory.stream.held import shape_of_tokens
-from vmemory.stream.opening import Opening
-from vmemory.stream.session_notes import SessionNotes, frame_size
-from vmemory.stream.watching import Watching
+from vmemory.session.checkpoint import SessionNotes, frame_size
+from vmemory.session.short_stream import Opening
+from vmemory.session.watching import Watching
 
 _Self = TypeVar("_Self", bound="Keeping")
 
@@ -185,7 +184,7 @@ class Keeping(Watching):
         Raises:
             ValueError: They are made for others.
         """
-        (H, W), D = shape_of_tokens(memory)
+        (H, W), D = _token_shape(memory)
         if memory.streams != 1 or notes.grid != (H, W):
             raise ValueError(f"session.grid: expected a memory of one stream and {notes.grid} tokens, got {(H, W)}")
         size = frame_size(notes.frame_size or self.adapter.size_of(self.model, notes.grid))
@@ -195,8 +194,8 @@ class Keeping(Watching):
             raise ValueError(f"frame_size: {size} pixels do not go through this model ({error})") from error
         if tuple(clip.frames.shape[1:]) != (H, W, D):
             raise ValueError(f"session: expected tokens {list(clip.frames.shape[1:])} of this model, got {[H, W, D]}")
-        if opening.bank is not None and shape_of_tokens(opening.bank) != ((H, W), D):
-            raise ValueError(f"opening: expected tokens {[H, W, D]}, got {list(shape_of_tokens(opening.bank))}")
+        if opening.bank is not None and _token_shape(opening.bank) != ((H, W), D):
+            raise ValueError(f"opening: expected tokens {[H, W, D]}, got {list(_token_shape(opening.bank))}")
         want, got = (None if x is None else list(x.shape) for x in (clip.tail, extra.get("tail")))
         if want != got:
             raise ValueError(f"tail: expected {want}, got {got}")
@@ -209,3 +208,9 @@ class Keeping(Watching):
         inputs = self.adapter.prepare(self.model, frames, self.processor, size)
         clips, output = self.adapter.encode(self.model, self._moved(inputs))
         return clips[0], output
+
+
+def _token_shape(memory: Any) -> tuple[tuple[int, int], int]:
+    """Token grid (H, W) of the frames that a memory takes, and their channels."""
+    config = memory.config()
+    return tuple(config["grid"]), config["dim"]

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vmemory.stream._readers import ArrayReader, ImageReader, Reader, SourceError
-from vmemory.stream.pictures import SUFFIXES
-from vmemory.stream.places import kind_of, place_of
+from vmemory.sources.pictures import SUFFIXES
+from vmemory.sources.places import kind_of, place_of
+from vmemory.sources.readers import ArrayReader, ImageReader, Reader, SourceError
 
 __all__ = ["Frame", "FrameSource", "SourceError"]
 
@@ -152,7 +152,7 @@ def _open_reader(
             if place.suffix.lower() in SUFFIXES:
                 return ImageReader(str(place), [place], fps or 1.0, size)
         try:
-            from vmemory.stream._video import VideoReader
+            from vmemory.sources.decoder import VideoReader
         except ModuleNotFoundError as error:
             if error.name != "av":
                 raise

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmemory.stream.source import Frame
+from vmemory.sources.video import Frame
 
 
 class Encoder(Protocol):

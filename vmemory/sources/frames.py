@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmemory.stream.pictures import rgb
-from vmemory.stream.source import Frame
+from vmemory.sources.pictures import rgb
+from vmemory.sources.video import Frame
 
 Timed = tuple[Tensor, list[float | None]]
 
@@ -30,7 +30,7 @@ def as_frames(frames: Any, time: Any = None) -> Iterator[Timed]:
     """
     if isinstance(frames, (str, Path)):
         raise TypeError(
-            f"frames: expected frames, got {frames!r}; vmemory.stream.FrameSource reads a film or a folder, "
+            f"frames: expected frames, got {frames!r}; vmemory.sources.FrameSource reads a film or a folder, "
             "LiveSource a camera"
         )
     if isinstance(frames, Frame):

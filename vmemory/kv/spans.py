@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vmemory.models.kv_rules import Rows
+from vmemory.kv.rules import Rows
 from vmemory.ops import bank_push_
 from vmemory.ops._checks import check_int
 from vmemory.reference.bank_layout import FRAME, BankLayout, BankState

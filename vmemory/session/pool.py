@@ -13,7 +13,7 @@ from urllib.parse import quote
 from vmemory._files import remove_stale
 from vmemory.banks import parse_bytes
 from vmemory.banks.lock import MemoryLock, locked
-from vmemory.stream.session import VideoSession
+from vmemory.session.session import VideoSession
 
 # of a name in a folder; longer ones are told apart by a hash
 _MOST_LETTERS = 160

@@ -10,9 +10,9 @@ from queue import Empty, Full, Queue
 from threading import Event, Thread
 from typing import Any
 
-from vmemory.stream._readers import SourceError
-from vmemory.stream.places import place_of, shown
-from vmemory.stream.source import Frame, FrameSource, check_rate, check_size
+from vmemory.sources.places import place_of, shown
+from vmemory.sources.readers import SourceError
+from vmemory.sources.video import Frame, FrameSource, check_rate, check_size
 
 # else ffmpeg looks at five seconds of a stream before it gives the first frame
 _PROMPTLY = {"fflags": "nobuffer", "flags": "low_delay", "probesize": "65536", "analyzeduration": "500000"}
@@ -118,7 +118,7 @@ class _Reading:
     """One iteration over a live source: a thread that decodes, and the newest frame for whoever takes it."""
 
     def __init__(self, source: LiveSource, container: Any) -> None:
-        from vmemory.stream._video import Upright
+        from vmemory.sources.decoder import Upright
 
         self._source, self._container = source, container
         self._image = Upright(source.size)
@@ -172,7 +172,7 @@ class _Reading:
         """Take frames until someone stops, the sender ends (None), or the connection breaks (why)."""
         import av
 
-        from vmemory.stream._video import decoded
+        from vmemory.sources.decoder import decoded
 
         stream = self._container.streams.video[0]
         packets = self._container.demux(stream)

@@ -10,7 +10,7 @@ import torch
 from vmemory.banks import POLICIES, make
 from vmemory.banks.dual_state import split as working_and_episodic
 from vmemory.banks.hierarchical import split
-from vmemory.stream.held import Memory
+from vmemory.search.held import Memory
 
 # said wherever such a memory answers
 UNTRAINED = "nobody trained the dual memory here: it changes nothing, and both of its memories hold frames as they came"

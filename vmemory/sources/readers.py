@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from vmemory.stream.pictures import SUFFIXES, holds_several, pictures_of
+from vmemory.sources.pictures import SUFFIXES, holds_several, pictures_of
 
 
 class SourceError(ValueError):

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmemory.attach import adapter_of, attached, base_of
+from vmemory._attach import adapter_of, attached, base_of
 from vmemory.banks import DualMemory, MemoryConfig
 from vmemory.banks.lock import MemoryLock, locked
 from vmemory.models.adapter import Clip, Inputs, device_of, dtype_of
 from vmemory.ops._checks import check_choice, check_int
-from vmemory.stream.frames import as_frames, seconds_of
-from vmemory.stream.opening import Opening
+from vmemory.session.short_stream import Opening
+from vmemory.sources.frames import as_frames, seconds_of
 
 
 class Watching:

@@ -14,13 +14,13 @@ from torch import Tensor
 from vmemory.banks import Bank, BankFileError, load
 from vmemory.banks.tokens import Entries
 from vmemory.ops.similarity_topk import MAX_K
-from vmemory.stream.encoder import Encoder
-from vmemory.stream.held import Memory, bytes_in_use, spans, token_device, token_dtype
-from vmemory.stream.notes import check_notes, check_times
-from vmemory.stream.search import Found, centred_search, spread
-from vmemory.stream.source import Frame
-from vmemory.stream.thumbnails import Thumbnails
-from vmemory.stream.trace import Trace
+from vmemory.search.checkpoint import check_notes, check_times
+from vmemory.search.encoder import Encoder
+from vmemory.search.held import Memory, bytes_in_use, spans, token_device, token_dtype
+from vmemory.search.similar import Found, centred_search, spread
+from vmemory.search.thumbnails import Thumbnails
+from vmemory.search.trace import Trace
+from vmemory.sources.video import Frame
 
 
 class Answer(NamedTuple):

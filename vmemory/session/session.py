@@ -17,7 +17,7 @@ from vmemory.models.adapter import Inputs, device_of, dtype_of
 from vmemory.models.hook import generation_setting
 from vmemory.models.stream_prompt import HeldFrame, held_frames, positions
 from vmemory.models.turn import cache_argument, cache_in
-from vmemory.stream.keeping import Keeping
+from vmemory.session.keeping import Keeping
 
 # of each model, held while it answers
 _answers: WeakKeyDictionary[nn.Module, MemoryLock] = WeakKeyDictionary()

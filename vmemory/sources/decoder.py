@@ -13,8 +13,8 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from vmemory.stream._readers import Picture, SourceError, scaled_size
-from vmemory.stream.places import shown
+from vmemory.sources.places import shown
+from vmemory.sources.readers import Picture, SourceError, scaled_size
 
 # seconds without an answer from an address after which it is given up
 PATIENCE = 10.0
