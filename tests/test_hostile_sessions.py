@@ -16,20 +16,20 @@ from tests.test_session import SETTINGS, chunks
 from tests.tiny_vlms import tiny
 from vmemory.banks import BankFile, BankFileError
 from vmemory.session import VideoSession
-from vmemory.session.short_stream import Opening
+from vmemory.session.short_stream import ShortStream
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]
 
 WHOLE = [-1, -5, 100, 10**6, 2**31, 2**40, 2**62, -(2**63), 2**63 - 1]
 
 
-def opening(frames: int = 8) -> Opening:
-    made = Opening(frames)
+def opening(frames: int = 8) -> ShortStream:
+    made = ShortStream(frames)
     made.push(torch.randn(3, 2, 2, 8, generator=torch.Generator().manual_seed(0)), torch.arange(3.0).double(), None)
     return made
 
 
-def pushed_on(made: Opening) -> None:
+def pushed_on(made: ShortStream) -> None:
     """Past its end: what the memory lists is followed in each push."""
     for t in range(12):
         made.push(torch.zeros(1, 2, 2, 8), torch.tensor([100.0 + t]).double(), None)
@@ -40,23 +40,23 @@ def pushed_on(made: Opening) -> None:
 @pytest.mark.parametrize("name", ["order", "counter", "entry"])
 def test_no_value_of_an_opening_s_state_is_followed_unseen(name: str) -> None:
     extra, notes = opening().saved()
-    pushed_on(Opening.resumed(extra, notes, torch.device("cpu")))
+    pushed_on(ShortStream.resumed(extra, notes, torch.device("cpu")))
     refused = 0
-    for at in range(extra[f"opening.{name}"].numel()):
+    for at in range(extra[f"short_stream.{name}"].numel()):
         for value in WHOLE:
             forged = {key: x.clone() for key, x in extra.items()}
-            forged[f"opening.{name}"].view(-1)[at] = value
+            forged[f"short_stream.{name}"].view(-1)[at] = value
             try:
-                made = Opening.resumed(forged, notes, torch.device("cpu"))
+                made = ShortStream.resumed(forged, notes, torch.device("cpu"))
             except ValueError:
                 refused += 1
                 continue
             pushed_on(made)
     # of eight places three are listed; what the others say is not looked at by anybody
     assert refused >= {"order": 3 * len(WHOLE), "counter": 17, "entry": 130}[name]
-    with pytest.raises(ValueError, match="opening: expected"):
+    with pytest.raises(ValueError, match="short_stream: expected"):
         # a longer one than the memory it comes with
-        Opening.resumed(extra, {**notes, "frames": 100}, torch.device("cpu"))
+        ShortStream.resumed(extra, {**notes, "frames": 100}, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +83,11 @@ def test_a_session_s_file_with_one_thing_changed_is_refused_or_works(saved, tmp_
         if i % 3 == 0:
             tensor = rng.choice(list(forged.extra))
             forged.extra[tensor], name = mutated(forged.extra[tensor], rng), tensor
-        elif i % 3 == 1 or name != "opening":
+        elif i % 3 == 1 or name != "short_stream":
             notes[name] = rng.choice(PLAIN)
         else:
-            inner = rng.choice(list(notes["opening"]))
-            notes["opening"][inner] = rng.choice(PLAIN)
+            inner = rng.choice(list(notes["short_stream"]))
+            notes["short_stream"][inner] = rng.choice(PLAIN)
         try:
             forged.write(forged_path)
         except ValueError:

@@ -63,7 +63,7 @@ def test_nothing_of_an_erased_span_is_left(family):
     # frames 5 and 6 are the second of one pair and the first of the next
     session.erase(2.5, 3.0)
     # the prompt's cache, too, was made of these frames
-    assert session.nbytes == session.memory.nbytes + session._opening.nbytes
+    assert session.nbytes == session.memory.nbytes + session._short_stream.nbytes
     gone = torch.tensor([2.0, 2.5, 3.0, 3.5]) if session.adapter.frames_together(model) == 2 else torch.tensor([2.5, 3])
     if family == "qwen3_vl":
         gone = torch.tensor([2.25, 3.25])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time as clock
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,8 @@ def chatted(video: Path, question: str = "What happens?") -> Chatted:
         frames += 1
     watched = clock.perf_counter()
     answer = session.ask(question, max_new_tokens=24, do_sample=False)
-    tokens = session.memory.counts()["seen"] * session.memory.layout.cells[0]
+    assert session.memory is not None
+    tokens = session.memory.counts()["seen"] * math.prod(session.memory.config()["grid"])
     seconds = (watched - started, clock.perf_counter() - watched)
     return Chatted(frames, tokens, session.num_tokens, *seconds, question, answer)
 

@@ -155,6 +155,17 @@ class Adapter:
 
     # for streams, where frames come one after the other and the prompt is written last
 
+    def encode_frames(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Encoded:
+        """Run the vision tower on frames of one video.
+
+        Args:
+            model: The model.
+            frames: `[n, 3, H, W]` uint8, n a multiple of `frames_together`.
+            processor: Of the model, whose pixel statistics count; None = the family's own.
+            size: (H, W) in pixels that frames are scaled to.
+        """
+        return self.encode(model, on_device(model, self.prepare(model, frames, processor, size)))
+
     def frames_together(self, model: Any) -> int:
         """Frames of the video that become one frame of the memory."""
         return 1
@@ -202,6 +213,15 @@ def device_of(model: nn.Module) -> torch.device:
 def dtype_of(model: nn.Module) -> torch.dtype:
     """What a model computes in, where its weights say: the dtype of the first that floats."""
     return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+
+
+def on_device(model: nn.Module, inputs: Inputs) -> Inputs:
+    """Tensors where the model is, those that float in its dtype; all else as it is."""
+    device, dtype = device_of(model), dtype_of(model)
+    return {
+        name: x.to(device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
+        for name, x in inputs.items()
+    }
 
 
 def as_pooling(tokens: Any) -> Any:

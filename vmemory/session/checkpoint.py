@@ -1,4 +1,4 @@
-"""What a session's file says beside its memory, looked at before anything rests on it."""
+"""The plain values in a session's file, checked before anything uses them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from vmemory.banks.checks import MOST
@@ -25,7 +26,7 @@ class SessionNotes(NamedTuple):
     time_origin: str | float
     waiting: tuple[float, ...]
     step: float
-    opening: dict[str, Any]
+    short_stream: dict[str, Any]
     start: float | None
     model_type: str
 
@@ -34,25 +35,25 @@ class SessionNotes(NamedTuple):
         """Notes out of a file.
 
         Raises:
-            ValueError: Not what `Keeping.save` writes.
+            ValueError: Not what `VideoSession.save` writes.
         """
         if not isinstance(notes, dict) or set(notes) != set(cls._fields):
-            raise ValueError(f"session: expected {', '.join(cls._fields)}, got {_short(notes)}")
+            raise ValueError(f"session: expected {', '.join(cls._fields)}, got {_brief(notes)}")
         origin, start = notes["time_origin"], notes["start"]
         if origin not in ("start", "oldest"):
             origin = number("session.time_origin", origin, -math.inf)
         if not isinstance(notes["model_type"], str):
-            raise ValueError(f"session.model_type: expected a name, got {_short(notes['model_type'])}")
-        waiting, opening = notes["waiting"], notes["opening"]
+            raise ValueError(f"session.model_type: expected a name, got {_brief(notes['model_type'])}")
+        waiting, short = notes["waiting"], notes["short_stream"]
         if not isinstance(waiting, list):
-            raise ValueError(f"session.waiting: expected seconds, got {_short(waiting)}")
+            raise ValueError(f"session.waiting: expected seconds, got {_brief(waiting)}")
         seconds = tuple(number("session.waiting", t, -math.inf) for t in waiting)
         # nothing has been pushed before the first frame
         last = -math.inf if notes["last"] == -math.inf else number("session.last", notes["last"], -math.inf)
         if any(not a < b for a, b in pairwise(seconds)) or (seconds and seconds[-1] > last):
-            raise ValueError(f"session.waiting: expected increasing seconds up to {last}, got {_short(waiting)}")
-        if not isinstance(opening, dict):
-            raise ValueError(f"session.opening: expected names and values, got {_short(opening)}")
+            raise ValueError(f"session.waiting: expected increasing seconds up to {last}, got {_brief(waiting)}")
+        if not isinstance(short, dict):
+            raise ValueError(f"session.short_stream: expected names and values, got {_brief(short)}")
         size = notes["frame_size"]
         return cls(
             frames=integer("session.frames", notes["frames"], MOST),
@@ -63,7 +64,7 @@ class SessionNotes(NamedTuple):
             time_origin=origin,
             waiting=seconds,
             step=number("session.step", notes["step"], 0.0),
-            opening=opening,
+            short_stream=short,
             start=None if start is None else number("session.start", start, -math.inf),
             model_type=notes["model_type"],
         )
@@ -77,9 +78,9 @@ class SessionNotes(NamedTuple):
         if not self.waiting:
             return []
         pictures, n = extra.get("waiting"), len(self.waiting)
-        if pictures is None or pictures.dim() != 4 or pictures.shape[:2] != (n, 3) or pictures.is_floating_point():
+        if pictures is None or pictures.dim() != 4 or pictures.shape[:2] != (n, 3) or pictures.dtype != torch.uint8:
             got = "none" if pictures is None else f"{list(pictures.shape)} {pictures.dtype}"
-            raise ValueError(f"waiting: expected {n} pictures [{n}, 3, H, W], got {got}")
+            raise ValueError(f"waiting: expected {n} uint8 pictures [{n}, 3, H, W], got {got}")
         if n >= together or not pictures.numel():
             raise ValueError(f"waiting: expected fewer than {together} frames with pixels, got {list(pictures.shape)}")
         return list(zip(pictures, self.waiting, strict=True))
@@ -104,7 +105,7 @@ def integer(name: str, value: Any, most: int) -> int:
         ValueError: Something else.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
-        raise ValueError(f"{name}: expected 0 to {most}, got {_short(value)}")
+        raise ValueError(f"{name}: expected 0 to {most}, got {_brief(value)}")
     return value
 
 
@@ -117,19 +118,19 @@ def number(name: str, value: Any, least: float) -> float:
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
     # an int may be larger than any float
     if not plain or not least <= value <= 1e300 or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number of at least {least:g}, got {_short(value)}")
+        raise ValueError(f"{name}: expected a finite number of at least {least:g}, got {_brief(value)}")
     return float(value)
 
 
 def _pair(name: str, value: Any, most: int) -> tuple[int, int]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
-        raise ValueError(f"{name}: expected (H, W), got {_short(value)}")
+        raise ValueError(f"{name}: expected (H, W), got {_brief(value)}")
     if 0 in (sides := tuple(integer(name, side, most) for side in value)):
-        raise ValueError(f"{name}: expected sides of at least 1, got {_short(value)}")
+        raise ValueError(f"{name}: expected sides of at least 1, got {_brief(value)}")
     return sides[0], sides[1]
 
 
-def _short(value: Any) -> str:
+def _brief(value: Any) -> str:
     try:
         text = repr(value)
     except ValueError:  # more digits than Python writes

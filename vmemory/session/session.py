@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, cast, overload
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from vmemory.banks import MemoryTokens, Retrieved
+from vmemory._attach import adapter_of, attached, base_of
+from vmemory.banks import BankFile, BankFileError, MemoryConfig, MemoryTokens, Retrieved, load
 from vmemory.banks.lock import MemoryLock, locked
-from vmemory.models.adapter import Inputs, device_of, dtype_of
+from vmemory.models.adapter import Clip, Encoded, Inputs, device_of, dtype_of, on_device
 from vmemory.models.hook import generation_setting
-from vmemory.models.stream_prompt import HeldFrame, held_frames, positions
-from vmemory.models.turn import cache_argument, cache_in
-from vmemory.session.keeping import Keeping
+from vmemory.models.memories import ConfigLike, Memory, MemoryFactory, is_factory
+from vmemory.ops._checks import check_choice, check_int
+from vmemory.session.checkpoint import SessionNotes, frame_size
+from vmemory.session.prefix import PromptPrefix
+from vmemory.session.prompt import (
+    HeldFrame,
+    Processor,
+    VideoIds,
+    held_frames,
+    ids_with_video,
+    positions,
+    text_ids,
+    tokenizer_of,
+)
+from vmemory.session.short_stream import ShortStream
+from vmemory.sources.frames import FramesLike, TimeLike, as_frames, seconds_of
 
 # of each model, held while it answers
 _answers: WeakKeyDictionary[nn.Module, MemoryLock] = WeakKeyDictionary()
 
-VideoIds = Callable[[Sequence[HeldFrame]], Tensor]
 
-
-class VideoSession(Keeping):
-    """One stream through one model: push frames, ask many times; nothing is encoded twice.
+class VideoSession:
+    """Watch one stream through one model: push frames, ask many times; nothing is encoded twice.
 
     A session holds the memory, at most one frame that waits for its pair, and with `reuse_prefix` the cache of the
     prompt up to the end of the video, made anew when a question follows new frames.
@@ -53,10 +68,251 @@ class VideoSession(Keeping):
             frames are remembered.
         on_push: Called with the session after each update.
 
+    Attributes:
+        memory: The memory; None until the first frames fix its size.
+        tower_calls: Calls of the vision tower so far.
+
     Raises:
         TypeError: `memory` is nothing of the above.
         ValueError: An unknown family or setting.
     """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor: Processor | None = None,
+        memory: str | Memory | MemoryFactory | None = None,
+        config: ConfigLike | None = None,
+        *,
+        fps: float = 1.0,
+        frame_size: tuple[int, int] | None = None,
+        frame_tokens: int = 256,
+        time_origin: str | float = "start",
+        reuse_prefix: bool = True,
+        gate: Callable[[Tensor, VideoSession], bool | Tensor] | None = None,
+        on_push: Sequence[Callable[[VideoSession], object]] = (),
+    ) -> None:
+        if isinstance(time_origin, str):
+            check_choice("time_origin", time_origin, ("start", "oldest"))
+        elif not math.isfinite(time_origin):
+            raise ValueError(f"time_origin: expected 'start', 'oldest' or finite seconds, got {time_origin}")
+        check_int("frame_tokens", frame_tokens, low=1)
+        if not fps > 0:
+            raise ValueError(f"fps: expected more than 0, got {fps}")
+        self.model: Any = base_of(model)
+        self.adapter, self.processor = adapter_of(self.model), processor
+        self.config = MemoryConfig.of(getattr(self.model, "config", None) if config is None else config)
+        self.memory: Memory | None = None
+        self._factory: MemoryFactory | None = None
+        if isinstance(memory, str):
+            self.config = MemoryConfig.of({**self.config.written(), "memory_policy": memory})
+        elif memory is None or all(hasattr(memory, name) for name in ("push", "read", "mass")):
+            self.memory = cast("Memory | None", memory)
+        elif is_factory(memory):
+            self._factory = memory
+        else:
+            raise TypeError(f"memory: expected a policy's name, a bank, or a function that makes one, got {memory!r}")
+        # a memory that is in the model watches the stream where nobody asks for another
+        self._configured = config is not None or isinstance(memory, str)
+        self.fps, self.frame_size, self.frame_tokens = fps, frame_size, frame_tokens
+        self.time_origin, self.reuse_prefix = time_origin, reuse_prefix
+        self.gate, self.on_push = gate, list(on_push)
+        self.tower_calls = 0
+        self._waiting: list[tuple[Tensor, float]] = []
+        self._pair: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._frames, self._last = 0, -math.inf
+        self._start: float | None = None
+        self._grid: tuple[int, int] | None = None
+        self._tail: Tensor | None = None
+        self._output: Any = None
+        self._pushes, self._step = 0, 0.0
+        self._short_stream = ShortStream(self.config.max_frames_before_compression)
+        self._prefix = PromptPrefix(self.model, self.adapter)
+        # held by whatever reads or changes what the session has; not while the model writes an answer
+        self._lock = MemoryLock()
+        # why this session is no longer used, and where a pool keeps it on disk
+        self._left: str | None = None
+        self._home: Path | None = None
+
+    # frames come in
+
+    @torch.no_grad()
+    def push(self, frames: FramesLike | None = None, time: TimeLike | None = None, **inputs: Tensor) -> VideoSession:
+        """Take frames in, oldest first.
+
+        Args:
+            frames: uint8 RGB `[n, 3, H, W]` or `[n, H, W, 3]`, pictures, arrays, or an iterable of `Frame` such as a
+                `FrameSource`, whose frames are taken one by one until it ends. Where two frames become one of the
+                memory, the last of an odd number waits for its pair; questions see it all the same, as if it came
+                twice.
+            time: Seconds of each frame, or of the only one, strictly increasing, by any clock; None = those the frames
+                bring, or numbered by `fps`.
+            inputs: Ready inputs of the tower instead, for example `pixel_values_videos=`, `video_grid_thw=`.
+
+        Returns:
+            The session itself.
+
+        Raises:
+            TypeError, ValueError: Frames or times do not fit; nothing has changed then.
+        """
+        if (frames is None) == (not inputs):
+            raise ValueError(
+                "frames: expected frames or ready inputs, got " + ("neither" if frames is None else "both")
+            )
+        if frames is None:
+            self._push_inputs(inputs, time)
+            self._call_back()
+            return self
+        for pixels, seconds in as_frames(frames, time):
+            if self._push_frames(pixels, seconds):
+                self._call_back()
+        return self
+
+    @locked
+    def _push_inputs(self, inputs: Inputs, time: TimeLike | None) -> None:
+        self._check_here()
+        if self._waiting:
+            raise ValueError("inputs: expected no frame that waits for its pair before ready inputs, got one")
+        given = None if time is None else seconds_of(time)
+        clip, output = self._one_video(self.adapter.encode(self.model, on_device(self.model, inputs)))
+        together = self.adapter.frames_together(self.model)
+        seconds = [self._numbered(t * together) for t in range(len(clip.frames))] if given is None else given
+        self._remember(clip, output, seconds)
+        self._last = max([self._last, *seconds])
+        self._step = max(self._step, (together - 1) / self.fps)
+        self._frames += len(seconds) * together
+        if self._start is None and seconds:
+            self._start = seconds[0]
+
+    @locked
+    def _push_frames(self, pixels: Tensor, given: list[float | None]) -> bool:
+        """Take frames in; whether the memory has changed."""
+        self._check_here()
+        seconds = [self._numbered(i) if t is None else t for i, t in enumerate(given)]
+        steps = [self._last, *seconds]
+        if any(not a < b for a, b in pairwise(steps)):
+            raise ValueError(f"time: expected strictly increasing seconds above {self._last}, got {seconds}")
+        # a camera may have changed its size meanwhile
+        waiting = [(_resized(frame, pixels), t) for frame, t in self._waiting]
+        frames = [*waiting, *zip(pixels, seconds, strict=True)]
+        together = self.adapter.frames_together(self.model)
+        ready = len(frames) // together * together
+        if ready:
+            self._remember(*self._encoded(frames[:ready]))
+            times = [t for _, t in frames[:ready]]
+            step = max(times[i + together - 1] - times[i] for i in range(0, ready, together))
+            self._step = max(self._step, step)
+        else:
+            # a question now sees another last frame
+            self._pushes += 1
+        self._waiting, self._pair, self._last = frames[ready:], None, seconds[-1]
+        self._frames += len(pixels)
+        self._start = seconds[0] if self._start is None else self._start
+        return ready > 0
+
+    def _check_here(self) -> None:
+        if self._left is not None:
+            raise RuntimeError(f"session: expected one in use, got one that {self._left}")
+
+    def _numbered(self, i: int) -> float:
+        """Seconds of the i-th of the next frames, where nobody tells them."""
+        return (self._frames + i) / self.fps
+
+    def _encoded(self, frames: list[tuple[Tensor, float]]) -> tuple[Clip, Any, list[float]]:
+        """Encode whole groups of frames; a clip, the tower's output, and seconds a group. The first fix the size."""
+        stack, times = torch.stack([frame for frame, _ in frames]), [t for _, t in frames]
+        together = self.adapter.frames_together(self.model)
+        size = self.frame_size or self.adapter.frame_size(self.model, _size(stack), self.frame_tokens)
+        clip, output = self._one_video(self.adapter.encode_frames(self.model, stack, self.processor, size))
+        self.frame_size = size
+        groups = range(0, len(frames), together)
+        return clip, output, [self.adapter.frame_time(times[i], times[i + together - 1]) for i in groups]
+
+    def _one_video(self, encoded: Encoded) -> tuple[Clip, Any]:
+        if len(encoded.clips) != 1:
+            raise ValueError(f"inputs: expected one video, got {len(encoded.clips)}")
+        self.tower_calls += 1
+        return encoded.clips[0], encoded.output
+
+    def _remember(self, clip: Clip, output: Any, seconds: list[float]) -> None:
+        memory = self._fitting(clip)
+        if len(seconds) != len(clip.frames):
+            raise ValueError(
+                f"time: expected {len(clip.frames)} seconds, one for each frame of the memory, got {len(seconds)}"
+            )
+        frames, times, valid = self._chosen(clip, seconds)
+        memory.push(frames, times, valid=valid)
+        self._short_stream.push(frames, times, valid)
+        self._note(memory, clip, output)
+        self._pushes += 1
+
+    def _chosen(self, clip: Clip, seconds: list[float]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Frames, times and cells that exist, of those that the gate lets through."""
+        times = torch.tensor(seconds, dtype=torch.float64)
+        frames, valid = clip.frames, clip.valid
+        if self.gate is not None:
+            chosen = torch.as_tensor(self.gate(frames, self), device=frames.device).expand(len(frames))
+            frames, times = frames[chosen], times[chosen.cpu()]
+            valid = None if valid is None else valid[chosen]
+        return frames.contiguous(), times, valid
+
+    def _note(self, memory: Memory, clip: Clip, output: Any) -> None:
+        """Keep what a prompt needs beside the memory."""
+        self.memory, self._grid = memory, (clip.frames.shape[1], clip.frames.shape[2])
+        self._tail, self._output = clip.tail, output
+
+    def _fitting(self, clip: Clip) -> Memory:
+        """The memory for these tokens; the first ones fix its size."""
+        H, W, C = clip.frames.shape[1:]
+        if self.memory is not None:
+            if self._grid is not None and self._grid != (H, W):
+                raise ValueError(f"frames: expected a grid of {self._grid} tokens, as at the first push, got {(H, W)}")
+            return self.memory
+        like: Inputs = {"device": clip.frames.device, "dtype": clip.frames.dtype, "key_dim": clip.key_dim}
+        if self._factory is not None:
+            return self._factory(dim=C, grid=(H, W), **like)
+        handle, config = attached(self.model), self.config
+        trained = None if handle is None else handle.memory
+        dual = config.memory_policy == "dual"
+        if trained is None or not hasattr(trained, "like") or (self._configured and not dual):
+            made: Memory = config.make(C, (H, W), **like)
+            return made
+        # what was trained in the model is what watches the stream, in the dtype it was trained in
+        like["dtype"] = torch.promote_types(clip.frames.dtype, dtype_of(trained))
+        if dual:
+            asked = {
+                "capacities": config.memory_capacities, "budget": config.memory_budget, "rule": config.memory_rule,
+                **config.memory_options,
+            }  # fmt: skip
+            like |= {name: value for name, value in asked.items() if value is not None}
+        copied: Memory = trained.like((H, W), dim=C, **like)
+        return copied
+
+    @contextmanager
+    def _complete(self) -> Iterator[None]:
+        """The frame that waits for its pair is in the memory, as if it came twice, for as long as the block lasts."""
+        if not self._waiting:
+            yield
+            return
+        if self._pair is None:
+            missing = self.adapter.frames_together(self.model) - len(self._waiting)
+            clip, output, seconds = self._encoded([*self._waiting, *self._waiting[-1:] * missing])
+            memory = self._fitting(clip)
+            self._pair = self._chosen(clip, seconds)
+            self._note(memory, clip, output)
+        assert self.memory is not None
+        frames, times, valid = self._pair
+        with self.memory.preserved(), self._short_stream.preserved():
+            self.memory.push(frames, times, valid=valid)
+            self._short_stream.push(frames, times, valid)
+            yield
+
+    def _call_back(self) -> None:
+        # last of all and with nothing locked: a callback may ask, save or fail, and the push has happened
+        for call in self.on_push:
+            call(self)
+
+    # what is remembered
 
     @property
     @locked
@@ -68,36 +324,36 @@ class VideoSession(Keeping):
             ValueError: Nothing has been pushed.
         """
         with self._complete():
-            if self.memory is None or self._grid is None:
+            if self._shown is None or self._grid is None:
                 raise ValueError("session: expected frames before a question, got none")
             tokens: MemoryTokens = self._shown.read()
         return tokens
 
     @property
-    def _shown(self) -> Any:
-        return self.memory if self._opening.bank is None else self._opening.bank
+    def _shown(self) -> Memory | None:
+        return self.memory if self._short_stream.bank is None else self._short_stream.bank
 
     @property
     def num_tokens(self) -> int:
         """Visual tokens of what is remembered; a frame that waits for its pair has its own beside them in a prompt."""
-        if self.memory is None or self._grid is None:
+        if self._shown is None or self._grid is None:
             return 0
         return int((self._shown.mass[0] > 0).sum()) + (0 if self._tail is None else len(self._tail))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the memory and its weights, an opening still shown whole, and what is kept between questions."""
-        cache = 0 if self._prefix is None else _cache_bytes(self._prefix[1])
+        """Bytes of the memory and its weights, a short stream shown whole, and what is kept between questions."""
+        cache = self._prefix.nbytes
         cache += 0 if self._pair is None else sum(x.nbytes for x in self._pair if x is not None)
         if self.memory is None:
             return cache
         weights = sum(weight.nbytes for weight in self.memory.parameters())
-        return cache + self._opening.nbytes + int(self.memory.nbytes) + weights
+        return cache + self._short_stream.nbytes + self.memory.nbytes + weights
 
     @locked
     @torch.no_grad()
     def retrieve(self, query: Tensor, k: int = 5) -> Retrieved:
-        """The entries most similar to each query, by cosine; see `Bank.retrieve`.
+        """Find the entries most similar to each query, by cosine; see `Bank.retrieve`.
 
         Args:
             query: `[Q, D]`, in the space of the model's visual tokens.
@@ -112,12 +368,14 @@ class VideoSession(Keeping):
             found: Retrieved = self.memory.retrieve(query, k, threshold=self.config.memory_similarity_threshold)
         return found
 
+    # questions
+
     @locked
     @torch.no_grad()
     def prompt(
         self, text: str | None = None, *, input_ids: Tensor | None = None, video_ids: VideoIds | None = None
     ) -> Inputs:
-        """Inputs for `model.generate`, for people with their own loop.
+        """Write inputs for `model.generate`, for people with their own loop.
 
         Args:
             text: A question, put into the processor's chat template with the video in front.
@@ -160,30 +418,24 @@ class VideoSession(Keeping):
         if (text is None) == (ids is None):
             raise ValueError("text: expected either text or input_ids")
         tail = 0 if self._tail is None else len(self._tail)
+        if text is not None:
+            return text_ids(self.model, self.adapter, self._processor(), text, held, tail)
+        assert ids is not None
         placeholder = self.adapter.placeholder(self.model)
-        if ids is not None:
-            places = (ids[0] == placeholder).nonzero().flatten().tolist()
-            if ids.dim() != 2 or len(ids) != 1 or len(places) != 1:
-                raise ValueError(
-                    f"input_ids: expected [1, L] with one {placeholder} where the video belongs, got {list(ids.shape)} "
-                    f"with {len(places)}"
-                )
-            at = places[0]
-            count = sum(len(h.cells) for h in held) + tail
-            video = torch.full((count,), placeholder) if video_ids is None else video_ids(held)
-            return torch.cat([ids[0, :at], video.to(ids), ids[0, at + 1 :]])[None]
+        count = sum(len(h.cells) for h in held) + tail
+        video = torch.full((count,), placeholder) if video_ids is None else video_ids(held)
+        return ids_with_video(ids, placeholder, video)
+
+    def _processor(self) -> Processor:
         if self.processor is None:
             raise ValueError("processor: expected one for a question in words, got None")
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        content = [{"type": self.adapter.modality}, {"type": "text", "text": text}]
-        chat = [{"role": "user", "content": content}]
-        written: str = self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        token = tokenizer.convert_ids_to_tokens(placeholder)
-        if written.count(token) != 1:
-            raise ValueError(f"processor: expected a chat template that writes {token!r} once, got {written!r}")
-        video_text = self.adapter.video_text([(h.time, len(h.cells)) for h in held], token, tail)
-        ids = tokenizer(written.replace(token, video_text), return_tensors="pt", add_special_tokens=False)["input_ids"]
-        return ids
+        return self.processor
+
+    @overload
+    def ask(self, text: str, **generation: Any) -> Any: ...
+
+    @overload
+    def ask(self, *, input_ids: Tensor, video_ids: VideoIds | None = None, **generation: Any) -> Any: ...
 
     @torch.no_grad()
     def ask(
@@ -206,39 +458,15 @@ class VideoSession(Keeping):
         """
         return self._answer(*self._asked(text, input_ids, video_ids), text, generation)
 
-    @locked
-    def _asked(self, text: str | None, input_ids: Tensor | None, video_ids: VideoIds | None) -> tuple[Inputs, int]:
-        return self.prompt(text, input_ids=input_ids, video_ids=video_ids), self._pushes
-
-    @torch.no_grad()
-    def _answer(self, inputs: Inputs, pushes: int, text: str | None, generation: dict[str, Any]) -> Any:
-        length = inputs["input_ids"].shape[1]
-        # a model keeps what belongs to its last prompt, so that it answers one question after the other; frames may be
-        # pushed meanwhile
-        with _answers.setdefault(self.model, MemoryLock()):
-            if self.reuse_prefix and self._continues(generation):
-                several = ("num_beams", "num_return_sequences")
-                rows = max(generation_setting(self.model, generation, name) or 1 for name in several)
-                inputs = self._continued(inputs, pushes, rows)
-            out = self.model.generate(**inputs, **generation)
-        if text is None:
-            return out
-        sequences = out if isinstance(out, Tensor) else out.sequences
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
-        answers = [tokenizer.decode(row[length:], skip_special_tokens=True) for row in sequences]
-        return answers[0] if len(answers) == 1 else answers
-
     def stream_generate(self, text: str, **generation: Any) -> Iterator[str]:
-        """The answer in pieces, as they come.
+        """Yield the answer in pieces, as they come.
 
         Raises:
             ValueError: No processor; also what `ask` raises, when the first piece is asked for.
         """
         from transformers import TextIteratorStreamer
 
-        if self.processor is None:
-            raise ValueError("processor: expected one for a question in words, got None")
-        tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        tokenizer = tokenizer_of(self._processor())
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         failed: list[BaseException] = []
 
@@ -258,45 +486,251 @@ class VideoSession(Keeping):
         if failed:
             raise failed[0]
 
-    def _continues(self, generation: dict[str, Any]) -> bool:
-        """Whether `generate` can go on from a cache: it makes none of another kind, and is given none."""
-        plain = generation_setting(self.model, generation, "cache_implementation") is None
-        cached = generation_setting(self.model, generation, "use_cache") is not False
-        return plain and cached and cache_in(generation)[1] is None
+    @locked
+    def _asked(self, text: str | None, input_ids: Tensor | None, video_ids: VideoIds | None) -> tuple[Inputs, int]:
+        return self.prompt(text, input_ids=input_ids, video_ids=video_ids), self._pushes
 
-    def _continued(self, inputs: Inputs, pushes: int, rows: int) -> Inputs:
-        """The inputs on top of a cache of everything up to the video's end, filled when the memory has changed.
+    @torch.no_grad()
+    def _answer(self, inputs: Inputs, pushes: int, text: str | None, generation: dict[str, Any]) -> Any:
+        length = inputs["input_ids"].shape[1]
+        # a model keeps what belongs to its last prompt, so that it answers one question after the other; frames may be
+        # pushed meanwhile
+        with _answers.setdefault(self.model, MemoryLock()):
+            if self.reuse_prefix and self._prefix.usable(generation):
+                several = ("num_beams", "num_return_sequences")
+                rows = max(generation_setting(self.model, generation, name) or 1 for name in several)
+                seen = (pushes, self.time_origin)
+                inputs = self._prefix.continued(inputs, seen, rows, lambda: self._pushes == pushes)
+            out = self.model.generate(**inputs, **generation)
+        if text is None:
+            return out
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        tokenizer = tokenizer_of(self._processor())
+        answers = [tokenizer.decode(row[length:], skip_special_tokens=True) for row in sequences]
+        return answers[0] if len(answers) == 1 else answers
+
+    # forgetting
+
+    @locked
+    def reset(self) -> None:
+        """Forget the stream, where a pool keeps it on disk too; the memory's size and the frame size stay."""
+        self._check_here()
+        # first what can fail
+        if self._home is not None:
+            self._home.unlink(missing_ok=True)
+        if self.memory is not None:
+            self.memory.reset()
+        self._short_stream.reset()
+        self._prefix.clear()
+        self._waiting, self._frames, self._last = [], 0, -math.inf
+        self._pair = self._start = None
+        self._pushes += 1
+
+    @locked
+    def erase(self, t0: float, t1: float, **how: Any) -> int:
+        """Forget the frames from `t0` to `t1` seconds: memory, archive, the prompt's cache and a waiting frame.
+
+        Where a pool keeps the session on disk, its file is written anew; other files that `save` wrote are not touched.
+
+        Where two frames become one of the memory, it goes if either of them is in the span (of ready inputs, two that
+        follow each other by `fps`).
 
         Args:
-            inputs: Of `prompt`.
-            pushes: What the session had seen by then.
-            rows: Copies of the cache that beams or several answers need.
+            t0, t1: Seconds, both included.
+            how: Of the memory's own `erase`, which says what else has to go.
+
+        Returns:
+            Entries removed from the memory.
+
+        Raises:
+            ValueError: `t0` above `t1`, or a setting the memory's `erase` does not have; nothing has changed then.
+            RuntimeError: The archive's disk does not take its part; see `Bank.erase`.
+            OSError: The pool's disk does not take its part; the session's file there is gone then.
         """
-        ids = inputs["input_ids"]
-        end = int((ids[0] == self.adapter.placeholder(self.model)).nonzero()[-1]) + 1
-        key, prefix = (pushes, self.time_origin, ids[0, :end].tolist()), self._prefix
-        if prefix is None or prefix[0] != key:
-            cut = {name: x[..., :end] if torch.is_tensor(x) else x for name, x in inputs.items()}
-            if "position_ids" in cut:
-                cut["position_ids"] = cut["position_ids"][1:]
-            prefix = self._prefix = (key, cache_in(self.model(**cut, use_cache=True))[1])
-            if self._pushes != pushes:
-                # another thread pushed or erased: what was true of the question is not kept for the next
-                self._prefix = None
-        if rows > 1 and not all(hasattr(layer, "batch_repeat_interleave") for layer in prefix[1].layers):
-            # layers of linear attention are not copied
-            return inputs
-        rest = {name: x for name, x in inputs.items() if name != "mm_encoder_outputs"}
-        places = rest.get("position_ids")
-        if places is not None:
-            # the model keeps this between calls: it has to be this prompt's
-            self.adapter.located(self.model, places[1:, :, -1:].amax(0) + 1 - ids.shape[1])
-        cache = copy.deepcopy(prefix[1])
-        if rows > 1:
-            cache.batch_repeat_interleave(rows)
-        return {**rest, cache_argument(self.model): cache}
+        self._check_here()
+        if not t0 <= t1:
+            raise ValueError(f"t0: expected at most t1 ({t1} s), got {t0}")
+        # an entry has one time, and its frames lie up to a step around it
+        behind = self.adapter.frame_time(0.0, self._step)
+        span = t0 - (self._step - behind), t1 + behind
+        try:
+            removed = 0 if self.memory is None else self.memory.erase(*span, **how)
+        except RuntimeError:
+            # of the memory's disk; what is held here goes all the same
+            self._forget(span, t0, t1)
+            raise
+        self._forget(span, t0, t1)
+        return removed
+
+    def _forget(self, span: tuple[float, float], t0: float, t1: float) -> None:
+        self._short_stream.erase(*span)
+        self._waiting = [(frame, t) for frame, t in self._waiting if not t0 <= t <= t1]
+        # an answer that is being prepared must not keep what it had
+        self._pushes += 1
+        self._prefix.clear()
+        self._pair = None
+        if self._home is not None and self._home.exists():
+            try:
+                self.save(self._home)
+            except BaseException:
+                self._home.unlink(missing_ok=True)
+                raise
+
+    # files
+
+    def save(self, path: str | Path) -> None:
+        """Write the memory to a `.vmem` file, with all that `load` needs to go on; a frame waiting for its pair too.
+
+        What is written is the session of one moment; other threads may push while the disk takes it.
+
+        Raises:
+            OSError: The disk does not take it; an old file is still there.
+            ValueError: Nothing has been pushed.
+        """
+        self._to_file().write(Path(path))
+
+    @locked
+    def _to_file(self) -> BankFile:
+        self._check_here()
+        if self.memory is None or self._grid is None:
+            raise ValueError("session: expected frames before saving, got none")
+        extra, short_stream = self._short_stream.saved()
+        if self._tail is not None:
+            extra["tail"] = self._tail.clone()
+        if self._waiting:
+            extra["waiting"] = torch.stack([frame for frame, _ in self._waiting])
+        notes = SessionNotes(
+            frames=self._frames,
+            last=self._last,
+            fps=self.fps,
+            frame_size=self.frame_size,
+            grid=self._grid,
+            time_origin=self.time_origin,
+            waiting=tuple(t for _, t in self._waiting),
+            step=self._step,
+            short_stream=short_stream,
+            start=self._start,
+            model_type=self._model_type,
+        )
+        return self.memory.to_file(extra, {"session": notes._asdict()})
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: nn.Module, processor: Processor | None = None, **settings: Any
+    ) -> VideoSession:
+        """Make the session that `save` wrote, over the same model. One blank frame goes through the tower.
+
+        Args:
+            path: Where it was written.
+            model, processor: As at the start.
+            settings: Further arguments of `VideoSession`; rate, frame size and origin of time are those saved.
+
+        Raises:
+            BankFileError: The file cannot be used, or holds no session.
+        """
+        session = cls(model, processor, **settings)
+        session.resume(path)
+        return session
+
+    def resume(self, path: str | Path) -> None:
+        """Go on from where `save` wrote; what this session held is forgotten.
+
+        Raises:
+            BankFileError: As in `load`; nothing has changed then.
+        """
+        device = device_of(self.model)
+        memory, file = load(path, device)
+        if "session" not in file.notes:
+            raise BankFileError(f"{path}: holds a memory without a session")
+        try:
+            notes = SessionNotes.of(file.notes["session"])
+            if notes.model_type != self._model_type:
+                raise ValueError(
+                    f"holds what a model of type {notes.model_type!r} saw, got one of type {self._model_type!r}"
+                )
+            waiting = notes.frames_waiting(file.extra, self.adapter.frames_together(self.model))
+            short_stream = ShortStream.resumed(file.extra, notes.short_stream, device)
+            output = self._checked(notes, memory, short_stream, file.extra)
+        except ValueError as error:
+            raise BankFileError(f"{path}: {error}") from None
+        with self._lock:
+            self._check_here()
+            self.memory, self._grid, self._output, self._waiting = memory, notes.grid, output, waiting
+            self._frames, self._last, self._tail = notes.frames, notes.last, file.extra.get("tail")
+            self.fps, self.time_origin, self.frame_size = notes.fps, notes.time_origin, notes.frame_size
+            self._step, self._short_stream = notes.step, short_stream
+            self._start, self._pair = notes.start, None
+            self._pushes += 1
+            self._prefix.clear()
+
+    @property
+    def _model_type(self) -> str:
+        return str(self.model.config.model_type)
+
+    def _checked(self, notes: SessionNotes, memory: Memory, short: ShortStream, extra: dict[str, Tensor]) -> Any:
+        """The tower's output for a blank frame, whose tokens are those that a session's parts are made for.
+
+        Raises:
+            ValueError: They are made for others.
+        """
+        (H, W), D = _token_shape(memory)
+        if memory.streams != 1 or notes.grid != (H, W):
+            raise ValueError(f"session.grid: expected a memory of one stream and {notes.grid} tokens, got {(H, W)}")
+        stop = memory.entries().stop
+        if notes.waiting and len(stop) and notes.waiting[0] <= float(stop.max()):
+            raise ValueError(f"session.waiting: expected seconds above {float(stop.max())}, got {notes.waiting}")
+        size = frame_size(notes.frame_size or self.adapter.size_of(self.model, notes.grid))
+        try:
+            clip, output = self._blank(size)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"frame_size: {size} pixels do not go through this model ({error})") from error
+        if tuple(clip.frames.shape[1:]) != (H, W, D):
+            raise ValueError(f"session: expected tokens {list(clip.frames.shape[1:])} of this model, got {[H, W, D]}")
+        if short.bank is not None and _token_shape(short.bank) != ((H, W), D):
+            raise ValueError(f"short_stream: expected tokens {[H, W, D]}, got {list(_token_shape(short.bank))}")
+        want, got = (None if x is None else list(x.shape) for x in (clip.tail, extra.get("tail")))
+        if want != got:
+            raise ValueError(f"tail: expected {want}, got {got}")
+        return output
+
+    @torch.no_grad()
+    def _blank(self, size: tuple[int, int]) -> tuple[Clip, Any]:
+        """A blank frame's tokens, and the tower's output for it, which prompts imitate."""
+        frames = torch.zeros(self.adapter.frames_together(self.model), 3, *size, dtype=torch.uint8)
+        clips, output = self.adapter.encode_frames(self.model, frames, self.processor, size)
+        return clips[0], output
+
+    # for a pool
+
+    def kept_at(self, path: Path) -> None:
+        """Know where a pool keeps this session, so that what is erased is erased there too."""
+        self._home = path
+
+    @locked
+    def leave(self, why: str, *, keep: bool) -> None:
+        """Take no more frames, since a pool lets go of this session; with `keep` it is written first.
+
+        Raises:
+            OSError: The disk does not take it; it goes on then.
+        """
+        if keep and self._home is not None:
+            self.save(self._home)
+        self._left, self._home = why, None
 
 
-def _cache_bytes(cache: Any) -> int:
-    tensors = [x for layer in cache.layers for x in vars(layer).values() if isinstance(x, Tensor)]
-    return sum(x.numel() * x.element_size() for x in tensors)
+def _size(frames: Tensor) -> tuple[int, int]:
+    return frames.shape[-2], frames.shape[-1]
+
+
+def _resized(frame: Tensor, like: Tensor) -> Tensor:
+    if _size(frame) == _size(like):
+        return frame
+    scaled = nn.functional.interpolate(frame[None].float(), _size(like), mode="bilinear", antialias=True)[0]
+    return scaled.round().clamp(0, 255).to(frame.dtype)
+
+
+def _token_shape(memory: Memory) -> tuple[tuple[int, int], int]:
+    """Token grid (H, W) of the frames that a memory takes, and their channels."""
+    config = memory.config()
+    H, W = config["grid"]
+    return (H, W), config["dim"]

@@ -1,4 +1,4 @@
-"""The beginning of a stream, which is shown whole for as long as it is all there is."""
+"""The frames of a stream that is still short, kept untouched."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from vmemory.banks.checks import MOST
 from vmemory.banks.loading import restored
 from vmemory.session.checkpoint import integer
 
-_STATE = "opening."
+_STATE = "short_stream."
 
 
-class Opening:
-    """The frames of a stream that is still short, untouched; afterwards nothing.
+class ShortStream:
+    """Hold a stream's frames while there are at most `frames` of them; hold nothing afterwards.
+
+    A session shows these to the model in place of its memory, so that a short stream is not compressed at all.
 
     Args:
-        frames: Up to how many a stream is short.
+        frames: How many frames make a stream that is still short.
     """
 
     def __init__(self, frames: int) -> None:
@@ -29,7 +31,7 @@ class Opening:
         self.bank: RingBank | None = None
 
     def push(self, frames: Tensor, times: Tensor, valid: Tensor | None) -> None:
-        """Frames `[T, H, W, C]` as a memory takes them."""
+        """Take frames `[T, H, W, C]`, as a memory takes them."""
         self.seen += len(frames)
         if self.seen > self.frames:
             self.bank = None
@@ -41,7 +43,7 @@ class Opening:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Pushes within the block leave no trace."""
+        """Undo all pushes at the end of the block."""
         seen, bank = self.seen, self.bank
         with nullcontext() if bank is None else bank.preserved():
             try:
@@ -49,8 +51,13 @@ class Opening:
             finally:
                 self.seen, self.bank = seen, bank
 
+    def erase(self, t0: float, t1: float) -> None:
+        """Forget the frames from `t0` to `t1` seconds."""
+        if self.bank is not None:
+            self.bank.erase(t0, t1)
+
     def reset(self) -> None:
-        """A new stream."""
+        """Begin a new stream."""
         self.seen, self.bank = 0, None
 
     @property
@@ -58,7 +65,7 @@ class Opening:
         return 0 if self.bank is None else self.bank.nbytes
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors, copied, and plain values for `resumed`."""
+        """Return tensors, copied, and plain values, from which `resumed` makes the same again."""
         notes = {"frames": self.frames, "seen": self.seen}
         if self.bank is None:
             return {}, notes
@@ -66,26 +73,25 @@ class Opening:
         return {_STATE + name: x for name, x in file.state.items()}, {**notes, "bank": file.config}
 
     @classmethod
-    def resumed(cls, extra: dict[str, Tensor], notes: dict[str, Any], device: torch.device) -> Opening:
-        """The one that `saved` tells of.
+    def resumed(cls, extra: dict[str, Tensor], notes: dict[str, Any], device: torch.device) -> ShortStream:
+        """Make the short stream that `saved` wrote.
 
         Raises:
-            ValueError: They are not what `saved` gives.
+            ValueError: These are not what `saved` writes.
         """
         if not {"frames", "seen"} <= notes.keys() <= {"frames", "seen", "bank"}:
-            raise ValueError(f"opening: expected frames, seen and perhaps bank, got {', '.join(notes)}")
-        opening = cls(integer("opening.frames", notes["frames"], MOST))
-        opening.seen = integer("opening.seen", notes["seen"], MOST)
-        # as long as a stream is short, and only then, its frames are here
-        if ("bank" in notes) != (0 < opening.seen <= opening.frames):
-            raise ValueError(f"opening: expected frames while at most {opening.frames} were seen, got {opening.seen}")
+            raise ValueError(f"short_stream: expected frames, seen and perhaps bank, got {', '.join(notes)}")
+        short = cls(integer("short_stream.frames", notes["frames"], MOST))
+        short.seen = integer("short_stream.seen", notes["seen"], MOST)
+        if ("bank" in notes) != (0 < short.seen <= short.frames):
+            raise ValueError(f"short_stream: expected frames while at most {short.frames} were seen, got {short.seen}")
         if "bank" not in notes:
-            return opening
+            return short
         config = notes["bank"]
-        if not isinstance(config, dict) or config.get("capacity") != opening.frames or config.get("streams") != 1:
-            raise ValueError(f"opening: expected a memory of one stream and {opening.frames} frames, got another")
+        if not isinstance(config, dict) or config.get("capacity") != short.frames or config.get("streams") != 1:
+            raise ValueError(f"short_stream: expected a memory of one stream and {short.frames} frames, got another")
         state = {name.removeprefix(_STATE): x for name, x in extra.items() if name.startswith(_STATE)}
-        opening.bank = restored(RingBank.policy, config, state, device)
-        if opening.bank.counts()["seen"] != opening.seen:
-            raise ValueError(f"opening: expected a memory that has seen {opening.seen} frames, got another")
-        return opening
+        short.bank = restored(RingBank.policy, config, state, device)
+        if short.bank.counts()["seen"] != short.seen:
+            raise ValueError(f"short_stream: expected a memory that has seen {short.seen} frames, got another")
+        return short

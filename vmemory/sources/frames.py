@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +14,12 @@ from torch import Tensor
 from vmemory.sources.pictures import rgb
 from vmemory.sources.video import Frame
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# one frame, several, or a source of them
+FramesLike: TypeAlias = "Tensor | np.ndarray | Image | Frame | Iterable[Tensor | np.ndarray | Image | Frame]"
+TimeLike = float | Sequence[float] | np.ndarray | Tensor
 Timed = tuple[Tensor, list[float | None]]
 
 

@@ -1,8 +1,9 @@
-"""The prompt of a stream, written when a question comes: ids and positions of what the memory holds by then."""
+"""Write the prompt of a stream when a question comes: ids and positions of what the memory holds by then."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,70 @@ class HeldFrame(NamedTuple):
     cells: Tensor
 
 
+VideoIds = Callable[[Sequence[HeldFrame]], Tensor]
+
+
+class Processor(Protocol):
+    """What a session needs of a processor or tokenizer: its chat template; `tokenizer` too, where it has one."""
+
+    @property
+    def apply_chat_template(self) -> Callable[..., Any]:
+        """Write a chat as text."""
+        ...
+
+
 def held_frames(memory: MemoryTokens) -> list[HeldFrame]:
-    """Entries of a compact read, in stream order."""
+    """Return the entries of a compact read, in stream order."""
     frames, counts = memory.frame.unique_consecutive(return_counts=True)
     sizes = counts.tolist()
     starts = memory.start[torch.tensor([0, *sizes[:-1]]).cumsum(0).to(memory.start.device)] if sizes else memory.start
     cells = memory.cell.split(sizes)
     return [HeldFrame(f, t, c) for f, t, c in zip(frames.tolist(), starts.tolist(), cells, strict=True)]
+
+
+def text_ids(
+    model: nn.Module, adapter: Adapter, processor: Processor, text: str, held: Sequence[HeldFrame], tail: int
+) -> Tensor:
+    """Return ids `[1, L]` of a question in the processor's chat template, with the video in front.
+
+    Args:
+        held: Entries of the memory, with seconds from the prompt's origin.
+        tail: Placeholders behind the frames.
+
+    Raises:
+        ValueError: The chat template does not write one placeholder for a video.
+    """
+    tokenizer = tokenizer_of(processor)
+    content = [{"type": adapter.modality}, {"type": "text", "text": text}]
+    chat = [{"role": "user", "content": content}]
+    written: str = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    token = tokenizer.convert_ids_to_tokens(adapter.placeholder(model))
+    if written.count(token) != 1:
+        raise ValueError(f"processor: expected a chat template that writes {token!r} once, got {written!r}")
+    video = adapter.video_text([(h.time, len(h.cells)) for h in held], token, tail)
+    ids: Tensor = tokenizer(written.replace(token, video), return_tensors="pt", add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def ids_with_video(ids: Tensor, placeholder: int, video: Tensor) -> Tensor:
+    """Return ids `[1, L + n - 1]` of a prompt `[1, L]` whose one placeholder becomes the video's ids `[n]`.
+
+    Raises:
+        ValueError: `ids` is not one row with one placeholder.
+    """
+    places = (ids[0] == placeholder).nonzero().flatten().tolist()
+    if ids.dim() != 2 or len(ids) != 1 or len(places) != 1:
+        raise ValueError(
+            f"input_ids: expected [1, L] with one {placeholder} where the video belongs, got {list(ids.shape)} "
+            f"with {len(places)}"
+        )
+    at = places[0]
+    return torch.cat([ids[0, :at], video.to(ids), ids[0, at + 1 :]])[None]
+
+
+def tokenizer_of(processor: Processor) -> Any:
+    """Return a processor's tokenizer, or the tokenizer itself."""
+    return getattr(processor, "tokenizer", processor)
 
 
 def positions(

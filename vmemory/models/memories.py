@@ -1,0 +1,45 @@
+"""What may stand for a memory in a call, and what may stand for its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from vmemory.banks import Bank, DualMemory, MemoryConfig, MemoryTokens
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Memory = Bank | DualMemory
+
+
+class Compressor(Protocol):
+    """Anything that reduces a whole video at once; every memory is one."""
+
+    def compress(self, clip: Tensor, time: Tensor | None = None, *, valid: Tensor | None = None) -> MemoryTokens:
+        """Return what is kept of the frames `clip [T, H, W, D]` with seconds `time [T]`; `valid` as in `Bank.push`."""
+        ...
+
+
+class MemoryFactory(Protocol):
+    """A function that makes a memory for the tokens of a model."""
+
+    def __call__(
+        self, *, dim: int, grid: tuple[int, int], key_dim: int | None, device: torch.device, dtype: torch.dtype
+    ) -> Memory:
+        """Return a memory for frames of `grid` (H, W) tokens with `dim` channels, the first `key_dim` of them keys."""
+        ...
+
+
+# a policy's name, a memory, anything with `compress`, a module that a model family knows, or a factory
+MemoryLike = str | Memory | Compressor | MemoryFactory | nn.Module
+# settings by their names; of a model's config those that it has
+ConfigLike: TypeAlias = "MemoryConfig | Mapping[str, object] | PretrainedConfig"
+
+
+def is_factory(memory: object) -> TypeGuard[MemoryFactory]:
+    """Whether this is a function that makes a memory; modules can be called too, and are none."""
+    return callable(memory) and not isinstance(memory, nn.Module) and not hasattr(memory, "compress")

@@ -1,0 +1,75 @@
+"""The cache of a prompt up to the end of its video, kept from one question to the next."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from vmemory.models.adapter import Adapter, Inputs
+from vmemory.models.hook import generation_setting
+from vmemory.models.turn import cache_argument, cache_in
+
+
+class PromptPrefix:
+    """Keep the key-value cache of a prompt up to the end of its video, filled anew when the video has changed.
+
+    Args:
+        model: The model that answers.
+        adapter: Of its family.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter) -> None:
+        self.model, self.adapter = model, adapter
+        self._kept: tuple[tuple[object, ...], Any] | None = None
+
+    def clear(self) -> None:
+        """Drop the cache."""
+        self._kept = None
+
+    @property
+    def nbytes(self) -> int:
+        if self._kept is None:
+            return 0
+        tensors = [x for layer in self._kept[1].layers for x in vars(layer).values() if isinstance(x, Tensor)]
+        return sum(x.nbytes for x in tensors)
+
+    def usable(self, generation: dict[str, Any]) -> bool:
+        """Whether `generate` with these settings takes a plain cache: none of another kind, none of the caller's."""
+        plain = generation_setting(self.model, generation, "cache_implementation") is None
+        cached = generation_setting(self.model, generation, "use_cache") is not False
+        return plain and cached and cache_in(generation)[1] is None
+
+    def continued(self, inputs: Inputs, seen: tuple[object, ...], rows: int, still: Callable[[], bool]) -> Inputs:
+        """Return the inputs with a copy of the cache, which is filled first where the video has changed.
+
+        Args:
+            inputs: Of `VideoSession.prompt`.
+            seen: Equal for two prompts whose videos are equal.
+            rows: Copies of the cache that beams or several answers need.
+            still: Whether `seen` is still true; what another thread has changed meanwhile is not kept.
+        """
+        ids = inputs["input_ids"]
+        end = int((ids[0] == self.adapter.placeholder(self.model)).nonzero()[-1]) + 1
+        key, kept = (*seen, ids[0, :end].tolist()), self._kept
+        if kept is None or kept[0] != key:
+            cut = {name: x[..., :end] if isinstance(x, Tensor) else x for name, x in inputs.items()}
+            if "position_ids" in cut:
+                cut["position_ids"] = cut["position_ids"][1:]
+            kept = self._kept = (key, cache_in(self.model(**cut, use_cache=True))[1])
+            if not still():
+                self._kept = None
+        if rows > 1 and not all(hasattr(layer, "batch_repeat_interleave") for layer in kept[1].layers):
+            # layers of linear attention are not copied
+            return inputs
+        rest = {name: x for name, x in inputs.items() if name != "mm_encoder_outputs"}
+        places = rest.get("position_ids")
+        if places is not None:
+            # the model keeps this between calls: it has to be this prompt's
+            self.adapter.located(self.model, places[1:, :, -1:].amax(0) + 1 - ids.shape[1])
+        cache = copy.deepcopy(kept[1])
+        if rows > 1:
+            cache.batch_repeat_interleave(rows)
+        return {**rest, cache_argument(self.model): cache}
