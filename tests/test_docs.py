@@ -70,6 +70,17 @@ def test_pages_take_what_readme_says(hooks):
         hooks["section"]("Nothing of the kind")
 
 
+def test_every_decision_is_a_short_record_that_the_index_names():
+    records = sorted((ROOT / "docs/decisions").glob("0*.md"))
+    assert [int(record.name[:4]) for record in records] == list(range(1, len(records) + 1))
+    index = (ROOT / "docs/decisions/index.md").read_text()
+    for record in records:
+        title, date, *paragraphs = record.read_text().strip().split("\n\n")
+        assert f"- {date}: [{title.removeprefix('# ')}]({record.name})" in index
+        assert [part.split(".")[0].strip("*") for part in paragraphs] == ["Context", "Decision", "Consequences"]
+        assert sum(map(len, paragraphs)) < 1000, f"{record.name}: expected about ten lines"
+
+
 def test_every_operator_and_compressor_is_in_the_reference(hooks):
     for package, module in (("vmemory/ops", vmemory.ops), ("vmemory/compress", vmemory.compress)):
         named = [name.rsplit(".", 1) for name in hooks["names"](package)]
