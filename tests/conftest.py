@@ -20,8 +20,9 @@ from vmemory.testing import TritonInterpreter
 
 # files whose tests run the compiled operators: once at each level of the instruction set
 LEVEL_FILES = (
-    "adjacent", "attention", "bank", "big_offsets", "bipartite", "compress", "determinism", "dual", "gated", "grid",
-    "info", "kv_memory", "memory_attention", "native", "quantize", "retrieval", "ring", "select", "similarity", "token",
+    "adjacent", "attention", "bank", "big_offsets", "bipartite", "compress", "determinism", "dual", "gated", "golden",
+    "grid", "info", "kv_memory", "memory_attention", "native", "quantize", "retrieval", "ring", "select", "similarity",
+    "token",
 )  # fmt: skip
 # what their tests of other backends use, which no level changes
 OTHER_BACKENDS = {"interpreter", "triton_compiler", "resources"}
@@ -95,11 +96,6 @@ def native() -> None:
     """Skips where the compiled CPU ops are missing, with the reason `vmemory.info` gives."""
     if not STATUS.cpu:
         pytest.skip(STATUS.cpu_reason)
-
-
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    return Path(__file__).parent / "golden"
 
 
 @pytest.fixture

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 
 from vmemory import banks
@@ -20,21 +17,6 @@ GRID, DIM = (4, 6), 8
 
 def clip(T: int, seed: int = 0, **kind) -> Tensor:
     return random_tensor(T, *GRID, DIM, seed=seed, **kind)
-
-
-def test_episodic_replaces_the_slots_of_algorithm_1(golden) -> None:
-    facts = json.loads((golden / "vlm2" / "algorithm1_reference_inplace.json").read_text())
-    data = load_file(golden / "vlm2" / "algorithm1_reference_inplace.safetensors")
-    M, L_e = data["M"], facts["L_e"]
-    bank = banks.EpisodicBank(32, (3, 3), L_e, level="flat")
-    replaced = []
-    for t, frame in enumerate(M):
-        before = bank.entry[0, :, 0].tolist()
-        bank.push(frame.reshape(1, 3, 3, 32))
-        slot = bank.entry[0, :, 0].tolist().index(t)
-        replaced.append(slot if before[slot] >= 0 else -1)
-    assert replaced == facts["replaced_index_per_step"]
-    assert torch.equal(bank.slots[0].reshape(L_e, 9, 32), data["E_final"])
 
 
 @pytest.mark.parametrize(

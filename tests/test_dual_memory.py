@@ -1,4 +1,4 @@
-"""The dual memory beside Algorithm 1 written with lists; stored outputs of the originals are in test_dual_golden.py."""
+"""The dual memory beside Algorithm 1 written with lists; recordings of the originals are judged in test_golden.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, linear
 
 from vmemory import banks
@@ -336,3 +336,13 @@ def test_streams_named_in_any_order_are_fed_alone(options: dict) -> None:
         got, want = shared.read(stream), memory.read()
         assert torch.equal(got.source, want.source)
         torch.testing.assert_close(got.tokens, want.tokens)
+
+
+def test_attention_weights_that_do_not_fit_are_named() -> None:
+    memory = banks.DualMemory(DIM, GRID, (2, 2), heads=4)
+    before = memory.working.query.weight.clone()
+    with pytest.raises(ValueError, match="attention: expected 8 channels and 4 heads, got 8 and 8"):
+        memory.working.load_attention(nn.MultiheadAttention(DIM, 8))
+    with pytest.raises(ValueError, match="attention: expected one size for query, key and value, biases"):
+        memory.working.load_attention(nn.MultiheadAttention(DIM, 4, bias=False))
+    assert torch.equal(memory.working.query.weight, before)

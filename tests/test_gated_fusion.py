@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from tests.fusion import ACTIVATIONS, DTYPES, NAMES, SHAPES, gradients, inputs, term_by_term, wide
 from vmemory.ops import gated_fusion
@@ -24,33 +23,6 @@ def test_native_matches_reference(shape, dtype, activation):
     assert_within_budget(actual, low, exact)
     low, exact = gradients("reference", x, activation), gradients("reference", wide(x), activation)
     assert_within_budget(grads, low, exact)
-
-
-def test_golden_gate(golden):
-    from safetensors.torch import load_file
-
-    stored = load_file(golden / "vlm2/algorithm1_reference_inplace.safetensors")
-    working, episodic, expected = algorithm(stored)
-    weights = [stored[name] for name in ("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias")]
-    exact = reference.gated_fusion(*wide([working, episodic, *weights]))
-    assert_within_budget(gated_fusion(working, episodic, *weights), expected, exact)
-
-
-def algorithm(stored: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The readings of the last frame's memories and what the original made of them."""
-    frames, results = stored["H"], stored["M"]
-    episodic = list(results[:6])
-    for result in results[6:-1]:
-        scores = torch.stack([torch.cosine_similarity(result.flatten(), slot.flatten(), dim=0) for slot in episodic])
-        episodic[int(scores.argmax())] = result
-
-    def read(prefix: str, slots: list[Tensor]) -> Tensor:
-        attention = torch.nn.MultiheadAttention(32, 4, batch_first=True)
-        attention.load_state_dict({k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)})
-        memory = torch.cat(slots)[None]
-        return attention(frames[-1][None], memory, memory, need_weights=False)[0][0].detach()
-
-    return read("wa.", list(frames[-5:-1])), read("ea.", episodic), results[-1]
 
 
 @pytest.mark.usefixtures("native")

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vmemory.ops import MergePlan, bipartite_match, proportional_attention_bias, token_merge, token_unmerge
+from vmemory.ops import (
+    MergePlan,
+    bipartite_match,
+    merge_source,
+    proportional_attention_bias,
+    token_merge,
+    token_unmerge,
+)
 from vmemory.ops._native import STATUS
 from vmemory.ops.token_merge import MergedTokens
 from vmemory.reference import token_merge as reference
@@ -294,3 +301,30 @@ def test_the_result_has_names():
     merged = token_merge(x, plan)
     assert isinstance(merged, MergedTokens)
     assert (merged.x.shape, merged.size.shape) == ((2, 6, 3), (2, 6, 1))
+
+
+def test_sources_through_several_plans():
+    x = torch.eye(24, dtype=torch.float64)[None].expand(4, -1, -1).contiguous()
+    first = bipartite_match(random_tensor(4, 24, 8), 6, cls=1)
+    merged = token_merge(x, first)
+    second = bipartite_match(random_tensor(4, 18, 8, seed=1), 9, cls=1, groups=2)
+    merged = token_merge(merged.x, second, merged.size)
+    third = bipartite_match(random_tensor(2, 27, 8, seed=2), 5, cls=2)
+    merged = token_merge(merged.x, third, merged.size)
+    source = merge_source(third, merge_source(second, merge_source(first)))
+    assert source.shape == (2, 48)
+    held = torch.zeros(2, 22, 48, dtype=torch.float64).scatter_(1, source[:, None], 1.0)
+    assert torch.equal(held.sum(-1, keepdim=True), merged.size)
+    # every original token adds 1 to its own channel, and both clips of a group share the channels
+    torch.testing.assert_close(held.view(2, 22, 2, 24).sum(2), merged.x * merged.size)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_groups_are_matched_as_one_sequence(impl):
+    clips = random_tensor(6, 10, 16)
+    rows = clips.view(2, 3, 10, 16)
+    joined = torch.cat([rows[:, :, :2].flatten(1, 2), rows[:, :, 2:].flatten(1, 2)], 1)
+    apart = token_merge(clips, bipartite_match(clips, 8, cls=2, groups=3, impl=impl))
+    together = token_merge(joined, bipartite_match(joined, 8, cls=6, impl=impl))
+    assert torch.equal(apart.x, together.x)
+    assert torch.equal(apart.size, together.size)
