@@ -2,6 +2,7 @@
 # make test: style, types, and the tests at this machine's instruction set     make test-all: this, and all below
 # make test-levels: operators and memories at each instruction set that the machine runs, built for all
 # make test-dist: source distribution and wheel, built and used in clean environments
+# make test-cuda: CUDA operators built by nvcc, which a plain build leaves out where there is no CUDA device
 # make simt: CUDA C++ kernels on an emulated device, under the CPU's tests
 # make test-simt: the same with every access checked, in several orders of threads, and with faults put in
 # make test-matrix: models with the oldest and the newest transformers
@@ -20,7 +21,7 @@ LEVELS = $(shell $(PYTHON) vmemory/_cpu.py)
 # releases of transformers that `make test-matrix` runs, each in an environment of its own under build/matrix
 RELEASES ?= 5.18.0 newest
 
-.PHONY: demo test test-all test-levels test-dist simt test-simt test-matrix style types unit docs bench wheel native clean
+.PHONY: demo test test-all test-levels test-dist test-cuda simt test-simt test-matrix style types unit docs bench wheel native clean
 .PRECIOUS: build/matrix/%.stamp
 
 demo: $(VENV)/stream.stamp
@@ -28,7 +29,7 @@ demo: $(VENV)/stream.stamp
 
 test: style types unit docs
 
-test-all: test test-levels test-dist simt test-simt test-matrix
+test-all: test test-levels test-dist test-cuda simt test-simt test-matrix
 
 style: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -49,6 +50,11 @@ test-levels: $(VENV)/test.stamp
 
 test-dist: $(VENV)/test.stamp
 	$(BIN)/python -m pytest tests/test_distribution.py --distribution
+
+# the CUDA kernels as nvcc makes them: registers and spills are read from the library, no device is needed
+test-cuda: $(VENV)/test.stamp
+	$(MAKE) native VMEMORY_CUDA=1
+	$(BIN)/python -m pytest -q tests/test_cuda_build.py
 
 SIMT_TESTS = $(patsubst %,tests/test_%.py,ring select_tokens similarity_topk bank_op grid_pool token_merge gated_fusion)
 # of orders of threads and blocks

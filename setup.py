@@ -8,13 +8,15 @@ Environment:
     VMEMORY_NATIVE: 0 skips the native part; 1 fails where it cannot be built, as an editable install does.
     VMEMORY_CPU_ARCH: `all`, `native` (this machine's), or x86-64-v2, x86-64-v3 and x86-64-v4 with semicolons between
         them; by default a wheel holds all, and a checkout this machine's.
-    VMEMORY_CUDA: 0 skips the CUDA part; 1 fails where it cannot be built; by default it is built for a CUDA torch.
+    VMEMORY_CUDA: 0 skips the CUDA part; 1 fails where it cannot be built; by default it is built for a CUDA torch on
+        a machine with a CUDA device.
     VMEMORY_CUDA_ARCHS: CUDA architectures, as CMake names them.
     CXX, CUDACXX, MAX_JOBS: the compilers, and how many run at once.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -110,6 +112,17 @@ def torch_fact(folder: Path, name: str) -> str:
     return found[1] if found else ""
 
 
+def cuda_devices() -> int:
+    """Count the CUDA devices that a process sees, as torch would, by asking the driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    found = driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    return count.value if found else 0
+
+
 def output(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -174,6 +187,8 @@ def make_plan() -> Plan:
         plan.leave_out("VMEMORY_CUDA=0 at build time", "cuda")
     elif CUDA != "1" and not torch_fact(torch, "cuda"):
         plan.leave_out(f"torch {plan.torch} is a build without CUDA; VMEMORY_CUDA=1 builds it all the same", "cuda")
+    elif CUDA != "1" and not cuda_devices():
+        plan.leave_out("no CUDA device at build time; VMEMORY_CUDA=1 builds it all the same", "cuda")
     elif not nvcc:
         plan.leave_out("no nvcc at build time", "cuda")
     else:

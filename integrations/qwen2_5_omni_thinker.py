@@ -1,4 +1,4 @@
-"""Qwen2.5-Omni's thinker: as Qwen2.5-VL, with sound in the prompt."""
+"""The thinkers of Qwen2.5-Omni and Qwen3-Omni: as Qwen2.5-VL, with sound in the prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vmemory.models.families import PatchRowAdapter
 from vmemory.models.registry import register_adapter
 
 
-@register_adapter("qwen2_5_omni_thinker")
+@register_adapter("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 class Qwen25OmniThinker(PatchRowAdapter):
     """Attach to `model.thinker`; what it says is text, since speech is made from the prompt as it was."""
 

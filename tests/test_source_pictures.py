@@ -10,6 +10,7 @@ from PIL import Image
 
 from vmemory.sources import FrameSource, SourceError
 from vmemory.sources.frames import as_frames
+from vmemory.sources.pictures import holds_several
 
 RAMP = np.tile(np.linspace(0, 1, 64), (8, 1))
 
@@ -153,3 +154,27 @@ def test_a_session_takes_deep_pictures_as_a_source_does(tmp_path: Path) -> None:
     deep.save(tmp_path / "a.png")
     ((pixels, _),) = as_frames(deep)
     np.testing.assert_array_equal(pixels[0, 0].numpy(), _grey(FrameSource(tmp_path)))
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "tif", "webp"])
+def test_a_damaged_file_holds_no_several_pictures(tmp_path: Path, suffix: str) -> None:
+    whole = _moving(tmp_path / f"a.{suffix}").read_bytes()
+    assert holds_several(tmp_path / f"a.{suffix}")
+    draw, damaged = np.random.default_rng(0), tmp_path / f"b.{suffix}"
+    for _ in range(200):
+        data = bytearray(whole[: draw.integers(len(whole))] if draw.random() < 0.3 else whole)
+        for place in draw.integers(max(min(len(data), 200), 1), size=5 if data else 0):
+            data[place] = draw.integers(256)
+        damaged.write_bytes(data)
+        assert holds_several(damaged) in (True, False)
+
+
+def test_errors_that_are_not_the_file_s_are_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _moving(tmp_path / "a.gif")
+
+    def broken(path: Path) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        holds_several(path)

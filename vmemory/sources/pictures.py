@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +72,7 @@ def pictures_of(path: Path) -> Iterator[Shown]:
 
 
 def holds_several(path: Path) -> bool:
-    """Whether a file holds more than one picture; a file that cannot be read does not."""
+    """Return whether a file holds more than one picture; False for a damaged file."""
     from PIL import Image
 
     if path.suffix.lower() not in _SEVERAL:
@@ -79,8 +80,8 @@ def holds_several(path: Path) -> bool:
     try:
         with Image.open(path) as opened:
             return bool(getattr(opened, "is_animated", False))
-    # whoever reads it says what is wrong with it
-    except Exception:
+    # what Pillow raises on damaged files; whoever reads the file says what is wrong with it
+    except (OSError, ValueError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError):
         return False
 
 
