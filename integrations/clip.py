@@ -53,7 +53,8 @@ def encode_video(model: Any, pixel_values: Tensor, mask: Tensor | None = None) -
     if not handle.enabled or isinstance(handle.given, AllFrames):
         return _mean(_embedded(model, pixel_values), mask)
     if isinstance(handle.given, TempMe):
-        return _mean(handle.memory(pixel_values, mask).frames, mask)
+        merging = handle.given.inside(model, getattr(model, "vmemory", handle.given.positions))
+        return _mean(merging(pixel_values, mask).frames, mask)
     if _reduces_frames(handle.given):
         made = handle.memory(pixel_values, mask)
         return _mean(_embedded(model, made.frames), made.mask)

@@ -5,6 +5,7 @@ Both are research code rather than a package: a model is recognised by its metho
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +18,6 @@ from vmemory.compress import TempMe, tempme_from_arguments
 from vmemory.compress.tempme_tower import vision_tower
 
 _STATE = "_vmemory_clip4clip"
-# on a tensor that `get_visual_output` returned
-_MASK = "vmemory_mask"
 
 
 def family(model: nn.Module) -> Literal["clip4clip", "stop"]:
@@ -63,8 +62,9 @@ def attach(model: nn.Module, compressor: nn.Module | None = None) -> Attachment:
     """Let a CLIP4Clip or STOP model compress its videos. This instance only.
 
     Afterwards `get_visual_output` compresses what it is given, and `get_similarity_logits` reads the mask that belongs
-    to a visual output instead of the caller's: training and evaluation loops stay as they are. What is learned is
-    `model.vmemory`, and trains or evaluates as the model does.
+    to a visual output instead of the caller's: training and evaluation loops stay as they are, on several devices too.
+    The mask lies in the visual output itself: a frame that does not exist has one value in all its channels, wherever
+    the tensor is moved. What is learned is `model.vmemory`, and trains or evaluates as the model does.
 
     Args:
         model: Unwrapped; wrap it for distributed training after this.
@@ -118,24 +118,41 @@ class Attachment:
     """What `attach` did to a model. A context manager that detaches on exit.
 
     Attributes:
-        model: The model; a copy of it has an attachment of its own, see `attachment`.
-        compressor: The compressor, or None where nothing is attached.
+        model: The model; a copy or replica of it has an attachment of its own, see `attachment`.
     """
 
     def __init__(self, model: nn.Module, compressor: nn.Module | None) -> None:
-        self.model, self.compressor = model, compressor
+        self.model, self._given = model, compressor
         self.kind = family(model)
         self._enabled = True
-        self._hooks: dict[str, _Method] = {}
+        self._hooks: dict[str, _Method | _Replicate] = {}
         self._before: dict[str, Any] = {}
 
     def hook(self) -> None:
-        for name in _INSTEAD:
+        for name in (*_INSTEAD, _REPLICATE):
             if name in self.model.__dict__:
                 self._before[name] = self.model.__dict__[name]
-            self._hooks[name] = _Method(self, name)
-            self.model.__dict__[name] = self._hooks[name]
+        self._put()
+
+    def _put(self) -> None:
+        self._hooks = {name: _Method(self, name) for name in _INSTEAD} | {_REPLICATE: _Replicate(self)}
+        self.model.__dict__.update(self._hooks)
         self.model.__dict__[_STATE] = self
+
+    def moved(self, replica: nn.Module) -> None:
+        """Attach to a replica of the model the way the model is."""
+        other = copy.copy(self)
+        other.model = replica
+        other._put()
+
+    @property
+    def compressor(self) -> nn.Module | None:
+        """The compressor with the model's own weights, or None where nothing is attached."""
+        if self._given is None or not self._hooks:
+            return self._given
+        model: Any = self.model
+        learned: nn.Module = model.vmemory
+        return self._given.inside(model.clip, learned) if isinstance(self._given, TempMe) else learned
 
     def detach(self) -> None:
         """Give the model back as it was; again is no error.
@@ -166,7 +183,7 @@ class Attachment:
 
     @property
     def enabled(self) -> bool:
-        return self._enabled and self.compressor is not None
+        return self._enabled and self._given is not None
 
     def __enter__(self) -> Attachment:
         return self
@@ -233,38 +250,50 @@ def _merged(merging: TempMe, video: Tensor, video_mask: Any) -> tuple[Tensor, Te
     """Embeddings of frames `[B, T, E]` and their mask."""
     frames, exists = _frames(video, video_mask)
     embedded = merging(frames, exists).frames
-    # the model divides every frame by its norm before it masks: a 0 would become NaN, which no mask removes
-    embedded = embedded.masked_fill(~exists[..., None], 1)
     return embedded.float(), exists.to(video_mask.dtype)
+
+
+def _marked(visual: Tensor, mask: Tensor) -> Tensor:
+    """Frames `[B, K, D]` that do not exist as 1 throughout, which no mask of the model lets through.
+
+    Moved, cast, cut or normalised, such a frame has one value in all channels. A 0 would become NaN where the model
+    divides by the norm, and no mask removes that.
+    """
+    return visual.masked_fill((mask == 0)[..., None], 1)
+
+
+def _mask_of(visual: Tensor) -> Tensor:
+    """`[B, K]` bool, the frames of a visual output that exist."""
+    return (visual != visual[..., :1]).any(-1)
 
 
 def _get_visual_output(state: Attachment, original: Any, call: inspect.BoundArguments) -> Tensor:
     given, compressor = call.arguments, state.compressor
     mask = given.get("video_mask")
     if isinstance(compressor, TempMe):
-        visual, mask = _merged(compressor, torch.as_tensor(given["video"]).float(), mask)
-    else:
-        given["video"], mask = state.compress(given["video"], mask)
-        given |= {"video_mask": mask, "video_frame": mask.shape[1]}
-        visual = original(*call.args, **call.kwargs)
-    setattr(visual, _MASK, mask)
-    return visual
+        return _marked(*_merged(compressor, torch.as_tensor(given["video"]).float(), mask))
+    given["video"], mask = state.compress(given["video"], mask)
+    given |= {"video_mask": mask, "video_frame": mask.shape[1]}
+    visual: Tensor = original(*call.args, **call.kwargs)
+    # STOP makes one vector of a video
+    return visual if state.kind == "stop" else _marked(visual, mask)
 
 
 def _get_similarity_logits(state: Attachment, original: Any, call: inspect.BoundArguments) -> Any:
-    visual = call.arguments["visual_output"]
-    mask = getattr(visual, _MASK, None)
-    if mask is not None:
-        call.arguments["video_mask"] = mask
-    elif visual.dim() == 3 and visual.shape[1] > 1:
-        # one vector a video needs no mask; of several nobody could tell any more which are padding
-        raise ValueError(
-            "visual_output: expected the tensor that get_visual_output returned, which carries its mask, got another "
-            f"of shape {list(visual.shape)}; within disabled() the video_mask given counts"
-        )
+    visual, mask = call.arguments["visual_output"], call.arguments["video_mask"]
+    if state.kind == "clip4clip":
+        T, compressor = mask.shape[-1], state.compressor
+        made: int = T if isinstance(compressor, TempMe) else compressor.count(T)  # type: ignore[operator, union-attr]
+        if visual.dim() != 3 or visual.shape[1] != made:
+            raise ValueError(
+                f"visual_output: expected what get_visual_output makes of {T} frames, [B, {made}, D], got "
+                f"shape {list(visual.shape)}; within disabled() the video_mask given counts"
+            )
+        call.arguments["video_mask"] = _mask_of(visual).to(mask.dtype)
     return original(*call.args, **call.kwargs)
 
 
+_REPLICATE = "_replicate_for_data_parallel"
 _INSTEAD = {"get_visual_output": _get_visual_output, "get_similarity_logits": _get_similarity_logits}
 
 
@@ -286,3 +315,15 @@ class _Method:
         if not self.state.enabled:
             return original(*args, **kwargs)
         return _INSTEAD[self.name](self.state, original, inspect.signature(original).bind(*args, **kwargs))
+
+
+class _Replicate:
+    """Replicas, as `torch.nn.parallel.replicate` makes them for a device each, with methods of their own."""
+
+    def __init__(self, state: Attachment) -> None:
+        self.state = state
+
+    def __call__(self) -> nn.Module:
+        replica: nn.Module = self.state.original(_REPLICATE)()
+        self.state.moved(replica)
+        return replica

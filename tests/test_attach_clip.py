@@ -14,6 +14,7 @@ import transformers
 
 import vmemory
 from tests.clip_models import SMALL, videos
+from tests.replicas import replicas
 from vmemory.banks import DualMemory
 from vmemory.compress import AdaptiveFrameResampler, FrameResampler, FrameSelector, TempMe
 from vmemory.eval import retrieval_scores
@@ -50,6 +51,23 @@ def by_hand(model: Any, pixels: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
         directions = [F.normalize(model.get_image_features(x[None]).pooler_output[0], dim=0) for x in video[there]]
         made.append(F.normalize(torch.stack(directions).mean(0), dim=0))
     return torch.stack(made)
+
+
+@pytest.mark.parametrize("name", ["merge", "selector", "recent"])
+@torch.no_grad()
+def test_a_replica_embeds_videos_with_its_own_weights(name):
+    model, pixels = clip(), videos()
+    memory = TempMe(model, **SMALL) if name == "merge" else compressors().get(name, name)
+    vmemory.attach(model, memory)
+    if name == "merge":
+        for position in model.vmemory.values():
+            position.normal_()
+    wanted = model.encode_video(pixels, PADDED)
+    other = replicas(model)[1]
+    for weight in model.parameters():
+        weight.fill_(0.5)
+    assert torch.equal(other.encode_video(pixels, PADDED), wanted)
+    assert not torch.equal(model.encode_video(pixels, PADDED), wanted)
 
 
 def test_a_video_is_the_mean_of_the_directions_of_its_frames():

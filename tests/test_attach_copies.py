@@ -14,6 +14,7 @@ from torch import nn
 
 import vmemory
 from tests.attaching import FAMILIES, SMALL, remembers, with_a_small_memory
+from tests.replicas import replicas
 from tests.tiny_vlms import tiny
 
 
@@ -43,6 +44,27 @@ def test_a_copy_has_its_own_handle(small, memory):
     assert vmemory.attached(model) is handle
     if memory is None:
         assert remembers(model, inputs, logits, answer)
+
+
+@pytest.mark.parametrize("memory", [None, "dual"])
+@torch.no_grad()
+def test_a_replica_has_a_memory_and_weights_of_its_own(memory):
+    """Of `nn.DataParallel`, which Trainer takes by itself where it sees several devices."""
+    model, inputs = tiny("llava_onevision", T=12)
+    handle = vmemory.attach(model, memory, SMALL if memory is None else None)
+    if memory:
+        nn.init.constant_(model.vmemory.alpha, 0.5)
+    logits = model(**inputs).logits
+    other = replicas(model)[1]
+    for weight in model.parameters():
+        weight.zero_()
+    assert torch.equal(other(**inputs).logits, logits)
+    own = vmemory.attached(other)
+    assert own.model is other
+    assert own is not handle
+    assert own.kept
+    with own.disabled():
+        assert other(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
 
 
 def pickled(model: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tests.clip4clip_models import STOP, CLIP4Clip
 from tests.clip_models import OpenAICLIP
+from tests.replicas import parallel_apply, replicas, sent
 from vmemory.compress import AdaptiveFrameResampler, FrameResampler, FrameSelector, TempMe, add_tempme_arguments
 from vmemory.eval import RetrievalHead, retrieval_scores
 from vmemory.integrations import clip4clip
@@ -62,7 +63,9 @@ def test_compressed_frames_are_what_the_tower_sees(which, shaped):
     with clip4clip.attach(model, compressor) as attached:
         given = (video.flatten(0, 3), mask[:, 0]) if shaped else (video, mask)
         text, visual = model.get_sequence_visual_output(texts, types, words, *given, shaped, 12 if shaped else -1)
-        assert torch.equal(visual, wanted)
+        assert torch.equal(visual[out.mask], wanted[out.mask])
+        # whoever divides by the norm must not make NaN of a frame that does not exist
+        assert bool((visual[~out.mask] == 1).all())
         assert model.seen[-1] == (3 * K, K)
         # the caller's mask speaks of twelve frames
         assert torch.equal(model.get_similarity_logits(text, visual, words, mask, loose_type=True)[0], logits)
@@ -142,15 +145,74 @@ def test_retrieval_end_to_end(how):
         assert (direction.median_rank, direction.mean_rank) == (1.0, 1.0)
 
 
-def test_another_tensor_has_no_mask():
-    model = CLIP4Clip()
+def scored(model: Any, texts: list[Any], videos: list[Any], words: list[Tensor], visual: list[Tensor]) -> list[Tensor]:
+    """CLIP4Clip's loop over batches of texts and, for each, batches of videos."""
+    return [
+        torch.cat([model.get_similarity_logits(w, v, t[0], m[0])[0] for m, v in zip(videos, visual, strict=True)], 1)
+        for t, w in zip(texts, words, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, "merge"])
+@torch.no_grad()
+def test_evaluation_on_several_devices(which):
+    """What CLIP4Clip's evaluation does where it sees several devices: outputs move, replicas give the scores."""
+    model = CLIP4Clip().eval()
+    clip4clip.attach(model, TempMe(model.clip, **MERGE) if which == "merge" else frame_compressors()[which])
+    texts, videos, words, visual = [], [], [], []
+    for frames in ((12, 3, 9), (5, 12, 1)):
+        text, types, there, video, mask = batch(frames=frames)
+        w, v = model.get_sequence_visual_output(text, types, there, video, mask)
+        for held, new in zip((texts, videos, words, visual), ((there,), (mask,), w, v), strict=True):
+            held.append(new)
+    wanted = torch.cat(scored(model, texts, videos, words, visual))
+    first = (texts[:1], videos, words[:1], visual)
+    second = tuple(map(sent, (texts[1:], videos, words[1:], visual)))
+    got = parallel_apply(scored, model, [first, second])
+    assert torch.equal(torch.cat([rows for part in got for rows in part]), wanted)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, "merge"])
+@torch.no_grad()
+def test_a_replica_has_methods_and_weights_of_its_own(which):
+    model = CLIP4Clip().eval()
+    video, mask = batch()[3:]
+    clip4clip.attach(model, TempMe(model.clip, **MERGE) if which == "merge" else frame_compressors()[which])
+    if which == "merge":
+        for position in model.vmemory.values():
+            position.normal_()
+    wanted = model.get_visual_output(video, mask)
+    other = replicas(model)[1]
+    twice = replicas(other)[0]
+    for weight in model.parameters():
+        weight.zero_()
+    for replica in (other, twice):
+        assert clip4clip.attachment(replica).model is replica
+        assert torch.equal(replica.get_visual_output(video, mask), wanted)
+        with clip4clip.attachment(replica).disabled():
+            assert replica.get_visual_output(video, mask).shape[1] == 12
+        assert torch.equal(replica.get_visual_output(video, mask), wanted)
+    assert clip4clip.attachment(model).model is model
+    assert not torch.equal(model.get_visual_output(video, mask), wanted)
+
+
+def test_the_mask_goes_wherever_the_output_goes():
+    model = CLIP4Clip().eval()
     texts, types, words, video, mask = batch()
-    attached = clip4clip.attach(model, FrameResampler(12, 12, 16, 1, 2))
+    attached = clip4clip.attach(model, AdaptiveFrameResampler(12, 2, 12, 16, 1, 2).eval())
     text, visual = model.get_sequence_visual_output(texts, types, words, video, mask)
-    with pytest.raises(ValueError, match="visual_output: expected the tensor that get_visual_output returned"):
-        model.get_similarity_logits(text, visual.clone(), words, mask)
+    wanted = model.get_similarity_logits(text, visual, words, mask)[0]
+    assert 0 < int(clip4clip._mask_of(visual).sum()) < 36
+    for other in (visual.clone(), torch.cat([visual[:1], visual[1:]]), torch.from_numpy(visual.detach().numpy())):
+        assert torch.equal(model.get_similarity_logits(text, other, words, mask)[0], wanted)
+    for other in (F.normalize(visual, dim=-1), visual.half(), visual.bfloat16(), 3 * visual):
+        assert torch.equal(clip4clip._mask_of(other), clip4clip._mask_of(visual))
+    with pytest.raises(
+        ValueError, match=r"visual_output: expected what .* of 12 frames, \[B, 12, D\], got shape \[3, 5"
+    ):
+        model.get_similarity_logits(text, visual[:, :5], words, mask)
     with attached.disabled():
-        model.get_similarity_logits(text, visual.clone(), words, mask)
+        model.get_similarity_logits(text, visual[:, :5], words, mask[..., :5])
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
@@ -76,6 +77,12 @@ class Handle:
             self.undo.pop()(self.model)
         del self.model.__dict__[HANDLE]
         return self.model
+
+    def moved(self, replica: nn.Module) -> None:
+        """Put the memory into a replica of the model the way it is in the model."""
+        other = copy.copy(self)
+        other.model, other.adapter, other.kept, other.undo = replica, copy.copy(self.adapter), [], []
+        replica.__dict__[HANDLE] = other
 
     def remember(self, pieces: Iterator[Clip]) -> Kept:
         """What the memory makes of one video, given piece by piece."""

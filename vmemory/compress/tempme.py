@@ -166,6 +166,15 @@ class TempMe(nn.Module):
             frames = frames.masked_fill(~mask[..., None], 0)
         return MergedVideo(frames, last.tokens.reshape(B, M, -1), size.reshape(B, M, 1), source)
 
+    def inside(self, model: nn.Module, positions: nn.Module) -> TempMe:
+        """The same merging with the tower of `model`, a replica on another device, and its embeddings of clips."""
+        tower, projection = vision_tower(model)
+        if getattr(tower, "visual", tower) is getattr(self.tower, "visual", self.tower):
+            return self
+        other: TempMe = self._replicate_for_data_parallel()
+        other.tower, other.projection, other.positions = tower, projection, positions  # type: ignore[assignment]
+        return other
+
     def layers(self, pixel_values: Tensor, mask: Tensor | None = None) -> Iterator[MergedClips]:
         """The tokens behind each layer of the tower in turn; arguments and errors of `forward`."""
         pixels = self._check(pixel_values, mask)

@@ -212,7 +212,10 @@ def device_of(model: nn.Module) -> torch.device:
 
 def dtype_of(model: nn.Module) -> torch.dtype:
     """What a model computes in, where its weights say: the dtype of the first that floats."""
-    return next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
+    # replicas of nn.DataParallel have no parameters, but what once were
+    held = (part.__dict__.get("_former_parameters", part._parameters).values() for part in model.modules())
+    weights = (weight for part in held for weight in part if weight is not None)
+    return next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)
 
 
 def on_device(model: nn.Module, inputs: Inputs) -> Inputs:

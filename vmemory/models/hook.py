@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import threading
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from vmemory.models.turn import Turn, cache_in, mark, turn_in
 
 HANDLE = "_vmemory"
 _METHODS = "_vmemory_methods"
+_REPLICATE = "_replicate_for_data_parallel"
 
 
 class Rewrites(Protocol):
@@ -33,6 +35,8 @@ class Rewrites(Protocol):
 
     def following(self, inputs: dict[str, Any], turn: Turn) -> dict[str, Any]: ...
 
+    def moved(self, replica: nn.Module) -> None: ...
+
 
 class Method:
     """A function of one model in the place of its method, for as long as a memory is in it.
@@ -48,6 +52,12 @@ class Method:
     def original(self) -> Any:
         """The method as it was."""
         return getattr(type(self.model), self.name).__get__(self.model) if self.former is None else self.former
+
+    def moved(self, model: nn.Module) -> Method:
+        """The method of a replica."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -78,10 +88,24 @@ def install_methods(model: nn.Module, handle: Rewrites, functions: Mapping[str, 
 
     `original` finds the method that one of them replaces.
     """
-    methods = {name: Method(function, model, name) for name, function in functions.items()}
+    _put(
+        model, {name: Method(function, model, name) for name, function in {**functions, _REPLICATE: replicate}.items()}
+    )
+    handle.undo.append(_restore_methods)
+
+
+def _put(model: nn.Module, methods: dict[str, Method]) -> None:
     model.__dict__[_METHODS] = methods
     model.__dict__.update(methods)
-    handle.undo.append(_restore_methods)
+
+
+def replicate(model: nn.Module) -> nn.Module:
+    """A replica, as `torch.nn.parallel.replicate` makes them for a device each, with methods of its own."""
+    replica: nn.Module = original(model, _REPLICATE)()
+    former: dict[str, Method] = model.__dict__[_METHODS]
+    _put(replica, {name: method.moved(replica) for name, method in former.items()})
+    model.__dict__[HANDLE].moved(replica)
+    return replica
 
 
 def original(model: nn.Module, name: str) -> Any:
