@@ -11,22 +11,18 @@ from vmemory.kernels._launch import power_of_two
 
 class Rule(NamedTuple):
     choose: str
-    newer: bool = False
-    merge: bool = False
-    by_time: bool = True
-    cascade: bool = True
-    bilinear: bool = False
-    nan_first: bool = True
+    newer: bool
+    merge: bool
+    by_time: bool
+    cascade: bool
+    nan_first: bool
 
 
-RULES = {
-    "paper": Rule("adjacent"),
-    "videochat-online": Rule("adjacent", by_time=False, cascade=False, bilinear=True, nan_first=False),
-    "all-pairs": Rule("all", newer=True, by_time=False, cascade=False, bilinear=True),
-    "merge": Rule("adjacent", merge=True),
-    "uniform": Rule("gap"),
-    "recent": Rule("oldest"),
-}
+def rule_of(numbers: Sequence[int]) -> Rule:
+    """Read a rule as operators take it: choose, victim, by_time, cascade, nan_first."""
+    choose, victim, by_time, cascade, nan_first = numbers
+    chosen = ("adjacent", "all", "gap", "oldest")[choose]
+    return Rule(chosen, victim == 1, victim == 2, bool(by_time), bool(cascade), bool(nan_first))
 
 
 class Geometry(NamedTuple):
@@ -76,7 +72,7 @@ def geometry(
     grids: tuple[int, ...],
     intervals: tuple[int, ...],
     entries: tuple[int, ...],
-    rule: str,
+    rule: tuple[int, ...],
     H: int,
     W: int,
     D: int,
@@ -84,7 +80,7 @@ def geometry(
     K: int,
 ) -> Geometry:
     """Of an operator's layout arguments, for frames `[H, W, D]` with R descriptors of K channels a slot."""
-    tiers, chosen = len(capacities), RULES[rule]
+    tiers, chosen = len(capacities), rule_of(rule)
     height, width = tuple(grids[::2]), tuple(grids[1::2])
     cells = [c * h * w for c, h, w in zip(capacities, height, width, strict=True)]
     links = [c * c if chosen.choose == "all" else c for c in capacities]

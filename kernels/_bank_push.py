@@ -24,17 +24,41 @@ from vmemory.kernels._bank_step import (
 from vmemory.kernels._bank_tokens import blend, count_cells, describe, normalised, pooled, stream_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["state_streams", "t", "T"])
 def _decide_kernel(
-    order, counter, link, entry, norm, step, lists, shifted, streams, state_streams, g: tl.constexpr
+    order, counter, link, entry, norm, victim, step, lists, shifted, streams, state_streams, t, T, g: tl.constexpr
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     s = stream_of(streams, i, state_streams)
+    chosen = None
+    if victim is not None:
+        chosen = victim + (i * T + t) * g.tiers
     if s >= 0:
         decide(
             order + s * g.M, counter + s * (LENGTH + g.tiers), link + s * g.P, entry + s * g.M * 4,
-            norm + s * g.M * g.R, step + i * (HEAD + g.tiers * TIER), lists + i * g.M, shifted + i * g.P, g,
+            norm + s * g.M * g.R, chosen, step + i * (HEAD + g.tiers * TIER), lists + i * g.M, shifted + i * g.P, g,
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["state_streams"])
+def _step_kernel(step, out, streams, state_streams, g: tl.constexpr):
+    """Scratch of a step as the operator returns it: a head, then a slot and then a target for each tier."""
+    i = tl.program_id(0).to(tl.int64)
+    s = stream_of(streams, i, state_streams)
+    at = step + i * (HEAD + g.tiers * TIER)
+    to = out + i * (3 + 2 * g.tiers)
+    first = i * 0 - 1
+    if s >= 0:
+        first = tl.load(at + STEP_FIRST)
+    there = first >= 0
+    merged = tl.load(at + STEP_MERGED, there, other=-1)
+    tl.store(to, first)
+    tl.store(to + 1, tl.load(at + STEP_FRESH, there, other=-1))
+    tl.store(to + 2, merged)
+    for tier in tl.static_range(tl.constexpr(g.tiers)):
+        tl.store(to + 3 + tier, tl.load(at + HEAD + tier * TIER + SLOT, there, other=-1))
+        target = tl.load(at + HEAD + tier * TIER + TARGET, there & (merged < 0), other=-1)
+        tl.store(to + 3 + g.tiers + tier, target)
 
 
 @triton.jit

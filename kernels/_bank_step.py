@@ -110,7 +110,29 @@ def choose(order, link, entry, norm, n, frame, tier: tl.constexpr, g: tl.constex
 
 
 @triton.jit
-def decide(order, counter, link, entry, norm, step, lists, shifted, g: tl.constexpr):
+def named(order, norm, wanted, n, place, merged, tier: tl.constexpr, g: tl.constexpr):
+    """A caller's choice instead of the rule's `place` and `merged`, where the tier holds the slot `wanted`."""
+    k = tl.arange(0, g.block[tier]).to(tl.int64)
+    inside = k < n
+    at = tl.min(tl.where((listed(order, k, inside, tier, g) == wanted) & inside, k, g.block[tier]), 0)
+    held = (wanted >= 0) & (at < n)
+    partner = n * 0 - 1
+    if g.rule.merge and g.capacity[tier] > 1:
+        # the first of a list has no older neighbour, so that the next is folded into it
+        newer = tl.maximum(at, 1)
+        a, b = listed(order, newer - 1, held, tier, g), listed(order, newer, held, tier, g)
+        merges = held
+        if g.rule.nan_first:
+            r: tl.constexpr = tier if g.R > 1 else 0
+            x, y = tl.load(norm + a * g.R + r, held, other=0.0), tl.load(norm + b * g.R + r, held, other=0.0)
+            merges = held & (x - x == 0) & (y - y == 0)
+        at = tl.where(merges, newer, at)
+        partner = tl.where(merges, a, partner)
+    return tl.where(held, at, place), tl.where(held, partner, merged)
+
+
+@triton.jit
+def decide(order, counter, link, entry, norm, victim, step, lists, shifted, g: tl.constexpr):
     """Into `step`, `lists [M]` and `shifted [P]`: what the next frame does, the new lists, the links that stay."""
     frame = tl.load(counter + SEEN)
     first = entry_tier(frame, g)
@@ -125,6 +147,8 @@ def decide(order, counter, link, entry, norm, step, lists, shifted, g: tl.conste
         here = going & (first <= tier)
         taken = here & (n == capacity)
         place, partner = choose(order, link, entry, norm, n, frame, tier, g)
+        if victim is not None:
+            place, partner = named(order, norm, tl.load(victim + tier), n, place, partner, tier, g)
         slot = tl.where(taken, listed(order, place, taken, tier, g), -1)
         offered = tl.where(taken, slot, tl.where(here, slot0 + n, -1))
         # what comes from above keeps its number; the new frame has the highest

@@ -102,7 +102,7 @@ def _replay_kernel(
     lists += s * g.M
     shifted += s * g.P
     for t in range(0, T):
-        decide(order, counter, link, entry, norm, step, lists, shifted, g)
+        decide(order, counter, link, entry, norm, None, step, lists, shifted, g)
         tl.debug_barrier()
         relabel(entry, step, assign + s * T, tl.load(counter + SEEN), g, block_d)
         if g.rule.merge:

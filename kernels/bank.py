@@ -14,6 +14,7 @@ from vmemory.kernels._bank_push import (
     _describe_slot_kernel,
     _enter_kernel,
     _merge_kernel,
+    _step_kernel,
 )
 from vmemory.kernels._bank_step import HEAD, LENGTH, TIER
 from vmemory.kernels._bank_video import (
@@ -36,6 +37,34 @@ def _scratch(rows: int, g: Geometry, order: Tensor, link: Tensor) -> tuple[Tenso
     return order.new_empty((rows, size)), order.new_empty((rows, g.M)), link.new_empty((rows, g.P))
 
 
+def bank_decide(
+    norm: Tensor,
+    link: Tensor,
+    entry: Tensor,
+    order: Tensor,
+    counter: Tensor,
+    streams: Tensor | None,
+    victim: Tensor | None,
+    capacities: list[int],
+    grids: list[int],
+    intervals: list[int],
+    entries: list[int],
+    rule: list[int],
+) -> Tensor:
+    g = geometry(
+        tuple(capacities), tuple(grids), tuple(intervals), tuple(entries), tuple(rule), 1, 1, 1, norm.shape[2], 1
+    )
+    S = counter.shape[0] if streams is None else streams.shape[0]
+    streams, victim = (None if x is None else x.contiguous() for x in (streams, victim))
+    step, lists, shifted = _scratch(S, g, order, link)
+    out, which = order.new_empty((S, 3 + 2 * g.tiers)), (streams, counter.shape[0])
+    with device_of(order):
+        if S:
+            _decide_kernel[(S,)](order, counter, link, entry, norm, victim, step, lists, shifted, *which, 0, 1, g)
+            _step_kernel[(S,)](step, out, *which, g)
+    return out
+
+
 def bank_push_(
     slots: Tensor,
     mass: Tensor,
@@ -46,29 +75,31 @@ def bank_push_(
     clock: Tensor,
     order: Tensor,
     counter: Tensor,
+    scale: Tensor,
     frames: Tensor,
     time: Tensor | None,
     valid: Tensor | None,
     streams: Tensor | None,
+    victim: Tensor | None,
     maps: Tensor,
     capacities: list[int],
     grids: list[int],
     intervals: list[int],
     entries: list[int],
-    rule: str,
+    rule: list[int],
 ) -> None:
     S, T, H, W, D = frames.shape
     R, K = descriptor.shape[2:]
-    g = geometry(tuple(capacities), tuple(grids), tuple(intervals), tuple(entries), rule, H, W, D, R, K)
+    g = geometry(tuple(capacities), tuple(grids), tuple(intervals), tuple(entries), tuple(rule), H, W, D, R, K)
     frames = frames.contiguous()
-    time, valid, streams = (None if x is None else x.contiguous() for x in (time, valid, streams))
+    time, valid, streams, victim = (None if x is None else x.contiguous() for x in (time, valid, streams, victim))
     step, lists, shifted = _scratch(S, g, order, link)
     block_d, keys, block_c = channel_block(D, 512), channel_block(K, 128), min(32, power_of_two(H * W))
     blocks, which = triton.cdiv(D, block_d), (streams, slots.shape[0])
     cells = max((g.height[tier] * g.width[tier] for tier in g.entered), default=0)
     with device_of(frames):
         for t in range(T):
-            _decide_kernel[(S,)](order, counter, link, entry, norm, step, lists, shifted, *which, g)
+            _decide_kernel[(S,)](order, counter, link, entry, norm, victim, step, lists, shifted, *which, t, T, g)
             for tier in reversed(range(g.tiers - 1)):
                 below = g.height[tier + 1] * g.width[tier + 1]
                 _demote_kernel[(S, below, blocks)](
@@ -97,18 +128,17 @@ def bank_plan(
     grids: list[int],
     intervals: list[int],
     entries: list[int],
-    rule: str,
+    rule: list[int],
     maps_per_slot: int,
     key_dim: int,
+    pooled_cells: int,
 ) -> tuple[Tensor, ...]:
     S, T, H, W, D = frames.shape
     R, K = maps_per_slot, key_dim
-    g = geometry(tuple(capacities), tuple(grids), tuple(intervals), tuple(entries), rule, H, W, D, R, K)
+    g = geometry(tuple(capacities), tuple(grids), tuple(intervals), tuple(entries), tuple(rule), H, W, D, R, K)
     frames = frames.contiguous()
     time, valid = (None if x is None else x.contiguous() for x in (time, valid))
-    last = g.height[-1] * g.width[-1] if g.tiers else 0
-    # a second read of the survivors is no dearer where the last tier is not much smaller than a frame
-    small = last if g.tiers > 1 and not intervals and not g.rule.merge and 4 * last <= H * W else 0
+    small = pooled_cells
     whole = torch.int64
     norm, link = maps.new_zeros((S, g.M, R)), maps.new_zeros((S, g.P))
     descriptor, seen = maps.new_empty((S, g.M, R, K)), maps.new_empty((S, T, R, K))
@@ -145,10 +175,10 @@ def bank_gather(
     grids: list[int],
     intervals: list[int],
     entries: list[int],
-    rule: str,
+    rule: list[int],
 ) -> tuple[Tensor, Tensor]:
     S, T, H, W, D = frames.shape
-    g = geometry(tuple(capacities), tuple(grids), tuple(intervals), tuple(entries), rule, H, W, D, 1, D)
+    g = geometry(tuple(capacities), tuple(grids), tuple(intervals), tuple(entries), tuple(rule), H, W, D, 1, D)
     frames, valid = frames.contiguous(), None if valid is None else valid.contiguous()
     slots, mass = frames.new_empty((S, g.L, D)), frames.new_empty((S, g.L), dtype=torch.float32)
     block_d = channel_block(D, 256)
@@ -171,10 +201,10 @@ def bank_gather_backward(
     grids: list[int],
     intervals: list[int],
     entries: list[int],
-    rule: str,
+    rule: list[int],
 ) -> Tensor:
     (S, T), (H, W), D = assign.shape, grid, grad.shape[2]
-    g = geometry(tuple(capacities), tuple(grids), tuple(intervals), tuple(entries), rule, H, W, D, 1, D)
+    g = geometry(tuple(capacities), tuple(grids), tuple(intervals), tuple(entries), tuple(rule), H, W, D, 1, D)
     grad, valid = grad.contiguous(), None if valid is None else valid.contiguous()
     out = grad.new_empty((S, T, H, W, D))
     block_d = channel_block(D, 128)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vmemory.ops.bank import BankPlan, bank_gather, bank_plan, bank_push_, layout_maps
-from vmemory.reference.bank_layout import BankLayout, BankState
+from vmemory.ops.bank import BankPlan, bank_decide, bank_gather, bank_plan, bank_push_, layout_maps
+from vmemory.reference.bank_layout import RULES, BankLayout, BankState
 from vmemory.testing import A100_SHARED_BYTES, assert_within_budget, compile_triton, poisoned, random_tensor
 
 MODULE = "vmemory.kernels.bank"
@@ -25,7 +25,7 @@ CASES = {
     "recent": BankLayout((2, 4), 6, 6, (1, 2), ((2, 4), (1, 2)), "recent"),
 }
 STATE = BankState._fields
-PLANNED = STATE[2:]
+PLANNED = STATE[2:9]
 
 
 def video(layout: BankLayout, streams: int, steps: int, dtype: torch.dtype = torch.float32, device="cpu") -> Tensor:
@@ -72,12 +72,22 @@ def test_triton_interpreted(interpreter, name):
     maps, state = layout_maps(layout, frames), layout.new_state(2, "cpu", dtype)
     for part in (slice(0, 4), slice(4, steps)):
         # views are handed over as they are, so that what the child writes is seen here
-        arguments = [frames[:, part], time[:, part], None if valid is None else valid[:, part], torch.tensor([1, 0])]
+        cells = None if valid is None else valid[:, part]
+        arguments = [frames[:, part], time[:, part], cells, torch.tensor([1, 0]), None]
         interpreter(MODULE, "bank_push_", *(t[:] for t in state), *arguments, maps, *layout.kernel_args)
     # row 0 went to stream 1
     state = BankState(*(t.flip(0) for t in state))
     check(state, run(layout, frames, "reference", **options), run(layout, frames.double(), "reference", **options))
-    arguments = (frames, time, valid, maps, *layout.kernel_args, layout.descriptors, layout.key_dim)
+    arguments = (
+        frames,
+        time,
+        valid,
+        maps,
+        *layout.kernel_args,
+        layout.descriptors,
+        layout.key_dim,
+        layout.pooled_cells,
+    )
     plan = BankPlan(*interpreter(MODULE, "bank_plan", *arguments))
     same(plan, state, layout)
     arguments = (frames, valid, plan.pooled, plan.assign, plan.entry, maps, *layout.kernel_args)
@@ -93,12 +103,35 @@ def test_triton_interpreted(interpreter, name):
     assert_within_budget(interpreter(MODULE, "bank_gather_backward", *arguments), *grads)
 
 
-TYPES = dict.fromkeys(("entry", "order", "counter", "step", "lists", "streams", "assign"), "*i64")
+@pytest.mark.parametrize("name", ["paper-enters", "videochat-online", "all-pairs", "merge", "uniform"])
+def test_triton_interpreted_victims(interpreter, name):
+    layout, steps = CASES[name], 9
+    frames = video(layout, 2, steps)
+    maps, state, low = layout_maps(layout, frames), layout.new_state(2, "cpu", frames.dtype), None
+    low = layout.new_state(2, "cpu", frames.dtype)
+    chosen = torch.randint(-1, layout.slots, (2, steps, layout.tiers), generator=torch.Generator().manual_seed(1))
+    for t in range(steps):
+        victim, frame = chosen[:, t].contiguous(), frames[:, t : t + 1].contiguous()
+        lists = state.norm, state.link, state.entry, state.order, state.counter
+        step = interpreter(MODULE, "bank_decide", *lists, torch.tensor([1, 0]), victim, *layout.kernel_args)
+        want = bank_decide(low, layout, streams=torch.tensor([1, 0]), victim=victim, impl="reference")
+        assert torch.equal(
+            step, torch.cat([want.tier[:, None], want.fresh[:, None], want.merged[:, None], *want[3:]], 1)
+        )
+        rest = None, None, None, chosen[:, t : t + 1], maps, *layout.kernel_args
+        interpreter(MODULE, "bank_push_", *(x[:] for x in state), frame, *rest)
+        bank_push_(low, layout, frame, victim=chosen[:, t : t + 1], impl="reference")
+        for column in ("entry", "order", "counter"):
+            assert torch.equal(getattr(state, column), getattr(low, column)), column
+
+
+TYPES = dict.fromkeys(("entry", "order", "counter", "step", "lists", "streams", "assign", "victim"), "*i64")
 TYPES |= dict.fromkeys(("mass", "descriptor", "norm", "link", "table", "shifted", "seen"), "*fp32")
 TYPES |= dict.fromkeys(("slots", "frames", "out", "small", "grad"), "*bf16")
 TYPES |= {"clock": "*fp64", "time": "*fp64", "valid": "*i1", "t": "i32", "T": "i32", "state_streams": "i32"}
 KERNELS = {
     "_decide_kernel": {},
+    "_step_kernel": {"out": "*i64"},
     "_demote_kernel": {"tier": 0, "block_d": 512},
     "_merge_kernel": {"block_d": 512},
     "_enter_kernel": {"block_d": 512},
@@ -137,7 +170,7 @@ def test_triton_compiles(rule, arch):
     grids = (12, 12, 8, 8, 6, 6) if rule == "all-pairs" else (16, 16, 8, 8, 4, 4)[: 2 * len(many)]
     levels = ((8, 4, 1), (0, 1, 2)) if rule == "videochat-online" else ((), ())
     descriptors = 1 if rule in ("paper", "merge") else 3
-    g = geometry(many, grids, *levels, rule, 16, 16, 1152, descriptors, 1152)
+    g = geometry(many, grids, *levels, tuple(RULES[rule].numbers), 16, 16, 1152, descriptors, 1152)
     for name, constants in KERNELS.items():
         if (name == "_merge_kernel") != (rule == "merge") and name in ("_merge_kernel", "_demote_kernel"):
             continue

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.tiers import Video, lists, pushed, video
 from vmemory.ops import bank as ops
-from vmemory.ops.bank import BankTokens, bank_gather, bank_plan, bank_push_, layout_maps
+from vmemory.ops.bank import BankTokens, bank_decide, bank_gather, bank_plan, bank_push_, layout_maps
 from vmemory.reference.bank_layout import RULES, BankLayout, BankState
 from vmemory.testing import assert_within_budget, layouts, random_tensor
 
@@ -237,9 +237,12 @@ def test_opcheck():
     frames, maps = video(layout, 2, 4), layout_maps(layout, torch.zeros(()))
     state = layout.new_state(2, "cpu", torch.float32)
     time = torch.arange(8, dtype=torch.float64).reshape(2, 4)
-    arguments = (*state, frames, time, None, None, maps, *layout.kernel_args)
+    arguments = (*state, frames, time, None, None, None, maps, *layout.kernel_args)
     torch.library.opcheck(torch.ops.vmemory.bank_push_.default, arguments)
-    arguments = (frames, time, None, maps, *layout.kernel_args, layout.descriptors, layout.key_dim)
+    lists = (state.norm, state.link, state.entry, state.order, state.counter, None, None)
+    torch.library.opcheck(torch.ops.vmemory.bank_decide.default, (*lists, *layout.kernel_args))
+    sizes = layout.descriptors, layout.key_dim, layout.pooled_cells
+    arguments = (frames, time, None, maps, *layout.kernel_args, *sizes)
     torch.library.opcheck(torch.ops.vmemory.bank_plan.default, arguments)
     plan = ops.BankPlan(*torch.ops.vmemory.bank_plan(*arguments))
     arguments = (frames, None, plan.pooled, plan.assign, plan.entry, maps, *layout.kernel_args)
@@ -256,7 +259,8 @@ def test_compiles_in_one_graph(backend):
     maps = layout_maps(layout, torch.zeros(()))
 
     def step(state: BankState, frames: Tensor) -> tuple[Tensor, Tensor]:
-        bank_push_(state, layout, frames, maps=maps)
+        victim = bank_decide(state, layout).leaves[:, None].expand(-1, frames.shape[1], -1)
+        bank_push_(state, layout, frames, maps=maps, victim=victim)
         plan = bank_plan(frames, layout, maps=maps)
         return bank_gather(frames, plan, layout, maps=maps).slots * 2, state.counter + 1
 

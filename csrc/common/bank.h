@@ -88,6 +88,18 @@ VMEMORY_HD Leaving leaver(const Geometry& g, const Stream<A>& s, int tier, int64
   return {place, listed(g, s, tier, place), -1};
 }
 
+// What the list place gives up where a caller chose it. A merging rule folds it into its older neighbour; the first of
+// a list has none, so that the next is folded into it. What is not finite is not merged.
+template <class A>
+VMEMORY_HD Leaving named(const Geometry& g, const Stream<A>& s, int tier, int64_t place) {
+  const Leaving alone{place, listed(g, s, tier, place), -1};
+  if (!g.rule.merge || g.capacity[tier] == 1) return alone;
+  const int64_t newer = place > 0 ? place : 1, r = g.descriptor_of(tier);
+  const int64_t a = listed(g, s, tier, newer - 1), b = listed(g, s, tier, newer);
+  if (g.rule.nan_first && !(is_finite(s.norm[a * g.R + r]) && is_finite(s.norm[b * g.R + r]))) return alone;
+  return {newer, b, a};
+}
+
 template <class A>
 VMEMORY_HD Leaving choose(const Geometry& g, const Stream<A>& s, int tier, int64_t frame) {
   const int64_t n = s.counter[kLength + tier];
@@ -148,12 +160,34 @@ VMEMORY_HD void decide(const Geometry& g, int64_t frame, const int64_t* length, 
   step->fresh = step->length > 0 ? step->slot[0] : free;
 }
 
+// victim[tier] is the slot that a full tier gives up; one that it does not hold leaves the choice to the rule
 template <class A>
-VMEMORY_HD Step decide(const Geometry& g, const Stream<A>& s) {
+Step decide(const Geometry& g, const Stream<A>& s, const int64_t* victim) {
   Step step;
   const int64_t frame = s.counter[kSeen];
-  decide(g, frame, s.counter + kLength, [&](int tier) { return choose(g, s, tier, frame); }, &step);
+  const auto pick = [&](int tier) {
+    const int64_t n = s.counter[kLength + tier];
+    for (int64_t p = 0; victim && victim[tier] >= 0 && p < n; ++p)
+      if (listed(g, s, tier, p) == victim[tier]) return named(g, s, tier, p);
+    return choose(g, s, tier, frame);
+  };
+  decide(g, frame, s.counter + kLength, pick, &step);
   return step;
+}
+
+// columns of a step as the operator returns it: these, then for each tier the slot it gives up, then where that goes
+enum { kStepTier, kStepFresh, kStepMerged, kStepHead };
+
+VMEMORY_HD inline void write_step(const Geometry& g, const Step& step, int64_t* out) {
+  for (int k = 0; k < kStepHead + 2 * g.tiers; ++k) out[k] = -1;
+  if (step.first < 0) return;
+  out[kStepTier] = step.first;
+  out[kStepFresh] = step.fresh;
+  out[kStepMerged] = step.merged;
+  for (int i = 0; i < step.length; ++i) {
+    out[kStepHead + step.first + i] = step.slot[i];
+    out[kStepHead + g.tiers + step.first + i] = step.merged >= 0 ? -1 : step.target[i];
+  }
 }
 
 template <class A>

@@ -37,18 +37,41 @@ inline void counters(const Argument& counter, const Tensor& all, const std::opti
   }
 }
 
+inline Geometry bank_decide(const Tensor& norm_, const Tensor& link, const Tensor& entry, const Tensor& order,
+                            const Tensor& counter_, const std::optional<Tensor>& streams_,
+                            const std::optional<Tensor>& victim, const Layout& layout) {
+  const Argument norm("norm", norm_), counter("counter", counter_), streams("streams", streams_);
+  norm.shape({kAny, kAny, kAny}).floating();
+  const Geometry g = layout.geometry(1, 1, 1, norm.size(2), 1);
+  const int64_t S = norm.size(0);
+  norm.shape({S, g.M, g.R}).in_place();
+  Argument("link", link).shape({S, g.P}).like(norm).in_place();
+  Argument("entry", entry).shape({S, g.M, 4}).of(dtype::int64).beside(norm).in_place();
+  Argument("order", order).shape({S, g.M}).of(dtype::int64).beside(norm).in_place();
+  counter.shape({S, bank::kLength + g.tiers}).of(dtype::int64).beside(norm).in_place();
+  streams.shape({kAny}).of(dtype::int64).beside(norm);
+  const int64_t rows = streams.given() ? streams.size(0) : S;
+  Argument("victim", victim).shape({rows, g.tiers}).of(dtype::int64).beside(norm);
+  counters(counter, counter_, streams_, rows, 1, g);
+  return g;
+}
+
 inline Geometry bank_push_(const Tensor& slots_, const Tensor& mass, const Tensor& descriptor_, const Tensor& norm,
                            const Tensor& link, const Tensor& entry, const Tensor& clock, const Tensor& order,
-                           const Tensor& counter_, const Tensor& frames_, const std::optional<Tensor>& time,
-                           const std::optional<Tensor>& valid, const std::optional<Tensor>& streams_,
+                           const Tensor& counter_, const Tensor& scale, const Tensor& frames_,
+                           const std::optional<Tensor>& time, const std::optional<Tensor>& valid,
+                           const std::optional<Tensor>& streams_, const std::optional<Tensor>& victim,
                            const Tensor& table, const Layout& layout) {
   const Argument slots("slots", slots_), x("frames", frames_), streams("streams", streams_);
   const Argument descriptor("descriptor", descriptor_), counter("counter", counter_);
   frames(x, valid);
   descriptor.shape({kAny, kAny, kAny, kAny});
   const Geometry g = layout.geometry(x.size(2), x.size(3), x.size(4), descriptor.size(2), descriptor.size(3));
-  slots.shape({kAny, g.L, g.D}).like(x).in_place();
+  const bool packed = slots.type() == dtype::uint8, quantized = packed || slots.type() == dtype::int8;
+  slots.shape({kAny, g.L, packed ? (g.D + 1) / 2 : g.D}).beside(x).in_place();
+  if (!quantized) slots.like(x);
   const int64_t S = slots.size(0);
+  Argument("scale", scale).shape({S, quantized ? g.L : 0}).of(dtype::float32).beside(x).in_place();
   Argument("mass", mass).shape({S, g.L}).of(dtype::float32).beside(x).in_place();
   descriptor.shape({S, g.M, g.R, g.K}).sums_of(x).in_place();
   Argument("norm", norm).shape({S, g.M, g.R}).sums_of(x).in_place();
@@ -60,16 +83,19 @@ inline Geometry bank_push_(const Tensor& slots_, const Tensor& mass, const Tenso
   streams.shape({kAny}).of(dtype::int64).beside(x);
   x.shape({streams.given() ? streams.size(0) : S, kAny, g.H, g.W, g.D});
   Argument("time", time).shape({x.size(0), x.size(1)}).of(dtype::float64).beside(x);
+  Argument("victim", victim).shape({x.size(0), x.size(1), g.tiers}).of(dtype::int64).beside(x);
   maps(x, table, g);
   counters(counter, counter_, streams_, x.size(0), x.size(1), g);
   return g;
 }
 
 inline Geometry bank_plan(const Tensor& frames_, const std::optional<Tensor>& time, const std::optional<Tensor>& valid,
-                          const Tensor& table, const Layout& layout, int64_t R, int64_t K) {
+                          const Tensor& table, const Layout& layout, int64_t R, int64_t K, int64_t pooled_cells) {
   const Argument x("frames", frames_);
   frames(x, valid);
   const Geometry g = layout.geometry(x.size(2), x.size(3), x.size(4), R, K);
+  VMEMORY_CHECK(pooled_cells == 0 || (g.tiers > 1 && g.levels == 0 && pooled_cells == g.cells(g.tiers - 1)),
+                "pooled_cells: expected none or those of the last tier, got ", pooled_cells);
   Argument("time", time).shape({x.size(0), x.size(1)}).of(dtype::float64).beside(x);
   maps(x, table, g);
   return g;

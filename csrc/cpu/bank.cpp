@@ -2,7 +2,7 @@
 
 #include <limits>
 
-#include "common/bank_host.h"
+#include "common/bank_quantized.h"
 #include "torch/stable.h"
 
 namespace vmemory::bank {
@@ -22,43 +22,76 @@ Stream<A> stream_of(const Geometry& g, int64_t i, const Tensor& descriptor, cons
           mutable_data<int64_t>(counter) + i * (kLength + g.tiers)};
 }
 
+Tensor bank_decide(const Tensor& norm, const Tensor& link, const Tensor& entry, const Tensor& order,
+                   const Tensor& counter, std::optional<Tensor> streams_, std::optional<Tensor> victim_,
+                   Ints capacities, Ints grids, Ints intervals, Ints entries, Ints rule) {
+  const Geometry g = contract::bank_decide(norm, link, entry, order, counter, streams_, victim_,
+                                           {capacities, grids, intervals, entries, rule});
+  const Tensor streams = streams_ ? dense(*streams_) : counter, victim = victim_ ? dense(*victim_) : counter;
+  const int64_t S = streams.size(0), size = kStepHead + 2 * g.tiers;
+  Tensor out = make(order, {S, size});
+  dispatch_floating(norm.scalar_type(), [&](auto t) {
+    using A = acc_t<typename decltype(t)::type>;
+    for (int64_t i = 0; i < S; ++i) {
+      const int64_t at = streams_ ? data<int64_t>(streams)[i] : i;
+      const bool there = at >= 0 && at < counter.size(0);
+      const int64_t* chosen = victim_ ? data<int64_t>(victim) + i * g.tiers : nullptr;
+      // decide() only reads, and neither descriptors nor clocks
+      const auto stream = stream_of<A>(g, there ? at : 0, norm, norm, link, entry, norm, order, counter);
+      write_step(g, there ? decide(g, stream, chosen) : Step(), mutable_data<int64_t>(out) + i * size);
+    }
+  });
+  return out;
+}
+
 void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descriptor, const Tensor& norm,
                 const Tensor& link, const Tensor& entry, const Tensor& clock, const Tensor& order,
-                const Tensor& counter, const Tensor& frames_, std::optional<Tensor> time_, std::optional<Tensor> valid_,
-                std::optional<Tensor> streams_, const Tensor& table_, Ints capacities, Ints grids, Ints intervals,
-                Ints entries, std::string rule) {
+                const Tensor& counter, const Tensor& scale, const Tensor& frames_, std::optional<Tensor> time_,
+                std::optional<Tensor> valid_, std::optional<Tensor> streams_, std::optional<Tensor> victim_,
+                const Tensor& table_, Ints capacities, Ints grids, Ints intervals, Ints entries, Ints rule) {
   const Geometry g =
-      contract::bank_push_(slots, mass, descriptor, norm, link, entry, clock, order, counter, frames_, time_, valid_,
-                           streams_, table_, {capacities, grids, intervals, entries, rule});
+      contract::bank_push_(slots, mass, descriptor, norm, link, entry, clock, order, counter, scale, frames_, time_,
+                           valid_, streams_, victim_, table_, {capacities, grids, intervals, entries, rule});
   const Tensor frames = dense(frames_), table = dense(table_);
   const Tensor valid = valid_ ? dense(*valid_) : frames, time = time_ ? dense(*time_) : frames;
-  const Tensor streams = streams_ ? dense(*streams_) : frames;
+  const Tensor streams = streams_ ? dense(*streams_) : frames, victim = victim_ ? dense(*victim_) : frames;
   const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
   const int64_t state_streams = slots.size(0);
-  dispatch_floating(frames.scalar_type(), [&](auto t) {
+  const auto push = [&](auto t, auto q) {
     using T = typename decltype(t)::type;
+    using Q = typename decltype(q)::type;
     using A = acc_t<T>;
     const Maps<A> maps(g, data<A>(table));
     const auto push_stream = [&](int64_t i, bool alone) {
       const int64_t at = streams_ ? data<int64_t>(streams)[i] : i;
       if (at < 0 || at >= state_streams) return;
-      const Bank<T> bank{g, maps, stream_of<A>(g, at, descriptor, norm, link, entry, clock, order, counter),
-                         mutable_data<T>(slots) + at * g.L * D, mutable_data<float>(mass) + at * g.L};
+      T* tokens = nullptr;
+      if constexpr (!kQuantized<Q>) tokens = mutable_data<T>(slots) + at * g.L * D;
+      const Bank<T> bank{g, maps, stream_of<A>(g, at, descriptor, norm, link, entry, clock, order, counter), tokens,
+                         mutable_data<float>(mass) + at * g.L};
       for (int64_t n = 0; n < N; ++n) {
         const int64_t f = i * N + n;
         const T* frame = data<T>(frames) + f * H * W * D;
         const bool* valid_cells = valid_ ? data<bool>(valid) + f * H * W : nullptr;
         const FrameMass frame_mass(g, valid_cells);
-        const Step step = decide(g, bank.s);
+        const Step step = decide(g, bank.s, victim_ ? data<int64_t>(victim) + f * g.tiers : nullptr);
         if (step.first >= 0) {
           const auto passage = bank.prepare(step, frame, valid_cells, frame_mass.data());
-          // a slice of channels is a thread's own from the deepest tier to the new frame: no barrier inside a step
-          const int64_t lanes = 64, blocks = (D + lanes - 1) / lanes;
-          const int64_t grain = std::max<int64_t>(1, kParallelBytes / (H * W * lanes * sizeof(T) + 1));
-          const auto slice = [&](int64_t begin, int64_t end) {
-            bank.move(passage, begin * lanes, std::min(end * lanes, D));
-          };
-          alone&& blocks > grain ? parallel(blocks, grain, slice) : slice(0, blocks);
+          if constexpr (kQuantized<Q>) {
+            const QuantizedRows<Q> rows{mutable_data<Q>(slots) + at * g.L * stored_elements<Q>(D),
+                                        mutable_data<float>(scale) + at * g.L, D};
+            QuantizedMove<T, Q>{bank, rows}(passage, [&](int64_t count, const auto& each) {
+              alone ? parallel_bytes(count, H * W * D * sizeof(T), each) : each(0, count);
+            });
+          } else {
+            // a slice of channels is a thread's own from the deepest tier to the new frame: no barrier inside a step
+            const int64_t lanes = 64, blocks = (D + lanes - 1) / lanes;
+            const int64_t grain = std::max<int64_t>(1, kParallelBytes / (H * W * lanes * sizeof(T) + 1));
+            const auto slice = [&](int64_t begin, int64_t end) {
+              bank.move(passage, begin * lanes, std::min(end * lanes, D));
+            };
+            alone&& blocks > grain ? parallel(blocks, grain, slice) : slice(0, blocks);
+          }
           bank.move_mass(passage);
         }
         bank.commit(step, time_ ? data<double>(time)[f] : std::numeric_limits<double>::quiet_NaN(), frame_mass.total);
@@ -71,6 +104,17 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
         for (int64_t i = begin; i < end; ++i) push_stream(i, false);
       });
     }
+  };
+  dispatch_floating(frames.scalar_type(), [&](auto t) {
+    using T = typename decltype(t)::type;
+    dispatch_stored<T>(slots.scalar_type(), [&](auto q) {
+      // what is stored in few bits is computed with in float32
+      if constexpr (std::is_same_v<T, double> && kQuantized<typename decltype(q)::type>) {
+        VMEMORY_CHECK(false, "frames: expected float32, float16 or bfloat16 for slots in 8 or 4 bits");
+      } else {
+        push(t, q);
+      }
+    });
   });
 }
 
@@ -80,14 +124,14 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
 using Plan = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time_, std::optional<Tensor> valid_, const Tensor& table_,
-               Ints capacities, Ints grids, Ints intervals, Ints entries, std::string rule, int64_t R, int64_t K) {
+               Ints capacities, Ints grids, Ints intervals, Ints entries, Ints rule, int64_t R, int64_t K,
+               int64_t small) {
   const Geometry g =
-      contract::bank_plan(frames_, time_, valid_, table_, {capacities, grids, intervals, entries, rule}, R, K);
+      contract::bank_plan(frames_, time_, valid_, table_, {capacities, grids, intervals, entries, rule}, R, K, small);
   const Tensor frames = dense(frames_), table = dense(table_);
   const Tensor valid = valid_ ? dense(*valid_) : frames, time = time_ ? dense(*time_) : frames;
   const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
   const int last = g.tiers - 1;
-  const int64_t small = last > 0 && g.levels == 0 && !g.rule.merge && 4 * g.cells(last) <= H * W ? g.cells(last) : 0;
   const auto like = [&](Ints sizes, ScalarType type) { return make(frames, sizes, type); };
   const ScalarType wide = table.scalar_type();
   Tensor descriptor = like({S, g.M, R, K}, wide), norm = like({S, g.M, R}, wide), link = like({S, g.P}, wide);
@@ -146,7 +190,7 @@ Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time_, std::optional
         const Bank<T> bank{g, maps, stream_of<A>(g, i, descriptor, norm, link, entry, clock, order, counter)};
         int64_t* to = mutable_data<int64_t>(assign) + i * N;
         for (int64_t n = 0; n < N; ++n) {
-          const Step step = decide(g, bank.s);
+          const Step step = decide(g, bank.s, nullptr);
           relabel(bank.s, step, n, to);
           if (step.first >= 0) bank.move_descriptors(step, data<A>(seen) + (i * N + n) * R * K);
           bank.commit(step, time_ ? data<double>(time)[i * N + n] : std::numeric_limits<double>::quiet_NaN(),
@@ -183,7 +227,7 @@ struct Survivors {
 
 std::tuple<Tensor, Tensor> bank_gather(const Tensor& frames_, std::optional<Tensor> valid_, const Tensor& pooled_,
                                        const Tensor& assign_, const Tensor& entry_, const Tensor& table_,
-                                       Ints capacities, Ints grids, Ints intervals, Ints entries, std::string rule) {
+                                       Ints capacities, Ints grids, Ints intervals, Ints entries, Ints rule) {
   const Geometry g = contract::bank_gather(frames_, valid_, pooled_, assign_, entry_, table_,
                                            {capacities, grids, intervals, entries, rule});
   const Tensor frames = dense(frames_), pooled = dense(pooled_), assign = dense(assign_), entry = dense(entry_);
@@ -246,7 +290,7 @@ std::tuple<Tensor, Tensor> bank_gather(const Tensor& frames_, std::optional<Tens
 
 Tensor bank_gather_backward(const Tensor& grad_, const Tensor& mass_, std::optional<Tensor> valid_,
                             const Tensor& assign_, const Tensor& table_, Ints grid, Ints capacities, Ints grids,
-                            Ints intervals, Ints entries, std::string rule) {
+                            Ints intervals, Ints entries, Ints rule) {
   const Geometry g = contract::bank_gather_backward(grad_, mass_, valid_, assign_, table_, grid,
                                                     {capacities, grids, intervals, entries, rule});
   const Tensor grad = dense(grad_), mass = dense(mass_), assign = dense(assign_), table = dense(table_);
@@ -294,6 +338,7 @@ Tensor bank_gather_backward(const Tensor& grad_, const Tensor& mass_, std::optio
 }  // namespace vmemory::bank
 
 STABLE_TORCH_LIBRARY_IMPL(vmemory, CPU, m) {
+  m.impl("bank_decide", TORCH_BOX(&vmemory::bank::bank_decide));
   m.impl("bank_push_", TORCH_BOX(&vmemory::bank::bank_push_));
   m.impl("bank_plan", TORCH_BOX(&vmemory::bank::bank_plan));
   m.impl("bank_gather", TORCH_BOX(&vmemory::bank::bank_gather));

@@ -40,18 +40,44 @@ AxisTable push_axes(const Geometry& g, const MapOffsets& maps) {
   return axes;
 }
 
+Tensor bank_decide(const Tensor& norm, const Tensor& link, const Tensor& entry, const Tensor& order,
+                   const Tensor& counter, std::optional<Tensor> streams_, std::optional<Tensor> victim_,
+                   Ints capacities, Ints grids, Ints intervals, Ints entries, Ints rule) {
+  const Geometry g = contract::bank_decide(norm, link, entry, order, counter, streams_, victim_,
+                                           {capacities, grids, intervals, entries, rule});
+  const Device device(order);
+  const Tensor streams = streams_ ? dense(*streams_) : counter, victim = victim_ ? dense(*victim_) : counter;
+  const int64_t S = streams.size(0);
+  Tensor out = make(order, {S, kStepHead + 2 * g.tiers});
+  dispatch_floating(norm.scalar_type(), [&](auto t) {
+    using A = acc_t<typename decltype(t)::type>;
+    DecideArgs<A> args{g,
+                       data<A>(norm),
+                       data<A>(link),
+                       data<int64_t>(entry),
+                       data<int64_t>(order),
+                       data<int64_t>(counter),
+                       streams_ ? data<int64_t>(streams) : nullptr,
+                       victim_ ? data<int64_t>(victim) : nullptr,
+                       mutable_data<int64_t>(out),
+                       counter.size(0)};
+    if (S > 0) launch(device, "bank_decide", &decide_kernel<A>, S, sizeof(Work<A>), args);
+  });
+  return out;
+}
+
 void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descriptor, const Tensor& norm,
                 const Tensor& link, const Tensor& entry, const Tensor& clock, const Tensor& order,
-                const Tensor& counter, const Tensor& frames_, std::optional<Tensor> time_, std::optional<Tensor> valid_,
-                std::optional<Tensor> streams_, const Tensor& table_, Ints capacities, Ints grids, Ints intervals,
-                Ints entries, std::string rule) {
+                const Tensor& counter, const Tensor& scale, const Tensor& frames_, std::optional<Tensor> time_,
+                std::optional<Tensor> valid_, std::optional<Tensor> streams_, std::optional<Tensor> victim_,
+                const Tensor& table_, Ints capacities, Ints grids, Ints intervals, Ints entries, Ints rule) {
   const Geometry g =
-      contract::bank_push_(slots, mass, descriptor, norm, link, entry, clock, order, counter, frames_, time_, valid_,
-                           streams_, table_, {capacities, grids, intervals, entries, rule});
+      contract::bank_push_(slots, mass, descriptor, norm, link, entry, clock, order, counter, scale, frames_, time_,
+                           valid_, streams_, victim_, table_, {capacities, grids, intervals, entries, rule});
   const Device device(frames_);
   const Tensor frames = dense(frames_), table = dense(table_);
   const Tensor time = time_ ? dense(*time_) : frames, valid = valid_ ? dense(*valid_) : frames;
-  const Tensor streams = streams_ ? dense(*streams_) : frames;
+  const Tensor streams = streams_ ? dense(*streams_) : frames, victim = victim_ ? dense(*victim_) : frames;
   const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
   const MapOffsets maps(g);
   const int64_t items = push_items(g), key_slices = slices_of(g.K);
@@ -77,6 +103,7 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
                      time_ ? data<double>(time) : nullptr,
                      valid_ ? data<bool>(valid) : nullptr,
                      streams_ ? data<int64_t>(streams) : nullptr,
+                     victim_ ? data<int64_t>(victim) : nullptr,
                      data<A>(table),
                      mutable_data<A>(partial),
                      mutable_data<unsigned>(arrived),
@@ -95,17 +122,16 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
 using Plan = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time_, std::optional<Tensor> valid_, const Tensor& table_,
-               Ints capacities, Ints grids, Ints intervals, Ints entries, std::string rule, int64_t R, int64_t K) {
+               Ints capacities, Ints grids, Ints intervals, Ints entries, Ints rule, int64_t R, int64_t K,
+               int64_t small) {
   const Geometry g =
-      contract::bank_plan(frames_, time_, valid_, table_, {capacities, grids, intervals, entries, rule}, R, K);
+      contract::bank_plan(frames_, time_, valid_, table_, {capacities, grids, intervals, entries, rule}, R, K, small);
   const Device device(frames_);
   const Tensor frames = dense(frames_), table = dense(table_);
   const Tensor time = time_ ? dense(*time_) : frames, valid = valid_ ? dense(*valid_) : frames;
   const int64_t S = frames.size(0), N = frames.size(1), H = frames.size(2), W = frames.size(3), D = frames.size(4);
   const MapOffsets maps(g);
   const int last = g.tiers - 1;
-  // empty where a second read of the survivors is no dearer
-  const int64_t small = last > 0 && g.levels == 0 && !g.rule.merge && 4 * g.cells(last) <= H * W ? g.cells(last) : 0;
   const ScalarType wide = table.scalar_type();
   const auto whole = [&](Ints sizes) { return make(frames, sizes, ScalarType::Long); };
   Tensor descriptor = make(table, {S, g.M, R, K}), norm = make(table, {S, g.M, R}), link = make(table, {S, g.P}, wide);
@@ -160,6 +186,7 @@ Plan bank_plan(const Tensor& frames_, std::optional<Tensor> time_, std::optional
 }  // namespace vmemory::bank
 
 VMEMORY_CUDA_IMPL(m) {
+  m.impl("bank_decide", TORCH_BOX(&vmemory::bank::bank_decide));
   m.impl("bank_push_", TORCH_BOX(&vmemory::bank::bank_push_));
   m.impl("bank_plan", TORCH_BOX(&vmemory::bank::bank_plan));
 }

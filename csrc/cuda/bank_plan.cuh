@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kThreads, 2) replay_kernel(const __grid_consta
 
   A* seen = a.seen + i * a.frames_per_stream * g.R * g.K;
   for (int64_t n = 0; n < a.frames_per_stream; ++n) {
-    decide_by_block(g, s, work);
+    decide_by_block(g, s, nullptr, work);
     const SeenDots<A> dots{g, s, work.step, seen, n};
     const int64_t f = i * a.frames_per_stream + n, cells = g.H * g.W;
     if (warp_of() == 0) {

@@ -21,6 +21,7 @@ struct PushArgs {
   const double* time;      // null = NaN
   const bool* valid;       // null = every cell
   const int64_t* streams;  // null = row i goes to stream i
+  const int64_t* victim;   // [S, T, tiers], null = the rule chooses
   const A* table;
   A* partial;         // [S, items, slices of K], each written before it is read
   unsigned* arrived;  // [S] zero before and after every launch
@@ -201,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, 2) push_kernel(const __grid_constant
   A* partial = a.partial + row * a.items * a.key_slices;
 
   find_spans(a.axes, a.table, shared.spans);
-  decide_by_block(g, s, work);
+  decide_by_block(g, s, a.victim ? a.victim + f * g.tiers : nullptr, work);
   if (work.step.first >= 0) {
     if (g.R > 1) {
       find_shares(g, a.maps, a.table, work.step.first, shared.share);
@@ -230,6 +231,40 @@ __global__ void __launch_bounds__(kThreads, 2) push_kernel(const __grid_constant
   __syncthreads();
   const PartialDots<A> dots{partial, a.key_slices, pair_items(g), static_cast<int>(g.R)};
   commit_by_block(g, s, work, dots, a.time ? a.time[f] : static_cast<double>(NAN), static_cast<double>(work.cells));
+}
+
+template <class A>
+struct DecideArgs {
+  Geometry g;
+  const A *norm, *link;
+  const int64_t *entry, *order, *counter;
+  const int64_t* streams;  // null = row i is stream i
+  const int64_t* victim;   // [S, tiers], null = the rule chooses
+  int64_t* out;            // [S, 3 + 2 tiers]
+  int64_t state_streams;
+};
+
+// what the next frame of a stream does, by a block
+template <class A>
+__global__ void __launch_bounds__(kThreads, 2) decide_kernel(const __grid_constant__ DecideArgs<A> a) {
+  Work<A>& work = *dynamic_shared<Work<A>>();
+  const Geometry& g = a.g;
+  const int64_t row = blockIdx.x, at = a.streams ? a.streams[row] : row;
+  int64_t* out = a.out + row * (kStepHead + 2 * g.tiers);
+  if (at < 0 || at >= a.state_streams) {
+    if (threadIdx.x == 0) write_step(g, Step(), out);
+    return;
+  }
+  // decide_by_block() only reads
+  const Stream<A> s{nullptr,
+                    const_cast<A*>(a.norm) + at * g.M * g.R,
+                    const_cast<A*>(a.link) + at * g.P,
+                    const_cast<int64_t*>(a.entry) + at * g.M * 4,
+                    nullptr,
+                    const_cast<int64_t*>(a.order) + at * g.M,
+                    const_cast<int64_t*>(a.counter) + at * (kLength + g.tiers)};
+  decide_by_block(g, s, a.victim ? a.victim + row * g.tiers : nullptr, work);
+  if (threadIdx.x == 0) write_step(g, work.step, out);
 }
 
 }  // namespace vmemory::bank

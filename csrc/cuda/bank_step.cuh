@@ -60,10 +60,18 @@ __device__ void warp_argmax(A* value, int64_t* index) {
   }
 }
 
-// choose() by a warp
+// choose() by a warp; `wanted` is the slot that a caller chose, as in decide()
 template <class A>
-__device__ Leaving choose_by_warp(const Geometry& g, const Stream<A>& s, int tier, int64_t frame, int64_t n) {
+__device__ Leaving choose_by_warp(const Geometry& g, const Stream<A>& s, int tier, int64_t frame, int64_t n,
+                                  int64_t wanted) {
   const int64_t none = INT64_MAX;
+  if (wanted >= 0) {
+    int64_t found = -1, unused = 0;
+    for (int64_t p = lane_of(); p < n; p += kWarp)
+      if (listed(g, s, tier, p) == wanted) found = p;
+    warp_argmax(&found, &unused);
+    if (found >= 0) return named(g, s, tier, found);
+  }
   if (n == 1 || g.rule.choose == Rule::kOldest) return {0, listed(g, s, tier, 0), -1};
   if (g.rule.choose == Rule::kGap) {
     int64_t widest = INT64_MIN, place = none;
@@ -135,7 +143,7 @@ __device__ Change change_by_warp(const Geometry& g, const Stream<A>& s, const St
 
 // what the frame does to the stream: every block of a launch finds the same
 template <class A>
-__device__ void decide_by_block(const Geometry& g, const Stream<A>& s, Work<A>& work) {
+__device__ void decide_by_block(const Geometry& g, const Stream<A>& s, const int64_t* victim, Work<A>& work) {
   const int warp = warp_of();
   // lists end inside their tiers, whatever a state that was handed in says
   if (threadIdx.x < kLength + g.tiers) {
@@ -145,7 +153,7 @@ __device__ void decide_by_block(const Geometry& g, const Stream<A>& s, Work<A>& 
   }
   // each warp reads its own: the counters that are shared come with the next barrier
   if (warp < g.tiers && s.counter[kLength + warp] >= g.capacity[warp]) {
-    const Leaving leaving = choose_by_warp(g, s, warp, s.counter[kSeen], g.capacity[warp]);
+    const Leaving leaving = choose_by_warp(g, s, warp, s.counter[kSeen], g.capacity[warp], victim ? victim[warp] : -1);
     if (lane_of() == 0) work.leaving[warp] = leaving;
   }
   __syncthreads();

@@ -1,38 +1,29 @@
 // The bank operators' shared arguments: a geometry out of int lists.
 #pragma once
 
-#include <string>
-
 #include "common/bank.h"
 #include "torch/expect.h"
 
 namespace vmemory::bank {
 
-inline Rule parse_rule(const std::string& name) {
+// a rule by its numbers: choose, victim, by_time, cascade, nan_first
+inline Rule parse_rule(const Ints& numbers) {
+  VMEMORY_CHECK(numbers.size() == 5 && numbers[0] >= Rule::kAdjacent && numbers[0] <= Rule::kOldest,
+                "rule: expected choose, victim, by_time, cascade, nan_first");
   Rule rule;
-  if (name == "paper") return rule;
-  if (name == "videochat-online") {
-    rule.by_time = rule.cascade = rule.nan_first = false;
-  } else if (name == "all-pairs") {
-    rule.choose = Rule::kAll;
-    rule.newer = true;
-    rule.by_time = rule.cascade = false;
-  } else if (name == "merge") {
-    rule.merge = true;
-  } else if (name == "uniform") {
-    rule.choose = Rule::kGap;
-  } else if (name == "recent") {
-    rule.choose = Rule::kOldest;
-  } else {
-    VMEMORY_CHECK(false, "rule: unknown rule ", name);
-  }
+  rule.choose = static_cast<Rule::Choose>(numbers[0]);
+  rule.newer = numbers[1] == 1;
+  rule.merge = numbers[1] == 2;
+  rule.by_time = numbers[2] != 0;
+  rule.cascade = numbers[3] != 0;
+  rule.nan_first = numbers[4] != 0;
   return rule;
 }
 
 // a memory's tiers as operators receive them
 struct Layout {
   const Ints &capacities, &grids, &intervals, &entries;
-  const std::string& rule;
+  const Ints& rule;
 
   // for frames [H, W, D] with R descriptors a slot of K channels
   Geometry geometry(int64_t H, int64_t W, int64_t D, int64_t R, int64_t K) const;

@@ -18,11 +18,10 @@ from vmemory.banks.budget import parse_bytes
 from vmemory.banks.erase import Frame
 from vmemory.banks.handover import Handover
 from vmemory.banks.outbox import Outbox
-from vmemory.banks.quantized import AnyState
 from vmemory.banks.stored import Found, StoredFrames
 from vmemory.ops._checks import check_choice, check_int
 from vmemory.ops.quantize_slots import quantize_slots
-from vmemory.reference.bank_layout import SEEN, BankLayout
+from vmemory.reference.bank_layout import SEEN, BankLayout, BankState
 
 
 class Archive(StoredFrames):
@@ -83,7 +82,7 @@ class Archive(StoredFrames):
         """Copies and pickles of a bank have no archive: a file has one writer."""
         return type(None), ()
 
-    def attach(self, layout: BankLayout, levels: tuple[int, ...], state: AnyState) -> None:
+    def attach(self, layout: BankLayout, levels: tuple[int, ...], state: BankState) -> None:
         """Make store and outbox for a bank; what banks do when they are given an archive.
 
         Raises:
@@ -121,7 +120,7 @@ class Archive(StoredFrames):
         if self._way is not None and dtype != self._way.box.parts[0].dtype:
             raise ValueError(f"archive: expected a bank of {self._way.box.parts[0].dtype}, got {dtype}")
 
-    def moved(self, state: AnyState) -> None:
+    def moved(self, state: BankState) -> None:
         """Follow a bank whose tensors went to another device."""
         if self._way is None:
             return

@@ -10,14 +10,7 @@ from torch import Tensor, nn
 from vmemory.banks.archive import Archive
 from vmemory.banks.lock import MemoryLock, locked
 from vmemory.banks.past import PastModule
-from vmemory.banks.quantized import (
-    AnyState,
-    QuantizedState,
-    check_quantized_push,
-    decider_of,
-    new_state,
-    push_quantized_,
-)
+from vmemory.banks.quantized import new_state
 from vmemory.banks.reads import BankReads
 from vmemory.banks.streams import check_rows
 from vmemory.banks.tiers import clamped, make_layout
@@ -25,12 +18,13 @@ from vmemory.banks.times import Times, as_times, check_seconds, on_device
 from vmemory.banks.tokens import MemoryTokens, compact_tokens, padded_tokens, row_tables
 from vmemory.banks.unbroken import unbroken
 from vmemory.ops._checks import check_int, shape_of
-from vmemory.ops.bank import BankPlan, bank_gather, bank_plan, bank_push_, check_push, layout_maps
+from vmemory.ops.bank import BankPlan, bank_decide, bank_gather, bank_plan, bank_push_, check_push, layout_maps
 from vmemory.reference.bank_layout import (
     FRAME,
-    SEEN,
+    LENGTH,
     STOP,
     BankLayout,
+    BankState,
 )
 
 
@@ -87,10 +81,6 @@ class Bank(PastModule, BankReads):
         self.layout, self.levels = make_layout(dim, grid, capacities, grids, rule, intervals, key_dim)
         self.streams, self.adapter = streams, adapter
         made = new_state(self.layout, streams, device, dtype)
-        self._state_type = type(made)
-        # a memory on the meta device takes nothing in
-        decides = isinstance(made, QuantizedState) and not made.slots.is_meta
-        self._decider = decider_of(self.layout) if decides else None
         for name, buffer in made._asdict().items():
             self.register_buffer(name, buffer, persistent=False)
         for name, table in self._constants().items():
@@ -121,52 +111,94 @@ class Bank(PastModule, BankReads):
         if times is not None:
             check_seconds(times, (self.clock[..., STOP], self.entry[..., FRAME] >= 0), streams)
             times = on_device(times, frames.device)
+        state = self.state
+        check_push(state, self.layout, frames, times, valid, streams)
         if self._archive is None:
-            self._write(frames, times, valid, streams)
+            self._write(state, frames, times, valid, streams)
         else:
-            self._check(self.state, frames, times, valid, streams)
             self._archive.check_usable()
             for t in range(frames.shape[1]):
-                when, there = (None if x is None else x[:, t : t + 1] for x in (times, valid))
+                frame, when, there = _frame(t, frames, times, valid)
                 with self._archive.taking(), unbroken():
-                    self._part(self._archive, frames[:, t], when, there, streams)
-                    self._write(frames[:, t : t + 1], when, there, streams)
-                    self._archive.pushed(frames.shape[0])
+                    self._write_archived(self._archive, state, frame, when, there, streams)
 
-    def _part(
-        self, archive: Archive, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None
+    # the state's tokens take part in `choose`, and not what is known of each entry alone
+    reads_tokens = False
+
+    def choose(self, state: BankState, frames: Tensor, valid: Tensor | None) -> Tensor:
+        """Choose the slot `[S]` or `[S, tiers]` int64 that a full tier gives up to the next frame of each stream.
+
+        The rule of the layout chooses where a policy does not. Looks at tensors only and does not wait for a device.
+
+        Args:
+            state: Before the frame, a row for each row of `frames`; without tokens unless `reads_tokens`.
+            frames: `[S, H, W, D]` the frames that come in.
+            valid: `[S, H, W]` bool cells that exist, None = all.
+        """
+        raise NotImplementedError
+
+    def _chosen(self, state: BankState, frames: Tensor, valid: Tensor | None, streams: Tensor | None) -> Tensor | None:
+        """What `choose` says of frames `[S', 1, H, W, D]`, as `bank_push_` takes it: `[S', 1, tiers]`."""
+        if type(self).choose is Bank.choose or not state.order.shape[1]:
+            return None
+        if streams is not None:
+            row, tokens = streams.clamp(0, self.streams - 1), ("slots", "mass", "scale")
+            fields = [n for n in BankState._fields if self.reads_tokens or n not in tokens]
+            state = state._replace(**{name: getattr(state, name).index_select(0, row) for name in fields})
+        slot = self.choose(state, frames[:, 0], None if valid is None else valid[:, 0])
+        return slot.view(frames.shape[0], 1, state.counter.shape[1] - LENGTH)
+
+    def _write(
+        self, state: BankState, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None
     ) -> None:
-        """Put into the outbox what the next frame `[S', H, W, D]` of each stream makes leave, or the frame itself."""
+        layout, maps = self.layout, self.maps
+        if type(self).choose is Bank.choose:
+            bank_push_(state, layout, frames, time=times, valid=valid, streams=streams, maps=maps)
+            return
+        for t in range(frames.shape[1]):
+            frame, when, there = _frame(t, frames, times, valid)
+            victim = self._chosen(state, frame, there, streams)
+            bank_push_(state, layout, frame, time=when, valid=there, streams=streams, victim=victim, maps=maps)
+
+    def _write_archived(
+        self,
+        archive: Archive,
+        state: BankState,
+        frame: Tensor,
+        time: Tensor | None,
+        valid: Tensor | None,
+        streams: Tensor | None,
+    ) -> None:
+        """Take in a frame `[S', 1, H, W, D]` of each stream; what leaves for it, or the frame itself, is archived."""
+        victim = self._chosen(state, frame, valid, streams)
         if archive.keep == "frames":
-            stream = torch.arange(frames.shape[0], device=frames.device) if streams is None else streams
-            when, there = (None if x is None else x[:, 0] for x in (times, valid))
-            archive.box.add_frames(frames, when, there, stream, self.counter[stream.clamp_min(0), SEEN])
+            archive.box.add_frames(state, frame, time, valid, streams)
         elif self.layout.slots:
-            state = self.state
-            archive.box.add_slots(state, *archive.box.leaving(state, streams))
-
-    def _check(
-        self, state: AnyState, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None
-    ) -> None:
-        if isinstance(state, QuantizedState):
-            rows = self.streams if streams is None else streams.shape[0]
-            check_quantized_push(self.layout, rows, frames, times, valid)
-        else:
-            check_push(state, self.layout, frames, times, valid, streams)
-
-    def _write(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
-        state = self.state
-        if isinstance(state, QuantizedState):
-            self._check(state, frames, times, valid, streams)
-            assert self._decider is not None
-            push_quantized_(state, self.layout, self._decider, frames.detach(), times, streams)
-        else:
-            bank_push_(state, self.layout, frames, time=times, valid=valid, streams=streams, maps=self.maps)
+            step = bank_decide(state, self.layout, streams=streams, victim=None if victim is None else victim[:, 0])
+            archive.box.add_slots(state, step.evicted(), streams)
+            victim = step.leaves[:, None]
+        bank_push_(state, self.layout, frame, time=time, valid=valid, streams=streams, victim=victim, maps=self.maps)
+        archive.pushed(frame.shape[0])
 
     def _plan(
         self, frames: Tensor, layout: BankLayout, times: Tensor | None, valid: Tensor | None, maps: Tensor
     ) -> BankPlan:
-        return bank_plan(frames, layout, time=times, valid=valid, maps=maps)
+        if type(self).choose is Bank.choose:
+            return bank_plan(frames, layout, time=times, valid=valid, maps=maps)
+        (S, T), frames = frames.shape[:2], frames.detach()
+        state = layout.new_state(S, frames.device, frames.dtype)
+        assign = torch.full((S, T), -1, dtype=torch.int64, device=frames.device)
+        for t in range(T):
+            frame, when, there = _frame(t, frames, times, valid)
+            victim = self._chosen(state, frame, there, None)
+            step = bank_decide(state, layout, victim=None if victim is None else victim[:, 0])
+            bank_push_(state, layout, frame, time=when, valid=there, victim=step.leaves[:, None], maps=maps)
+            for tier in reversed(range(layout.tiers)):
+                gone = (assign == step.leaves[:, tier, None]) & (assign >= 0)
+                into = torch.where(step.merged >= 0, step.merged, step.target[:, tier])
+                assign = torch.where(gone, into[:, None], assign)
+            assign[:, t] = step.fresh
+        return BankPlan(*state[2:9], assign, frames.new_empty((S, T, 0, layout.dim)))
 
     def _arrange(
         self, frames: Tensor, time: Times, valid: Tensor | None
@@ -211,3 +243,11 @@ class Bank(PastModule, BankReads):
         )
         tokens = padded_tokens(slots, mass, plan.entry, plan.clock, tables, self._cells)
         return compact_tokens(tokens, 0) if clip.dim() == 4 else tokens
+
+
+def _frame(
+    t: int, frames: Tensor, times: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The t-th frame of each stream, `[S, 1, ...]`."""
+    part = slice(t, t + 1)
+    return frames[:, part], None if times is None else times[:, part], None if valid is None else valid[:, part]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmemory.banks.quantized import AnyState
 from vmemory.reference.bank_layout import (
     DROPPED,
     FIRST,
@@ -19,13 +18,14 @@ from vmemory.reference.bank_layout import (
     START,
     STOP,
     BankLayout,
+    BankState,
 )
 
 # numbers of frames stay below: centuries of video, and what is computed from them stays within int64
 MOST = 2**48
 
 
-def check_state(layout: BankLayout, state: AnyState) -> None:
+def check_state(layout: BankLayout, state: BankState) -> None:
     """Lists, counters, entries, times and masses of a state of this layout fit each other; synchronises the host.
 
     Args:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vmemory.banks.quantized import AnyState
-from vmemory.banks.slots import SlotBank
+from vmemory.banks.single import SingleTierBank
 from vmemory.ops._checks import check_choice
-from vmemory.ops.ring import slot_replace_
+from vmemory.ops.similarity_topk import similarity_topk
+from vmemory.reference.bank_layout import BankState
 
 
-class EpisodicBank(SlotBank):
+class EpisodicBank(SingleTierBank):
     """A frame takes the first free slot, then the slot of the held frame it is most like; of equals the first.
 
     A frame whose similarity is NaN counts as the most similar, so a broken slot is the first to be taken.
@@ -31,6 +30,8 @@ class EpisodicBank(SlotBank):
     """
 
     policy = "episodic"
+    # its list is that of the first-in-first-out memory; what leaves is not
+    rule = "recent"
     compares = True
 
     def __init__(self, *args: Any, level: str = "mean", **kwargs: Any) -> None:
@@ -44,12 +45,9 @@ class EpisodicBank(SlotBank):
         self.reads_tokens = level == "flat"
         self._config["level"] = level
 
-    def choose(
-        self, state: AnyState, taken: Tensor, held: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None
-    ) -> Tensor:
-        streams = torch.where(fed, torch.arange(fed.shape[0], device=fed.device), -1)
-        slots, frames = state.descriptor, descriptor[:, None]
-        if tokens is not None and self.level == "flat":
-            slots, frames = state.slots.view(fed.shape[0], state.entry.shape[1], -1, self.layout.dim), tokens
-        replaced = slot_replace_(slots, held.clone(), frames, streams)
-        return torch.where(fed, torch.where(replaced >= 0, replaced, held), -1)
+    def choose(self, state: BankState, frames: Tensor, valid: Tensor | None) -> Tensor:
+        if self.level == "flat":
+            query, slots = self.entering(frames, valid), state.slots.view(*state.entry.shape[:2], -1)
+        else:
+            query, slots = self.mean_of(frames, valid), state.descriptor[:, :, 0]
+        return similarity_topk(query.to(slots.dtype)[:, None], slots, 1).indices[:, 0, 0]

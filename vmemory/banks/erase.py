@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vmemory.banks.quantized import AnyState, QuantizedState
+from vmemory.banks.quantized import read_tokens
 from vmemory.ops.bank import bank_plan
-from vmemory.ops.quantize_slots import dequantize_slots
 from vmemory.reference.bank_layout import (
     FIRST,
     FRAME,
@@ -22,6 +21,7 @@ from vmemory.reference.bank_layout import (
     STOP,
     TIME,
     BankLayout,
+    BankState,
 )
 
 
@@ -35,20 +35,17 @@ class Frame:
     valid: Tensor | None
 
 
-def whole_frames(state: AnyState, layout: BankLayout, s: int) -> dict[int, Frame]:
+def whole_frames(state: BankState, layout: BankLayout, s: int) -> dict[int, Frame]:
     """Entries of stream s that were neither reduced nor merged, by frame number."""
     found = {}
     entry, clock = state.entry[s].cpu(), state.clock[s].cpu()
     for slot in torch.nonzero((entry[:, FRAME] >= 0) & (entry[:, FRAMES] == 1)).flatten().tolist():
         tier = layout.tier_of[slot]
         if layout.grids[tier] == layout.grid:
-            rows = slice(layout.row_of(slot), layout.row_of(slot) + layout.cells[tier])
-            number = int(entry[slot, FRAME])
-            if isinstance(state, QuantizedState):
-                # rounding what was rounded changes nothing
-                tokens = dequantize_slots(state.slots[s, rows], state.scale[s, rows], dim=layout.dim)
-            else:
-                tokens = state.slots[s, rows]
+            number, first = int(entry[slot, FRAME]), layout.row_of(slot)
+            rows = torch.arange(first, first + layout.cells[tier], device=state.slots.device)
+            # rounding what was rounded changes nothing
+            tokens = read_tokens(BankState(*(x[s : s + 1] for x in state)), rows[None], layout.dim)[0]
             found[number] = whole(number, float(clock[slot, TIME]), tokens, state.mass[s, rows], layout)
     return found
 
@@ -73,7 +70,7 @@ def check_times(clock: Tensor, entry: Tensor) -> None:
         )
 
 
-def may_have_seen(state: AnyState, s: int, t0: float, t1: float) -> bool:
+def may_have_seen(state: BankState, s: int, t0: float, t1: float) -> bool:
     """Whether frames no longer held can lie within [t0, t1]: their times are known only by their neighbours'."""
     live = torch.nonzero(state.entry[s, :, FRAME] >= 0).flatten()
     live = live[state.entry[s, live, FIRST].argsort()]
@@ -85,9 +82,9 @@ def may_have_seen(state: AnyState, s: int, t0: float, t1: float) -> bool:
     return int(state.counter[s, SEEN]) > number and before <= t1
 
 
-def without(state: AnyState, layout: BankLayout, s: int, removed: Tensor) -> AnyState:
+def without(state: BankState, layout: BankLayout, s: int, removed: Tensor) -> BankState:
     """Stream s, as a state of one stream, without the slots in `removed [M]` bool; all else is zero."""
-    out = type(state)(*(torch.zeros_like(t[:1]) for t in state))
+    out = BankState(*(torch.zeros_like(t[:1]) for t in state))
     out.entry.fill_(-1)
     out.order.fill_(-1)
     out.counter.copy_(state.counter[s : s + 1])
@@ -107,7 +104,7 @@ def without(state: AnyState, layout: BankLayout, s: int, removed: Tensor) -> Any
         rows = slice(layout.first_row[tier], layout.first_row[tier] + capacity * cells)
         there = (kept - first).to(state.slots.device)
         for name in ("slots", "mass", "scale"):
-            if name not in state._fields:
+            if getattr(state, name).shape[1] == 0:
                 continue
             new, old = getattr(out, name)[0, rows], getattr(state, name)[s, rows]
             new.unflatten(0, (capacity, cells))[:n] = old.unflatten(0, (capacity, cells))[there]

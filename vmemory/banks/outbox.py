@@ -5,15 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vmemory.banks.quantized import AnyState, QuantizedState, words
-from vmemory.ops.bank import bank_push_, layout_maps
+from vmemory.banks.quantized import words
 from vmemory.ops.quantize_slots import quantize_slots
-from vmemory.reference.bank_layout import (
-    FRAME,
-    SEEN,
-    BankLayout,
-    BankState,
-)
+from vmemory.reference.bank_layout import SEEN, BankLayout, BankState
 
 # numbers of an entry of the outbox: STREAM, then those of BankState.entry, then LEVEL
 STREAM, LEVEL = 0, 5
@@ -31,10 +25,10 @@ class Outbox:
         count: `[2]` int64 frames held, frames that found no room.
     """
 
-    def __init__(self, room: int, rows: int, layout: BankLayout, state: AnyState) -> None:
+    def __init__(self, room: int, rows: int, layout: BankLayout, state: BankState) -> None:
         self.room, self.layout, self.device = room, layout, state.slots.device
         device, held = self.device, state.slots
-        self.bits = (8 if held.dtype == torch.int8 else 4) if isinstance(state, QuantizedState) else None
+        self.bits = (8 if held.dtype == torch.int8 else 4) if state.quantized else None
         flat = [torch.zeros((room + 1, rows), device=device) for _ in range(1 if self.bits is None else 2)]
         self.parts = (held.new_zeros((room + 1, rows, held.shape[2])), *flat)
         self.numbers = torch.zeros((room + 1, 6), dtype=torch.int64, device=device)
@@ -42,13 +36,8 @@ class Outbox:
         self.count = torch.zeros(2, dtype=torch.int64, device=device)
         self._tier = torch.tensor(layout.tier_of, dtype=torch.int64, device=device)
         self._row = torch.tensor([layout.row_of(m) for m in range(layout.slots)], dtype=torch.int64, device=device)
-        # decisions need neither tokens nor more than one descriptor: a shadow of the memory makes them beforehand
-        K, one = layout.key_dim, ((1, 1),) * layout.tiers
-        self._shadow = BankLayout((1, 1), K, K, layout.capacities, one, layout.rule, layout.intervals, layout.entries)
-        self._maps = layout_maps(self._shadow, state.descriptor)
         self._rows = torch.arange(rows, device=device)
         self._streams = torch.arange(state.counter.shape[0], device=device)
-        self._first_row, self._first_slot = self._streams * layout.rows, self._streams * layout.slots
         self._last_row = len(self._streams) * layout.rows - 1
 
     def frames(self) -> tuple[Tensor, ...]:
@@ -79,65 +68,34 @@ class Outbox:
         self.clock.index_copy_(0, at, clock)
         self.count += torch.stack([fits, there ^ fits]).sum(1)
 
-    def add_slots(self, state: AnyState, slot: Tensor, there: Tensor) -> None:
-        """Take in what the streams hold in `slot [S]`, where they are `there [S]`."""
-        if not self.layout.slots:
-            return
+    def add_slots(self, state: BankState, slot: Tensor, streams: Tensor | None) -> None:
+        """Take in what the streams `[S']`, None = all in order, hold in `slot [S']`; −1 = nothing."""
+        stream = self._streams if streams is None else streams.clamp_min(0)
         at = slot.clamp_min(0)
         # past the cells of its tier a frame reads on among its neighbours; nobody looks at those rows
-        index = (self._row[at] + self._first_row)[:, None] + self._rows
+        index = (self._row[at] + stream * self.layout.rows)[:, None] + self._rows
         index = index.clamp_max_(self._last_row).flatten()
-        held = (state.slots, state.mass) if self.bits is None else (state.slots, *_scale_and_mass(state))
+        held = (state.slots, state.mass) if self.bits is None else (state.slots, state.scale, state.mass)
         parts = tuple(x.flatten(0, 1).index_select(0, index).unflatten(0, (len(slot), -1)) for x in held)
-        entry = at + self._first_slot
+        entry = at + stream * self.layout.slots
         numbers = torch.cat(
-            [self._streams[:, None], state.entry.flatten(0, 1).index_select(0, entry), self._tier[at][:, None]], 1
+            [stream[:, None], state.entry.flatten(0, 1).index_select(0, entry), self._tier[at][:, None]], 1
         )
         clock = state.clock.flatten(0, 1).index_select(0, entry)[:, : self.clock.shape[1]]
-        self.add(parts, numbers, clock, there)
+        self.add(parts, numbers, clock, slot >= 0)
 
     def add_frames(
-        self, frames: Tensor, time: Tensor | None, valid: Tensor | None, stream: Tensor, seen: Tensor
+        self, state: BankState, frames: Tensor, time: Tensor | None, valid: Tensor | None, streams: Tensor | None
     ) -> None:
-        """Take in `frames [S', H, W, D]` as they come, numbered `seen [S']`; rows of a negative stream are skipped."""
+        """Take in `frames [S', 1, H, W, D]` as they come to `state`; rows of a negative stream are skipped."""
+        stream = self._streams if streams is None else streams
+        seen = state.counter[stream.clamp_min(0), SEEN]
+        frames, valid = frames[:, 0], None if valid is None else valid[:, 0]
         S = frames.shape[0]
         mass = torch.ones(frames.shape[:3], device=frames.device) if valid is None else valid.float()
         tokens = frames if valid is None else torch.where(valid[..., None], frames, 0)
-        when = mass.new_full((S,), torch.nan, dtype=torch.float64) if time is None else time
+        when = mass.new_full((S, 1), torch.nan, dtype=torch.float64) if time is None else time
         numbers = torch.stack([stream, seen, seen, seen, torch.ones_like(seen), torch.full_like(seen, -1)], 1)
-        clock = when[:, None].expand(-1, 3)
+        clock = when.expand(-1, 3)
         held = (tokens.flatten(1, 2),) if self.bits is None else quantize_slots(tokens.flatten(1, 2), self.bits)
         self.add((*held, mass.flatten(1)), numbers, clock, stream >= 0)
-
-    def leaving(self, state: AnyState, streams: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The slot `[S]` that the next frame of each stream makes leave, and whether there is one, `[S]` bool.
-
-        Args:
-            state: Before the frame.
-            streams: As in `bank_push_`.
-        """
-        S, M = state.order.shape
-        means, norm = state.descriptor, state.norm
-        if norm.shape[2] > 1:
-            slot = torch.arange(M, device=self.device)
-            means, norm = means[:, slot, self._tier][:, :, None], norm[:, slot, self._tier][..., None]
-        shadow = BankState(
-            slots=means.new_empty((S, M, self.layout.key_dim)),
-            mass=state.mass.new_zeros((S, M)),
-            **{name: x.clone() for name, x in (("descriptor", means), ("norm", norm))},
-            **{name: getattr(state, name).clone() for name in ("link", "entry", "clock", "order", "counter")},
-        )
-        rows = S if streams is None else streams.shape[0]
-        frames = means.new_zeros((rows, 1, 1, 1, self.layout.key_dim))
-        bank_push_(shadow, self._shadow, frames, streams=streams, maps=self._maps)
-        before, after = state.entry[..., FRAME], shadow.entry[..., FRAME]
-        # one frame came, numbered as seen, and at most one left, a free slot counting as −1: what left is a difference
-        # of sums, −1 for a slot that was free; nothing changes where no frame came
-        change = (before - after).sum(1)
-        missing = change + state.counter[:, SEEN]
-        return (before == missing[:, None]).int().argmax(1), (change < 0) & (missing >= 0)
-
-
-def _scale_and_mass(state: AnyState) -> tuple[Tensor, Tensor]:
-    assert isinstance(state, QuantizedState)
-    return state.scale, state.mass

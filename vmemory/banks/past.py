@@ -13,10 +13,10 @@ from torch import Tensor
 
 from vmemory.banks.erase import Frame, check_times, may_have_seen, whole_frames, without
 from vmemory.banks.lock import alone, locked
-from vmemory.banks.quantized import AnyState, dtype_of
+from vmemory.banks.quantized import dtype_of
 from vmemory.banks.state import StateModule
 from vmemory.ops._checks import check_choice, check_int
-from vmemory.reference.bank_layout import FRAME, SEEN, SKIPPED, START, STOP
+from vmemory.reference.bank_layout import FRAME, SEEN, SKIPPED, START, STOP, BankState
 
 _Self = TypeVar("_Self", bound="PastModule")
 
@@ -24,7 +24,9 @@ _Self = TypeVar("_Self", bound="PastModule")
 class PastModule(StateModule):
     """A bank that goes back, branches off and forgets by taking frames in again."""
 
-    def _write(self, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None) -> None:
+    def _write(
+        self, state: BankState, frames: Tensor, times: Tensor | None, valid: Tensor | None, streams: Tensor | None
+    ) -> None:
         raise NotImplementedError
 
     @contextmanager
@@ -156,12 +158,12 @@ class PastModule(StateModule):
             frames |= self._archive.whole_frames(stream, set(frames), taken)
         return {n: frame for n, frame in frames.items() if self.layout.entry_tier(n) >= 0}
 
-    def _put(self, stream: int, state: AnyState) -> None:
+    def _put(self, stream: int, state: BankState) -> None:
         for held, new in zip(self.state, state, strict=True):
             held[stream] = new[0]
 
     @torch.no_grad()
-    def _replayed(self, frames: list[Frame], seen: int) -> AnyState:
+    def _replayed(self, frames: list[Frame], seen: int) -> BankState:
         """The state of one stream that took in these frames out of `seen`; the others count as skipped."""
         config = self.config() | {"streams": 1, "device": self.slots.device}
         config["dtype"] = dtype_of(config["dtype"])
@@ -176,6 +178,6 @@ class PastModule(StateModule):
             skip_to(frame.number)
             time = torch.full((1, 1), frame.time, dtype=torch.float64, device=frame.tokens.device)
             valid = None if frame.valid is None else frame.valid[None, None]
-            twin._write(frame.tokens[None, None].contiguous(), time, valid, None)
+            twin._write(twin.state, frame.tokens[None, None].contiguous(), time, valid, None)
         skip_to(seen)
         return twin.state

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vmemory.banks.lock import locked
-from vmemory.banks.quantized import QuantizedState, read_tokens
+from vmemory.banks.quantized import read_tokens
 from vmemory.banks.state import StateModule
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved, compact_tokens, padded_tokens
 from vmemory.ops._checks import check_int, check_tensor, shape_of
@@ -42,7 +42,7 @@ class BankReads(StateModule):
                 compact, at the price of one synchronisation.
         """
         state, tables = self.state, self._tables()
-        read = partial(read_tokens, state, dim=self.layout.dim) if isinstance(state, QuantizedState) else None
+        read = partial(read_tokens, state, dim=self.layout.dim) if state.quantized else None
         tokens = padded_tokens(state.slots, state.mass, state.entry, state.clock, tables, self._cells, read)
         if padded:
             return tokens

@@ -7,10 +7,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from vmemory.banks.quantized import AnyState
-from vmemory.banks.slots import SlotBank
+from vmemory.banks.single import SingleTierBank
 from vmemory.ops._checks import check_int
-from vmemory.reference.bank_layout import FRAME
+from vmemory.reference.bank_layout import FRAME, SEEN, SKIPPED, BankState
 
 _MASK = 0xFFFFFFFF
 # times a 32-bit number it still fits int64
@@ -25,7 +24,7 @@ def mixed(x: _Word) -> _Word:
     return x ^ (x >> 15)
 
 
-class ReservoirBank(SlotBank):
+class ReservoirBank(SingleTierBank):
     """The newest frame and a uniform random sample of all frames before it.
 
     With M slots, each of the frames before the newest is held with the same probability, (M − 1) / (frames before);
@@ -44,6 +43,8 @@ class ReservoirBank(SlotBank):
     """
 
     policy = "reservoir"
+    # its list is that of the first-in-first-out memory; what leaves is not
+    rule = "recent"
 
     def __init__(self, *args: Any, seed: int = 0, **kwargs: Any) -> None:
         check_int("seed", seed, low=0, high=_MASK)
@@ -51,14 +52,10 @@ class ReservoirBank(SlotBank):
         self.seed = seed
         self._config["seed"] = seed
 
-    def choose(
-        self, state: AnyState, taken: Tensor, held: Tensor, fed: Tensor, descriptor: Tensor, tokens: Tensor | None
-    ) -> Tensor:
-        M = state.entry.shape[1]
+    def choose(self, state: BankState, frames: Tensor, valid: Tensor | None) -> Tensor:
+        M, taken = state.entry.shape[1], state.counter[:, SEEN] - state.counter[:, SKIPPED]
         # the frame held back so far is the taken-th, and stays with probability (M - 1) / taken
         drawn = (mixed(mixed(self.seed) ^ (taken & _MASK)) * taken.clamp_max(_MOST)) >> 32
         newest = state.entry[..., FRAME].argmax(1)
         # its own slot cannot be drawn
-        other = drawn + (drawn >= newest)
-        slot = torch.where(held < M, held, torch.where(drawn < M - 1, other, newest))
-        return torch.where(fed, slot, -1)
+        return torch.where(drawn < M - 1, drawn + (drawn >= newest), newest)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vmemory.banks.bank import Bank
 from vmemory.banks.budget import largest_entries
 from vmemory.banks.quantized import name_of
 from vmemory.banks.tiers import state_bytes
+from vmemory.ops.grid_pool import grid_pool
 
 
 class SingleTierBank(Bank):
@@ -63,6 +64,27 @@ class SingleTierBank(Bank):
             "dtype": name_of(dtype),
             "key_dim": self.layout.key_dim,
         }
+
+    def mean_of(self, frames: Tensor, valid: Tensor | None) -> Tensor:
+        """Return the mean `[S, key_dim]` of the cells of frames `[S, H, W, D]` that exist."""
+        keys = frames[..., : self.layout.key_dim]
+        if valid is None:
+            return grid_pool(keys, 1, stats=True).mean
+        wide = torch.where(valid[..., None], keys.to(torch.promote_types(keys.dtype, torch.float32)), 0)
+        return wide.sum((1, 2)) / valid.sum((1, 2)).clamp_min(1)[:, None]
+
+    def entering(self, frames: Tensor, valid: Tensor | None) -> Tensor:
+        """Return frames `[S, H, W, D]` as the bank will hold them, `[S, n · D]`."""
+        (H, W), (h, w) = self.layout.grid, self.layout.grids[0]
+        if valid is None:
+            return (frames if (h, w) == (H, W) else grid_pool(frames, (h, w))).flatten(1)
+        maps = self.layout.packed_maps.to(frames.device, torch.promote_types(frames.dtype, torch.float32))
+        rows, columns = maps[: h * H].view(h, H), maps[h * H : h * H + w * W].view(w, W)
+        held = torch.einsum("ih,jw,shw->sij", rows, columns, valid.to(rows.dtype))[..., None]
+        summed = torch.einsum(
+            "ih,jw,shwd->sijd", rows, columns, torch.where(valid[..., None], frames.to(rows.dtype), 0)
+        )
+        return torch.where(held > 0, summed / held.clamp_min(1e-30), 0).to(frames.dtype).flatten(1)
 
 
 class RingBank(SingleTierBank):

@@ -13,7 +13,7 @@ from vmemory.banks.archive import Archive
 from vmemory.banks.checks import check_state
 from vmemory.banks.files import BankFile
 from vmemory.banks.lock import MemoryLock, locked
-from vmemory.banks.quantized import AnyState, QuantizedState, name_of
+from vmemory.banks.quantized import name_of
 from vmemory.banks.streams import as_streams
 from vmemory.banks.tokens import MemoryTokens, row_tables
 from vmemory.ops._checks import check_int, shape_of
@@ -38,9 +38,8 @@ class StateModule(nn.Module):
     clock: Tensor
     order: Tensor
     counter: Tensor
+    scale: Tensor
     maps: Tensor
-    # BankState, or QuantizedState where tokens are stored in 8 or 4 bits
-    _state_type: type[BankState] | type[QuantizedState]
 
     layout: BankLayout
     levels: tuple[int, ...]
@@ -56,16 +55,16 @@ class StateModule(nn.Module):
     policy = "bank"
 
     @property
-    def state(self) -> AnyState:
+    def state(self) -> BankState:
         """The state tensors themselves, not copies."""
         # attributes of modules are looked up slowly, and every push asks for ten
         held = self._buffers
-        return self._state_type(*[held[name] for name in self._state_type._fields])  # type: ignore[arg-type]
+        return BankState(*[held[name] for name in BankState._fields])  # type: ignore[arg-type]
 
     @property
     def quantized(self) -> bool:
         """Whether tokens are stored in 8 or 4 bits."""
-        return self._state_type is QuantizedState
+        return not self.slots.dtype.is_floating_point
 
     @property
     def nbytes(self) -> int:
@@ -143,7 +142,7 @@ class StateModule(nn.Module):
         if self._archive is not None:
             for stream in range(self.streams)[which] if isinstance(which, slice) else which.tolist():
                 self._archive.forget(stream, None)
-        for name in self._state_type._fields:
+        for name in BankState._fields:
             getattr(self, name)[which] = -1 if name in ("entry", "order") else 0
         if streams is None:
             for name, table in self._constants().items():
@@ -157,12 +156,12 @@ class StateModule(nn.Module):
         return {"maps": layout_maps(self.layout, self.descriptor), **tables}
 
     @locked
-    def snapshot(self) -> AnyState:
+    def snapshot(self) -> BankState:
         """A copy of the state; `restore` takes it back."""
-        return self._state_type(*(t.clone() for t in self.state))
+        return BankState(*(t.clone() for t in self.state))
 
     @locked
-    def restore(self, snapshot: AnyState) -> None:
+    def restore(self, snapshot: BankState) -> None:
         """Go back to a snapshot of a bank of the same shape.
 
         An archive keeps what has left since, for `recall`; `fork` and `erase` no longer take it for this memory's past.
@@ -176,21 +175,21 @@ class StateModule(nn.Module):
         self.check(snapshot)
         self._take(snapshot)
 
-    def _take(self, snapshot: AnyState) -> None:
+    def _take(self, snapshot: BankState) -> None:
         for held, new in zip(self.state, snapshot, strict=True):
             held.copy_(new)
         if self._archive is not None:
             self._archive.branch(self.counter[:, SEEN])
 
-    def check(self, snapshot: AnyState) -> None:
+    def check(self, snapshot: BankState) -> None:
         """A snapshot is one that this bank can hold.
 
         Raises:
             ValueError: Its shapes, dtypes, lists or counters are others.
         """
-        if type(snapshot) is not self._state_type:
-            raise ValueError(f"snapshot: expected {self._state_type.__name__}, got {type(snapshot).__name__}")
-        for name, held, new in zip(self._state_type._fields, self.state, snapshot, strict=True):
+        if not isinstance(snapshot, BankState):
+            raise ValueError(f"snapshot: expected BankState, got {type(snapshot).__name__}")
+        for name, held, new in zip(BankState._fields, self.state, snapshot, strict=True):
             if held.shape != new.shape or held.dtype != new.dtype:
                 raise ValueError(
                     f"snapshot.{name}: expected {shape_of(held)} {held.dtype}, got {shape_of(new)} {new.dtype}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vmemory.banks.quantized import new_bytes, storage_of
+from vmemory.banks.quantized import new_state, storage_of
 from vmemory.ops._checks import check_int
 from vmemory.reference.bank_layout import BankLayout
 
@@ -103,5 +103,6 @@ def state_bytes(
     """`nbytes` of the bank that these arguments make."""
     layout, _ = make_layout(dim, grid, capacities, grids, rule, intervals, dim if key_dim is None else key_dim)
     wide = torch.promote_types(storage_of(dtype), torch.float32)
+    held = sum(x.numel() * x.element_size() for x in new_state(layout, streams, "meta", dtype))
     # the weight table and three int64 facts of each token row
-    return new_bytes(layout, streams, dtype) + layout.packed_maps.numel() * wide.itemsize + 3 * 8 * layout.rows
+    return held + layout.packed_maps.numel() * wide.itemsize + 3 * 8 * layout.rows

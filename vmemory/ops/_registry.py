@@ -38,7 +38,7 @@ class Op:
     def _launch(self, *args: Any) -> Any:
         # imported at the first launch: `import vmemory` must not need triton
         stem = self.name
-        for suffix in ("_backward", "_push_", "_plan", "_gather", "_stats"):
+        for suffix in ("_backward", "_push_", "_decide", "_plan", "_gather", "_stats"):
             stem = stem.removesuffix(suffix)
         return getattr(import_module(f"vmemory.kernels.{stem}"), self.name)(*args)
 

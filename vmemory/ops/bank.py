@@ -8,16 +8,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vmemory.ops._bank_quantized import move_tier
 from vmemory.ops._checks import check_device, check_floating, check_same, check_tensor, shape_of
 from vmemory.ops._registry import Op
 from vmemory.ops._select import Backends, Impl, with_backends
+from vmemory.ops.grid_pool import grid_pool
 from vmemory.reference import bank as _reference
-from vmemory.reference.bank_layout import LENGTH, BankLayout, BankState
+from vmemory.reference.bank_layout import (
+    CHOICES,
+    LENGTH,
+    STEP_FRESH,
+    STEP_HEAD,
+    STEP_MERGED,
+    STEP_TIER,
+    BankLayout,
+    BankState,
+    Step,
+)
 
+_DECIDE = Backends("bank_decide", cuda=True)
 _PUSH = Backends("bank_push_", cuda=True)
 _PLAN = Backends("bank_plan", cuda=True)
 _GATHER = Backends("bank_gather")
-_LAYOUT = "int[] capacities, int[] grids, int[] intervals, int[] entries, str rule"
+_LAYOUT = "int[] capacities, int[] grids, int[] intervals, int[] entries, int[] rule"
 
 
 class BankPlan(NamedTuple):
@@ -51,13 +64,11 @@ def _fake_push(*args: Any) -> None:
 
 def _fake_plan(
     frames: Tensor, time: Tensor | None, valid: Tensor | None, maps: Tensor, capacities: list[int], grids: list[int],
-    intervals: list[int], entries: list[int], rule: str, maps_per_slot: int, key_dim: int,
+    intervals: list[int], entries: list[int], rule: list[int], maps_per_slot: int, key_dim: int, pooled_cells: int,
 ) -> BankPlan:  # fmt: skip
-    S, T, H, W, D = frames.shape
+    S, T, _, _, D = frames.shape
     M, n = sum(capacities), len(capacities)
-    links = sum(c * c for c in capacities) if rule == "all-pairs" else M
-    last = grids[-2] * grids[-1] if grids else 0
-    small = last if n > 1 and not intervals and rule != "merge" and 4 * last <= H * W else 0
+    links = sum(c * c for c in capacities) if CHOICES[rule[0]] == "all" else M
     return BankPlan(
         descriptor=frames.new_empty((S, M, maps_per_slot, key_dim), dtype=maps.dtype),
         norm=frames.new_empty((S, M, maps_per_slot), dtype=maps.dtype),
@@ -67,13 +78,13 @@ def _fake_plan(
         order=frames.new_empty((S, M), dtype=torch.int64),
         counter=frames.new_empty((S, LENGTH + n), dtype=torch.int64),
         assign=frames.new_empty((S, T), dtype=torch.int64),
-        pooled=frames.new_empty((S, T, small, D)),
+        pooled=frames.new_empty((S, T, pooled_cells, D)),
     )
 
 
 def _fake_gather(
     frames: Tensor, valid: Tensor | None, pooled: Tensor, assign: Tensor, entry: Tensor, maps: Tensor,
-    capacities: list[int], grids: list[int], intervals: list[int], entries: list[int], rule: str,
+    capacities: list[int], grids: list[int], intervals: list[int], entries: list[int], rule: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = sum(c * grids[2 * i] * grids[2 * i + 1] for i, c in enumerate(capacities))
     S, D = frames.shape[0], frames.shape[-1]
@@ -86,16 +97,30 @@ def _fake_gather_backward(
     return grad.new_empty((*assign.shape, *grid, grad.shape[-1]))
 
 
+def _fake_decide(
+    norm: Tensor, link: Tensor, entry: Tensor, order: Tensor, counter: Tensor, streams: Tensor | None, *layout: Any
+) -> Tensor:
+    rows = counter.shape[0] if streams is None else streams.shape[0]
+    return order.new_empty((rows, STEP_HEAD + 2 * (counter.shape[1] - LENGTH)))
+
+
+_decide = Op(
+    "bank_decide",
+    "(Tensor norm, Tensor link, Tensor entry, Tensor order, Tensor counter, Tensor? streams, Tensor? victim, "
+    f"{_LAYOUT}) -> Tensor",
+    _fake_decide,
+)
 _push = Op(
     "bank_push_",
     "(Tensor(a!) slots, Tensor(b!) mass, Tensor(c!) descriptor, Tensor(d!) norm, Tensor(e!) link, Tensor(f!) entry, "
-    "Tensor(g!) clock, Tensor(h!) order, Tensor(i!) counter, Tensor frames, Tensor? time, Tensor? valid, "
-    f"Tensor? streams, Tensor maps, {_LAYOUT}) -> ()",
+    "Tensor(g!) clock, Tensor(h!) order, Tensor(i!) counter, Tensor(j!) scale, Tensor frames, Tensor? time, "
+    f"Tensor? valid, Tensor? streams, Tensor? victim, Tensor maps, {_LAYOUT}) -> ()",
     _fake_push,
 )
 _plan = Op(
     "bank_plan",
-    f"(Tensor frames, Tensor? time, Tensor? valid, Tensor maps, {_LAYOUT}, int maps_per_slot, int key_dim) -> "
+    f"(Tensor frames, Tensor? time, Tensor? valid, Tensor maps, {_LAYOUT}, int maps_per_slot, int key_dim, "
+    "int pooled_cells) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_plan,
 )
@@ -142,13 +167,66 @@ def check_push(
     time: Tensor | None,
     valid: Tensor | None,
     streams: Tensor | None,
+    victim: Tensor | None = None,
 ) -> None:
-    """What `check_frames` checks, and that frames and streams fit the state."""
+    """What `check_frames` checks, and that frames, streams and victims fit the state."""
     check_frames(frames, layout, time, valid)
-    check_same("frames", frames, "the bank", state.slots)
+    if state.quantized:
+        check_device("frames", frames, "the bank", state.slots)
+        if valid is not None:
+            raise ValueError("valid: expected None, a memory in 8 or 4 bits takes whole frames")
+    else:
+        check_same("frames", frames, "the bank", state.slots)
     rows = state.slots.shape[0] if streams is None else streams.shape[0]
     if frames.shape[0] != rows:
         raise ValueError(f"frames: expected {rows} streams, got {frames.shape[0]}")
+    if victim is not None:
+        _check_victim(victim, (*frames.shape[:2], layout.tiers), state)
+
+
+def _check_victim(victim: Tensor, want: tuple[int, ...], state: BankState) -> None:
+    if not isinstance(victim, Tensor) or tuple(victim.shape) != want or victim.dtype != torch.int64:
+        got = f"{shape_of(victim)} {victim.dtype}" if isinstance(victim, Tensor) else type(victim).__name__
+        raise ValueError(f"victim: expected torch.int64 of shape {list(want)}, got {got}")
+    check_device("victim", victim, "state.order", state.order)
+
+
+@with_backends(_DECIDE)
+def bank_decide(
+    state: BankState,
+    layout: BankLayout,
+    *,
+    streams: Tensor | None = None,
+    victim: Tensor | None = None,
+    impl: Impl = "auto",
+) -> Step:
+    """Decide what the next frame of each stream does to a tiered memory, and change nothing.
+
+    What a frame shows has no part in the choice, so that no frame is needed. `bank_push_` decides alike, and takes
+    `Step.leaves[:, None]` as its `victim`.
+
+    Args:
+        state: Tensors of `layout.state_shapes`.
+        layout: Tiers, grids and rule.
+        streams: `[S]` int64, the stream of each row; −1 skips the row.
+        victim: `[S, tiers]` int64, the slot that a tier gives up if it is full; one that it does not hold, such as −1,
+            leaves the choice to the rule. A rule that merges folds it into its older neighbour.
+        impl: Which implementation to run.
+
+    Raises:
+        ValueError: A shape, dtype or device does not fit.
+    """
+    rows = state.counter.shape[0] if streams is None else streams.shape[0]
+    if victim is not None:
+        _check_victim(victim, (rows, layout.tiers), state)
+    picked = _DECIDE.pick(state.norm, impl)
+    if picked == "reference":
+        step = _reference.bank_decide(state, layout, streams, victim)
+    else:
+        lists = state.norm, state.link, state.entry, state.order, state.counter
+        step = _decide(picked, *lists, streams, victim, *layout.kernel_args)
+    heads = step[:, STEP_TIER], step[:, STEP_FRESH], step[:, STEP_MERGED]
+    return Step(*heads, step[:, STEP_HEAD : STEP_HEAD + layout.tiers], step[:, STEP_HEAD + layout.tiers :])
 
 
 @with_backends(_PUSH)
@@ -160,20 +238,24 @@ def bank_push_(
     time: Tensor | None = None,
     valid: Tensor | None = None,
     streams: Tensor | None = None,
+    victim: Tensor | None = None,
     maps: Tensor | None = None,
     impl: Impl = "auto",
 ) -> None:
     """Take frames into a tiered memory, in place: evict, reduce, insert and re-link without leaving the device.
 
-    Decisions need only the frames' means: cosines of list neighbours are kept and three of them change a step.
+    Decisions need only the frames' means: cosines of list neighbours are kept and three of them change a step. Tokens
+    in 8 or 4 bits are brought back to float32 where they are reduced or merged, and rounded again.
 
     Args:
         state: Tensors of `layout.state_shapes`, changed in place.
         layout: Tiers, grids and rule.
-        frames: `[S, T, H, W, D]`, the dtype and device of `state.slots`; taken in order of T.
+        frames: `[S, T, H, W, D]`, taken in order of T, on the device of `state.slots` and of its dtype, or of any
+            floating dtype where tokens are stored in 8 or 4 bits.
         time: `[S, T]` float64 seconds, strictly increasing along T; omitted = NaN.
         valid: `[S, T, H, W]` bool, cells that exist; reductions and means see those alone.
         streams: `[S]` int64, the stream of the state each row goes to; −1 skips the row. No stream twice.
+        victim: `[S, T, tiers]` int64, the slots that full tiers give up to each frame, as in `bank_decide`.
         maps: `layout_maps(layout, frames)` kept by the caller; omitted = made for this call.
         impl: Which implementation to run.
 
@@ -182,15 +264,64 @@ def bank_push_(
 
     Source: VideoChat-Online's memory bank (arXiv 2501.00584), and the rules of `vmemory.reference.bank_layout.RULES`.
     """
-    check_push(state, layout, frames, time, valid, streams)
+    check_push(state, layout, frames, time, valid, streams, victim)
     if frames.shape[0] == 0 or frames.shape[1] == 0:
         return
+    frames = frames.detach()
+    if state.quantized and frames.dtype == torch.float64:
+        # what is stored has no more digits
+        frames = frames.float()
     picked = _PUSH.pick(frames, impl)
     if picked == "reference":
-        _reference.bank_push_(state, layout, frames, time, valid, streams)
+        _reference.bank_push_(state, layout, frames, time, valid, streams, victim)
+        return
+    if state.quantized and frames.device.type != "cpu":
+        _push_quantized_(state, layout, frames, time, streams, victim, picked)
         return
     table = layout_maps(layout, frames) if maps is None else maps
-    _push(picked, *state, frames.detach(), time, valid, streams, table, *layout.kernel_args)
+    _push(picked, *state, frames, time, valid, streams, victim, table, *layout.kernel_args)
+
+
+def _push_quantized_(
+    state: BankState,
+    layout: BankLayout,
+    frames: Tensor,
+    time: Tensor | None,
+    streams: Tensor | None,
+    victim: Tensor | None,
+    picked: str,
+) -> None:
+    """Take frames into a memory in 8 or 4 bits with the operators of a device that has no kernel for it.
+
+    The step is decided first. Tokens move by it, and a memory of the frames' means takes it over.
+    """
+    S, means = state.counter.shape[0], grid_pool(frames[..., : layout.key_dim], 1, stats=True).mean
+    means = means.to(state.descriptor.dtype)[:, :, None, None]
+    # tokens move stream by stream, so that no two rows write to one place
+    row = torch.arange(S, device=frames.device) if streams is None else _rows_of_streams(streams, S)
+    fed, row = row >= 0, row.clamp_min(0)
+    decider = layout.of_means
+    tokens = means.new_empty((S, decider.rows, layout.key_dim)), state.mass.new_empty((S, decider.rows))
+    held = state._replace(slots=tokens[0], mass=tokens[1], scale=state.scale[:, :0])
+    maps = layout_maps(decider, means)
+    for t in range(frames.shape[1]):
+        chosen = None if victim is None else victim[row, t]
+        step = bank_decide(state, layout, victim=chosen, impl=picked)
+        frame = frames[:, t] if streams is None else frames[row, t]
+        for tier in reversed(range(layout.tiers)):
+            move_tier(state, layout, tier, step, frame, fed)
+        when = None if time is None else time[:, t : t + 1]
+        leaves = step.leaves if streams is None else step.leaves[streams.clamp(0, S - 1)]
+        rest = when, None, streams, leaves[:, None].contiguous(), maps, *decider.kernel_args
+        _push(picked, *held, means[:, t : t + 1].contiguous(), *rest)
+
+
+def _rows_of_streams(streams: Tensor, S: int) -> Tensor:
+    """The row `[S]` that feeds each stream, −1 = none, from the stream of each row."""
+    # one place more for the rows that are skipped
+    there = torch.where((streams >= 0) & (streams < S), streams, S)
+    rows = torch.full((S + 1,), -1, dtype=torch.int64, device=streams.device)
+    return rows.scatter(0, there, torch.arange(streams.shape[0], device=streams.device))[:-1]
 
 
 @with_backends(_PLAN)
@@ -217,10 +348,10 @@ def bank_plan(
     frames = frames.detach()
     if picked == "reference":
         state, assign = _reference.bank_plan(frames, layout, time, valid)
-        return BankPlan(*state[2:], assign, frames.new_empty((*frames.shape[:2], 0, layout.dim)))
+        return BankPlan(*state[2:9], assign, frames.new_empty((*frames.shape[:2], 0, layout.dim)))
     table = layout_maps(layout, frames) if maps is None else maps
-    made = _plan(picked, frames, time, valid, table, *layout.kernel_args, layout.descriptors, layout.key_dim)
-    return BankPlan(*made)
+    sizes = layout.descriptors, layout.key_dim, layout.pooled_cells
+    return BankPlan(*_plan(picked, frames, time, valid, table, *layout.kernel_args, *sizes))
 
 
 class _Gather(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +20,13 @@ from vmemory.reference.bank_layout import (
     RULES,
     SEEN,
     SKIPPED,
+    STEP_HEAD,
     STOP,
     TIME,
     BankLayout,
     BankState,
 )
+from vmemory.reference.quantize_slots import dequantize_slots, quantize_slots
 
 _EPS = 1e-8
 
@@ -59,6 +62,30 @@ def pool(tokens: Tensor, mass: Tensor, rows: Tensor, columns: Tensor) -> tuple[T
     pooled = torch.where(held[..., None] > 0, summed / held[..., None].clamp_min(1e-30), 0)
     ratio = mass.numel() / (rows.shape[0] * columns.shape[0])
     return pooled.to(tokens.dtype), (held * ratio).to(torch.float32)
+
+
+class Decision(NamedTuple):
+    """What one frame does to a stream.
+
+    `first` is the tier it enters, −1 = none; `chain` the slots that full tiers give up on its way down; `free` the slot
+    where that chain ends inside the memory, −1 = nowhere; `merged` the slot the only victim is folded into, if any.
+    """
+
+    first: int
+    chain: list[int]
+    free: int
+    merged: int | None
+
+    @property
+    def fresh(self) -> int:
+        """The slot that the frame takes, −1 = none."""
+        return self.chain[0] if self.chain else self.free
+
+    def target(self, i: int) -> int:
+        """Return where the i-th victim goes, −1 = it leaves the memory or is merged."""
+        if self.merged is not None:
+            return -1
+        return self.chain[i + 1] if i + 1 < len(self.chain) else self.free
 
 
 class Stream:
@@ -98,9 +125,22 @@ class Stream:
                 best, chosen = c, (a, b)
         return chosen
 
-    def victim(self, tier: int, frame: int) -> tuple[int, int | None]:
-        """The slot that a full tier gives up, and the slot it is merged into, if any."""
+    def leaving(self, tier: int, frame: int, wanted: int) -> tuple[int, int | None]:
+        """Return the slot that a full tier gives up, and the slot it is merged into, if any.
+
+        `wanted` is the slot a caller chose; one that the tier does not hold leaves the choice to the rule.
+        """
         slots = self.listed(tier)
+        if wanted in slots:
+            if self.rule.victim != "both" or len(slots) == 1:
+                return wanted, None
+            # the first of a list has no older neighbour, so that the next is merged into it
+            place = max(slots.index(wanted), 1)
+            pair = slots[place - 1 : place + 1]
+            r = tier if self.layout.descriptors > 1 else 0
+            if self.rule.nan_first and not bool(self.state.norm[pair, r].isfinite().all()):
+                return wanted, None
+            return pair[1], pair[0]
         if len(slots) == 1 or self.rule.choose == "oldest":
             return slots[0], None
         if self.rule.choose == "gap":
@@ -143,28 +183,43 @@ class Stream:
         clock[a, STOP], clock[a, MASS] = clock[b, STOP], wa + wb
         entry[a, LAST], entry[a, FRAMES] = entry[b, LAST], na + nb
 
-    def push(self, descriptor: Tensor, mass: float, time: float, tokens: Tokens | None) -> list[tuple[int, int]]:
-        """Take one frame in. Returns the slot relabellings (from, to), `to` −1 = left, in the order they happen."""
-        counter = self.state.counter
-        frame = int(counter[SEEN])
-        counter[SEEN] += 1
-        tier = self.layout.entry_tier(frame)
+    def decide(self, victim: Sequence[int] | None) -> Decision:
+        """Decide what the next frame does; `victim` holds a slot that each tier gives up if full, −1 = by the rule."""
+        frame = int(self.state.counter[SEEN])
+        tier = first = self.layout.entry_tier(frame)
         if tier < 0:
-            counter[SKIPPED] += 1
-            return [(-2, -1)]
-        first, chain, merged = tier, [], None
+            return Decision(-1, [], -1, None)
+        chain, merged = [], None
         while self.size(tier) == self.layout.capacities[tier]:
-            slot, merged = self.victim(tier, frame)
+            slot, merged = self.leaving(tier, frame, -1 if victim is None else victim[tier])
             chain.append(slot)
             if merged is not None or tier + 1 == self.layout.tiers or (not self.rule.cascade and len(chain) == 2):
                 break
             tier += 1
-        fits = tier + 1 <= self.layout.tiers and self.size(tier) < self.layout.capacities[tier]
+        fits = self.size(tier) < self.layout.capacities[tier]
         free = self.layout.first_slot[tier] + self.size(tier) if fits else -1
+        return Decision(first, chain, free, merged)
+
+    def push(
+        self,
+        descriptor: Tensor,
+        mass: float,
+        time: float,
+        tokens: Tokens | None,
+        victim: Sequence[int] | None = None,
+    ) -> list[tuple[int, int]]:
+        """Take one frame in. Returns the slot relabellings (from, to), `to` −1 = left, in the order they happen."""
+        counter = self.state.counter
+        frame = int(counter[SEEN])
+        decision = self.decide(victim)
+        counter[SEEN] += 1
+        first, chain, merged = decision.first, decision.chain, decision.merged
+        if first < 0:
+            counter[SKIPPED] += 1
+            return [(-2, -1)]
         moves: list[tuple[int, int]] = []
         for i in reversed(range(len(chain))):
-            slot, at = chain[i], first + i
-            target = chain[i + 1] if i + 1 < len(chain) else free
+            slot, at, target = chain[i], first + i, decision.target(i)
             self.write_list(at, [s for s in self.listed(at) if s != slot])
             if merged is not None:
                 moves.append((slot, merged))
@@ -180,7 +235,7 @@ class Stream:
                 tokens.demote(slot, target)
             self.copy_entry(slot, target)
             self.insert(at + 1, target)
-        slot = chain[0] if chain else free
+        slot = decision.fresh
         self.state.descriptor[slot], self.state.norm[slot] = descriptor, descriptor.norm(dim=-1)
         self.state.entry[slot] = torch.tensor([frame, frame, frame, 1])
         self.state.clock[slot] = torch.tensor([time, time, time, mass], dtype=torch.float64)
@@ -192,7 +247,7 @@ class Stream:
 
 
 class Tokens:
-    """Token rows of one stream while one frame is taken in."""
+    """Token rows of one stream while one frame is taken in; rows in 8 or 4 bits are rounded anew as they move."""
 
     def __init__(self, state: BankState, layout: BankLayout, frame: Tensor, mass: Tensor) -> None:
         self.state, self.layout, self.frame, self.mass = state, layout, frame, mass
@@ -204,11 +259,17 @@ class Tokens:
     def read(self, slot: int) -> tuple[Tensor, Tensor]:
         grid = self.layout.grids[self.layout.tier_of[slot]]
         rows = self.rows(slot)
-        return self.state.slots[rows].reshape(*grid, -1), self.state.mass[rows].reshape(grid)
+        tokens = self.state.slots[rows]
+        if self.state.quantized:
+            tokens = dequantize_slots(tokens, self.state.scale[rows], None, self.layout.dim)
+        return tokens.reshape(*grid, -1), self.state.mass[rows].reshape(grid)
 
     def write(self, slot: int, tokens: Tensor, mass: Tensor) -> None:
-        rows = self.rows(slot)
-        self.state.slots[rows], self.state.mass[rows] = tokens.flatten(0, 1), mass.flatten()
+        rows, stored = self.rows(slot), tokens.flatten(0, 1)
+        if self.state.quantized:
+            bits = 8 if self.state.slots.dtype == torch.int8 else 4
+            stored, self.state.scale[rows] = quantize_slots(stored, bits)
+        self.state.slots[rows], self.state.mass[rows] = stored, mass.flatten()
 
     def demote(self, source: int, target: int) -> None:
         tier = self.layout.tier_of[source]
@@ -225,6 +286,23 @@ class Tokens:
         self.write(slot, *pool(self.frame, self.mass, *self.layout.maps(tier, tier)))
 
 
+def bank_decide(state: BankState, layout: BankLayout, streams: Tensor | None, victim: Tensor | None) -> Tensor:
+    """Return what the next frame of each row does, `[S, 3 + 2 tiers]` int64; the state stays as it is."""
+    rows = state.counter.shape[0] if streams is None else streams.shape[0]
+    step = torch.full((rows, STEP_HEAD + 2 * layout.tiers), -1, dtype=torch.int64)
+    for i in range(rows):
+        s = i if streams is None else int(streams[i])
+        if not 0 <= s < state.counter.shape[0]:
+            continue
+        decision = Stream(state, s, layout).decide(None if victim is None else victim[i].tolist())
+        merged = -1 if decision.merged is None else decision.merged
+        step[i, :STEP_HEAD] = torch.tensor([decision.first, decision.fresh, merged])
+        for k, slot in enumerate(decision.chain):
+            step[i, STEP_HEAD + decision.first + k] = slot
+            step[i, STEP_HEAD + layout.tiers + decision.first + k] = decision.target(k)
+    return step.to(state.order.device)
+
+
 def bank_push_(
     state: BankState,
     layout: BankLayout,
@@ -232,11 +310,12 @@ def bank_push_(
     time: Tensor | None,
     valid: Tensor | None,
     streams: Tensor | None,
+    victim: Tensor | None = None,
 ) -> None:
-    """Take `frames [S, T, H, W, D]` into `state`, in place."""
+    """Take `frames [S, T, H, W, D]` into `state`, in place; `victim [S, T, tiers]` slots stand before the rule."""
     for i in range(frames.shape[0]):
         s = i if streams is None else int(streams[i])
-        if s < 0:
+        if not 0 <= s < state.counter.shape[0]:
             continue
         stream = Stream(state, s, layout)
         for t in range(frames.shape[1]):
@@ -244,7 +323,8 @@ def bank_push_(
             source = layout.entry_tier(int(stream.state.counter[SEEN]))
             descriptor = describe(frames[i, t], mass, layout, source) if source >= 0 else frames.new_zeros(())
             when = math.nan if time is None else float(time[i, t])
-            stream.push(descriptor, float(mass.sum()), when, Tokens(stream.state, layout, frames[i, t], mass))
+            chosen = None if victim is None else victim[i, t].tolist()
+            stream.push(descriptor, float(mass.sum()), when, Tokens(stream.state, layout, frames[i, t], mass), chosen)
 
 
 def bank_plan(

@@ -9,6 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# kernels know a choice and a victim by their place in these
+CHOICES = ("adjacent", "all", "gap", "oldest")
+VICTIMS = ("older", "newer", "both")
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -31,6 +35,12 @@ class Rule:
     demote: str = "area"
     nan_first: bool = True
 
+    @property
+    def numbers(self) -> list[int]:
+        """Return the rule as operators take it: choose, victim, by_time, cascade, nan_first."""
+        chosen = CHOICES.index(self.choose), VICTIMS.index(self.victim)
+        return [*chosen, int(self.by_time), int(self.cascade), int(self.nan_first)]
+
 
 RULES: dict[str, Rule] = {
     "paper": Rule("adjacent"),
@@ -46,6 +56,8 @@ MAX_TIERS = 8
 FRAME, FIRST, LAST, FRAMES = range(4)
 TIME, START, STOP, MASS = range(4)
 SEEN, SKIPPED, DROPPED, LENGTH = range(4)
+# columns of a step: these, then for each tier the slot it gives up, then for each tier where that goes
+STEP_TIER, STEP_FRESH, STEP_MERGED, STEP_HEAD = range(4)
 
 
 class BankState(NamedTuple):
@@ -56,6 +68,9 @@ class BankState(NamedTuple):
     entry `[S, M, 4]` int64 (frame, first, last, frames merged; −1 = free); clock `[S, M, 4]` float64 (time, start,
     stop in seconds, mass); order `[S, M]` int64 slots in list order, tier by tier; counter `[S, 3 + tiers]` int64
     (seen, skipped, dropped, then entries per tier).
+
+    Tokens in 8 or 4 bits: slots are int8 `[S, L, D]` or uint8 `[S, L, ceil(D / 2)]` with two channels a byte, and a
+    token is its values times its scale, `[S, L]` float32. Scale is `[S, 0]` where tokens are floating.
     """
 
     slots: Tensor
@@ -67,6 +82,34 @@ class BankState(NamedTuple):
     clock: Tensor
     order: Tensor
     counter: Tensor
+    scale: Tensor
+
+    @property
+    def quantized(self) -> bool:
+        """Whether tokens are stored in 8 or 4 bits."""
+        return not self.slots.dtype.is_floating_point
+
+
+class Step(NamedTuple):
+    """What the next frame of each stream does to its memory, decided and not yet done.
+
+    tier `[S]` int64 the tier that the frame enters, −1 = none; fresh `[S]` the slot it takes; merged `[S]` the slot
+    that the only victim is folded into; leaves `[S, tiers]` the slot that each tier gives up; target `[S, tiers]` the
+    slot of the next tier that it goes to. −1 = none: a victim without target leaves the memory, or is the newer of two
+    that are merged.
+    """
+
+    tier: Tensor
+    fresh: Tensor
+    merged: Tensor
+    leaves: Tensor
+    target: Tensor
+
+    def evicted(self) -> Tensor:
+        """Return the slot `[S]` int64 that no longer holds an entry of its own, −1 = none; of two merged the newer."""
+        # at most one tier of a stream lets an entry go
+        out = torch.where(self.target < 0, self.leaves, -1)
+        return out.amax(1) if out.shape[1] else torch.full_like(self.tier, -1)
 
 
 def axis_map(n: int, m: int, mode: str) -> Tensor:
@@ -224,17 +267,37 @@ class BankLayout:
         parts += [self.step(tier, axis) for tier in range(self.tiers - 1) for axis in (0, 1)]
         return torch.cat([m.flatten() for m in parts]) if parts else torch.zeros(0, dtype=torch.float64)
 
-    @property
-    def kernel_args(self) -> tuple[list[int], list[int], list[int], list[int], str]:
-        """capacities, grids, intervals, entries and rule as operators take them."""
+    @cached_property
+    def kernel_args(self) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
+        """Return capacities, grids, intervals, entries and rule as operators take them."""
         grids = [side for grid in self.grids for side in grid]
-        return list(self.capacities), grids, list(self.intervals), list(self.entries), self.rule
+        numbers = RULES[self.rule].numbers
+        return list(self.capacities), grids, list(self.intervals), list(self.entries), numbers
+
+    @cached_property
+    def pooled_cells(self) -> int:
+        """Return the cells a frame that planning pools to the last tier's grid while it reads the video, 0 = none.
+
+        Where the last tier is not much smaller than a frame, a second read of the survivors is no dearer.
+        """
+        last, (H, W) = self.cells[-1] if self.tiers else 0, self.grid
+        pools = self.tiers > 1 and not self.intervals and RULES[self.rule].victim != "both"
+        return last if pools and 4 * last <= H * W else 0
+
+    @cached_property
+    def of_means(self) -> BankLayout:
+        """The layout of a memory of these frames' means, one token each, which decides alike."""
+        ones, K = ((1, 1),) * self.tiers, self.key_dim
+        return BankLayout((1, 1), K, K, self.capacities, ones, self.rule, self.intervals, self.entries)
 
     def state_shapes(self, streams: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor of `BankState`."""
-        M, R, wide = self.slots, self.descriptors, torch.promote_types(dtype, torch.float32)
+        """Return shape and dtype of each tensor of `BankState`; tokens are floating, int8 or uint8."""
+        M, R, quantized = self.slots, self.descriptors, not dtype.is_floating_point
+        wide = torch.float32 if quantized else torch.promote_types(dtype, torch.float32)
+        # int8 holds a channel, uint8 two of 4 bits
+        stored = (self.dim + 1) // 2 if dtype == torch.uint8 else self.dim
         return {
-            "slots": ((streams, self.rows, self.dim), dtype),
+            "slots": ((streams, self.rows, stored), dtype),
             "mass": ((streams, self.rows), torch.float32),
             "descriptor": ((streams, M, R, self.key_dim), wide),
             "norm": ((streams, M, R), wide),
@@ -243,6 +306,7 @@ class BankLayout:
             "clock": ((streams, M, 4), torch.float64),
             "order": ((streams, M), torch.int64),
             "counter": ((streams, LENGTH + self.tiers), torch.int64),
+            "scale": ((streams, self.rows if quantized else 0), torch.float32),
         }
 
     def new_state(self, streams: int, device: torch.device | str, dtype: torch.dtype) -> BankState:
