@@ -53,6 +53,11 @@ def bank_calls(layout: BankLayout) -> None:
     for start, streams in ((0, None), (100, None), (200, torch.tensor([1, -1]))):
         cells = None if streams is None else valid
         ops.bank_push_(state, layout, frames, time=times + start, valid=cells, streams=streams)
+        victim = ops.bank_decide(state, layout, streams=streams).leaves[:, None].repeat(1, 7, 1)
+        ops.bank_push_(state, layout, frames, time=times + start + 50, streams=streams, victim=victim)
+    if layout.descriptors == 1:
+        for stored in (torch.int8, torch.uint8):
+            ops.bank_push_(layout.new_state(2, "cpu", stored), layout, frames)
     frames.requires_grad_()
     for cells in (None, valid):
         plan = ops.bank_plan(frames, layout, valid=cells, time=times)
@@ -352,19 +357,19 @@ KNOWN: dict[str, Callable[[list[Arguments]], Arguments]] = {
     "adjacent_merge_backward: a place that is not there": setting(2, full([2, 1], 10**7)),
     "attention_column_sums: keys of more channels": setting(1, torch.randn(2, 600, 2, 80)),
     "gated_fusion: small weights": setting(2, torch.randn(1, 1)),
-    **{f"bank_push_: order {n}": with_value(7, 0, n, call=1) for n in (-1, 7, 10**6, 2**40)},
-    **{f"bank_push_: length {n}": with_value(8, 3, n, call=1) for n in (-5, -1, 7, 100, 10**6, 2**40)},
-    **{f"bank_push_: seen {n}": with_value(8, 0, n, call=1) for n in (-1, 2**62, 2**63 - 1)},
-    "bank_push_: large tiers": setting(14, [2**31, 3]),
-    "bank_push_: a tier below 0": setting(14, [-2, 3]),
-    "bank_push_: an empty tier": setting(14, [0, 3]),
-    "bank_push_: an interval of 0": setting(16, [0, 1]),
-    "bank_push_: a tier that is not there": setting(17, [0, 7]),
-    "bank_push_: small maps": setting(13, torch.zeros(1)),
-    "bank_push_: larger frames": setting(9, torch.randn(2, 3, 40, 40, 80)),
-    "bank_push_: nine tiers": lambda calls: [*calls[0][:14], [1] * 9, [1, 1] * 9, *calls[0][16:]],
-    "bank_push_: few times": setting(10, torch.zeros(1, dtype=torch.float64)),
-    "bank_push_: a stream that is not there": setting(12, torch.tensor([5, 2**62]), call=2),
+    **{f"bank_push_: order {n}": with_value(7, 0, n, call=2) for n in (-1, 7, 10**6, 2**40)},
+    **{f"bank_push_: length {n}": with_value(8, 3, n, call=2) for n in (-5, -1, 7, 100, 10**6, 2**40)},
+    **{f"bank_push_: seen {n}": with_value(8, 0, n, call=2) for n in (-1, 2**62, 2**63 - 1)},
+    "bank_push_: large tiers": setting(16, [2**31, 3]),
+    "bank_push_: a tier below 0": setting(16, [-2, 3]),
+    "bank_push_: an empty tier": setting(16, [0, 3]),
+    "bank_push_: an interval of 0": setting(18, [0, 1]),
+    "bank_push_: a tier that is not there": setting(19, [0, 7]),
+    "bank_push_: small maps": setting(15, torch.zeros(1)),
+    "bank_push_: larger frames": setting(10, torch.randn(2, 3, 40, 40, 80)),
+    "bank_push_: nine tiers": lambda calls: [*calls[0][:16], [1] * 9, [1, 1] * 9, *calls[0][18:]],
+    "bank_push_: few times": setting(11, torch.zeros(1, dtype=torch.float64)),
+    "bank_push_: a stream that is not there": setting(13, torch.tensor([5, 2**62]), call=4),
     "bank_gather: slots that are not there": setting(3, full([2, 7], 10**6)),
     "bank_gather: frames that are not there": setting(4, full([2, 5, 4], 10**6)),
     "bank_gather: frames of a deeper tier": setting(3, full([2, 7], 0)),

@@ -3,7 +3,7 @@
 from vmemory.ops.adjacent_merge import MergedBank, adjacent_merge
 from vmemory.ops.adjacent_similarity import adjacent_similarity
 from vmemory.ops.attention_column_sums import attention_column_sums
-from vmemory.ops.bank import BankPlan, BankTokens, bank_gather, bank_plan, bank_push_
+from vmemory.ops.bank import BankPlan, BankTokens, bank_decide, bank_gather, bank_plan, bank_push_
 from vmemory.ops.bipartite_match import MergePlan, bipartite_match, merge_source
 from vmemory.ops.gated_fusion import gated_fusion
 from vmemory.ops.grid_pool import PooledGrid, grid_pool
@@ -31,6 +31,7 @@ __all__ = [
     "adjacent_merge",
     "adjacent_similarity",
     "attention_column_sums",
+    "bank_decide",
     "bank_gather",
     "bank_plan",
     "bank_push_",
