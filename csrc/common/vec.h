@@ -225,7 +225,8 @@ inline A sum(vec<A> x) {
 
 template <class A>
 inline vec<A> broadcast(A x) {
-  return vec<A>{} + x;
+  // not zero plus x: that is another number for -0, and the compiler would add
+  return x - vec<A>{};
 }
 
 // one order of summation whatever the address: identical rows score bit-identically wherever they lie
