@@ -5,6 +5,7 @@
 # make test-cuda: CUDA operators built by nvcc, which a plain build leaves out where there is no CUDA device
 # make simt: CUDA C++ kernels on an emulated device, under the CPU's tests
 # make test-simt: the same with every access checked, in several orders of threads, and with faults put in
+# make sanitize: operators and memories under ASan and UBSan     TESTS="tests/test_ring.py -k push": a part of them
 # make test-matrix: models with the oldest and the newest transformers
 # make wheel: dist/*.whl for other machines, tagged by the glibc that it needs
 PYTHON ?= python3
@@ -21,7 +22,7 @@ LEVELS = $(shell $(PYTHON) vmemory/_cpu.py)
 # releases of transformers that `make test-matrix` runs, each in an environment of its own under build/matrix
 RELEASES ?= 5.18.0 newest
 
-.PHONY: demo test test-all test-levels test-dist test-cuda simt test-simt test-matrix style types unit docs bench wheel native clean
+.PHONY: demo test test-all test-levels test-dist test-cuda simt test-simt test-matrix sanitize style types unit docs bench wheel native clean
 .PRECIOUS: build/matrix/%.stamp
 
 demo: $(VENV)/stream.stamp
@@ -29,7 +30,7 @@ demo: $(VENV)/stream.stamp
 
 test: style types unit docs
 
-test-all: test test-levels test-dist test-cuda simt test-simt test-matrix
+test-all: test test-levels test-dist test-cuda simt test-simt test-matrix sanitize
 
 style: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -47,6 +48,21 @@ test-levels: $(VENV)/test.stamp
 	$(MAKE) native VMEMORY_CPU_ARCH="$(subst $() ,;,$(strip $(LEVELS)))"
 	for level in $(filter-out $(lastword $(LEVELS)),$(LEVELS)); do echo "== $$level"; \
 		VMEMORY_CPU_ARCH=$$level $(BIN)/python -m pytest -q -n 2 --dist loadfile -m level || exit 1; done
+
+# in a tree of its own, so that nobody else loads these libraries; the runtimes come first in a python that has none, and
+# what torch keeps until the end is no leak
+SANITIZED := build/sanitize
+RUNTIMES = $(foreach name,libasan.so libstdc++.so,$(shell g++ -print-file-name=$(name)))
+SANITIZER_OPTIONS = detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096
+TESTS ?= -m level
+
+sanitize: $(VENV)/test.stamp
+	mkdir -p $(SANITIZED)
+	git ls-files -z --cached --others --exclude-standard | tar --null --files-from=- -c | tar -x -C $(SANITIZED)
+	cd $(SANITIZED) && PATH=$(abspath $(BIN)):$$PATH VMEMORY_BUILD_TYPE=Sanitize VMEMORY_CUDA=0 CXX=g++ \
+		$(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(SANITIZED) && LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=$(SANITIZER_OPTIONS) UBSAN_OPTIONS=print_stacktrace=1 \
+		$(abspath $(BIN))/python -m pytest -q $(TESTS)
 
 test-dist: $(VENV)/test.stamp
 	$(BIN)/python -m pytest tests/test_distribution.py --distribution

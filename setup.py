@@ -273,7 +273,7 @@ def configure(plan: Plan, folder: Path, fresh: bool) -> str:
     (folder / "facts.inc").write_text(facts + "\n")
     torch, ninja = find_torch(), shutil.which("ninja")
     define = {
-        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_BUILD_TYPE": os.environ.get("VMEMORY_BUILD_TYPE", "Release"),
         "CMAKE_CXX_COMPILER": ";".join(shlex.split(plan.cxx)),
         "Python_EXECUTABLE": sys.executable,
         "VMEMORY_FACTS_DIR": folder,
