@@ -182,6 +182,58 @@ def test_preserved_keeps_others_out_until_it_ends() -> None:
     assert bank.read().tokens[:, 0].unique().tolist() == [1.0, 2.0]
 
 
+@pytest.mark.parametrize("policy", [*POLICIES, "dual"])
+def test_every_call_waits_for_the_one_before(policy: str, tmp_path) -> None:
+    bank = banks.DualMemory(DIM, GRID, (2, 3), heads=2) if policy == "dual" else make(policy)
+    bank.push(frame(0.0), 0.0)
+    kept = bank.snapshot()
+    calls: dict[str, Callable[[], object]] = {
+        "push": lambda: bank.push(frame(1.0)), "read": bank.read, "padded": lambda: bank.read(padded=True),
+        "retrieve": lambda: bank.retrieve(torch.ones(1, DIM), 1), "entries": bank.entries, "counts": bank.counts,
+        "save": lambda: bank.save(tmp_path / "a.vmem"), "snapshot": bank.snapshot,
+        "restore": lambda: bank.restore(kept), "reset": bank.reset, "fork": bank.fork,
+        "erase": lambda: bank.erase(5.0, 6.0), "to": lambda: bank.to("cpu"),
+    }  # fmt: skip
+    if policy == "dual":
+        calls["refresh"] = bank.refresh
+    done, failed = [], []
+
+    def run(name: str) -> None:
+        try:
+            calls[name]()
+        except ValueError as error:
+            # frames without a time cannot be erased by it
+            failed.append((name, str(error)))
+        done.append(name)
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in calls]
+    with bank.preserved():
+        for thread in threads:
+            thread.start()
+        time.sleep(0.1)
+        assert done == []
+    for thread in threads:
+        thread.join(30)
+    assert sorted(done) == sorted(calls)
+    assert [name for name, _ in failed if name != "erase"] == []
+
+
+def test_a_file_is_of_the_moment_of_its_save(tmp_path, monkeypatch) -> None:
+    bank, path = make("recent"), tmp_path / "a.vmem"
+    bank.push(frame(1.0), 1.0)
+    write = banks.BankFile.write
+
+    def slowly(self: banks.BankFile, to: os.PathLike) -> None:
+        # as another thread may while the disk is busy
+        bank.push(frame(2.0), 2.0)
+        write(self, to)
+
+    monkeypatch.setattr(banks.BankFile, "write", slowly)
+    bank.save(path)
+    assert banks.load(path)[0].read().tokens.unique().tolist() == [1.0]
+    assert bank.read().tokens.unique().tolist() == [1.0, 2.0]
+
+
 # forked processes
 
 
