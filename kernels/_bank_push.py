@@ -41,12 +41,12 @@ def _decide_kernel(
 
 
 @triton.jit(do_not_specialize=["state_streams"])
-def _step_kernel(step, out, streams, state_streams, g: tl.constexpr):
+def _step_kernel(step, decided, streams, state_streams, g: tl.constexpr):
     """Scratch of a step as the operator returns it: a head, then a slot and then a target for each tier."""
     i = tl.program_id(0).to(tl.int64)
     s = stream_of(streams, i, state_streams)
     at = step + i * (HEAD + g.tiers * TIER)
-    to = out + i * (3 + 2 * g.tiers)
+    to = decided + i * (3 + 2 * g.tiers)
     first = i * 0 - 1
     if s >= 0:
         first = tl.load(at + STEP_FIRST)

@@ -23,7 +23,7 @@ import vmemory.ops  # noqa: F401  defines the operators
 from vmemory.ops._registry import OPS
 
 NAMES = (
-    "bank_plan", "bank_push_", "gated_fusion", "gated_fusion_backward", "grid_pool", "grid_pool_backward",
+    "bank_decide", "bank_plan", "bank_push_", "gated_fusion", "gated_fusion_backward", "grid_pool", "grid_pool_backward",
     "grid_pool_stats", "ring_push_", "select_tokens", "similarity_topk", "slot_replace_", "token_merge",
     "token_merge_backward", "token_unmerge", "token_unmerge_backward",
 )  # fmt: skip
@@ -36,6 +36,8 @@ def refused(name: str, args: tuple[Any, ...]) -> bool:
     """Whether the CUDA kernel does not take what the CPU kernel takes: the package never asks it to."""
     if name.startswith("gated_fusion"):
         return args[0].dtype not in (torch.float32, torch.float64)
+    if name == "bank_push_":
+        return not args[0].is_floating_point()
     if name == "similarity_topk":
         query, memory = args[:2]
         return query.dtype == torch.float64 or memory.dtype == torch.uint8 or query.shape[-1] > 4096

@@ -125,13 +125,13 @@ def test_triton_interpreted_victims(interpreter, name):
             assert torch.equal(getattr(state, column), getattr(low, column)), column
 
 
-TYPES = dict.fromkeys(("entry", "order", "counter", "step", "lists", "streams", "assign", "victim"), "*i64")
+TYPES = dict.fromkeys(("entry", "order", "counter", "step", "lists", "streams", "assign", "victim", "decided"), "*i64")
 TYPES |= dict.fromkeys(("mass", "descriptor", "norm", "link", "table", "shifted", "seen"), "*fp32")
 TYPES |= dict.fromkeys(("slots", "frames", "out", "small", "grad"), "*bf16")
 TYPES |= {"clock": "*fp64", "time": "*fp64", "valid": "*i1", "t": "i32", "T": "i32", "state_streams": "i32"}
 KERNELS = {
     "_decide_kernel": {},
-    "_step_kernel": {"out": "*i64"},
+    "_step_kernel": {},
     "_demote_kernel": {"tier": 0, "block_d": 512},
     "_merge_kernel": {"block_d": 512},
     "_enter_kernel": {"block_d": 512},

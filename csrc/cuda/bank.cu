@@ -74,6 +74,7 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
   const Geometry g =
       contract::bank_push_(slots, mass, descriptor, norm, link, entry, clock, order, counter, scale, frames_, time_,
                            valid_, streams_, victim_, table_, {capacities, grids, intervals, entries, rule});
+  VMEMORY_CHECK(slots.scalar_type() == frames_.scalar_type(), "slots: expected the dtype of frames, got few bits");
   const Device device(frames_);
   const Tensor frames = dense(frames_), table = dense(table_);
   const Tensor time = time_ ? dense(*time_) : frames, valid = valid_ ? dense(*valid_) : frames;
