@@ -127,9 +127,8 @@ def test_a_full_outbox_drops_and_counts_or_waits_on_request() -> None:
         bank.archive = banks.Archive("1MiB", keep="frames", outbox=3, block=block)
         box = bank.archive.box
         for number in range(14):
-            frame = torch.full((1, *GRID, DIM), float(number))
-            where = torch.tensor([0])
-            box.add_frames(frame, torch.tensor([0.5], dtype=torch.float64), None, where, where + number)
+            frame = torch.full((1, 1, *GRID, DIM), float(number))
+            box.add_frames(bank.state, frame, torch.tensor([[0.5]], dtype=torch.float64), None, None)
             if block:
                 bank.archive.pushed(1)
         bank.archive.drain()

@@ -158,7 +158,7 @@ def test_erase(policy: str, dtype: str) -> None:
 
 def test_refuses() -> None:
     bank = make("merging", dtype="int8")
-    with pytest.raises(ValueError, match="valid: expected None, a bank in 8 or 4 bits"):
+    with pytest.raises(ValueError, match="valid: expected None, a memory in 8 or 4 bits"):
         bank.push(clip(1), valid=torch.ones(1, *GRID, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"frames: .*int32"):
         bank.push(clip(1).int())
