@@ -21,8 +21,8 @@ from vmemory.testing import TritonInterpreter
 # files whose tests run the compiled operators: once at each level of the instruction set
 LEVEL_FILES = (
     "adjacent", "attention", "bank", "big_offsets", "bipartite", "compress", "determinism", "dual", "gated", "golden",
-    "grid", "info", "kv_memory", "memory_attention", "native", "quantize", "raw", "retrieval", "ring", "select", "similarity",
-    "token",
+    "grid", "info", "kv_memory", "memory_attention", "native", "quantize", "raw", "retrieval", "ring", "select",
+    "similarity", "token",
 )  # fmt: skip
 # what their tests of other backends use, which no level changes
 OTHER_BACKENDS = {"interpreter", "triton_compiler", "resources"}

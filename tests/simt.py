@@ -23,9 +23,9 @@ import vmemory.ops  # noqa: F401  defines the operators
 from vmemory.ops._registry import OPS
 
 NAMES = (
-    "bank_decide", "bank_plan", "bank_push_", "gated_fusion", "gated_fusion_backward", "grid_pool", "grid_pool_backward",
-    "grid_pool_stats", "ring_push_", "select_tokens", "similarity_topk", "slot_replace_", "token_merge",
-    "token_merge_backward", "token_unmerge", "token_unmerge_backward",
+    "bank_decide", "bank_plan", "bank_push_", "gated_fusion", "gated_fusion_backward", "grid_pool",
+    "grid_pool_backward", "grid_pool_stats", "ring_push_", "select_tokens", "similarity_topk", "slot_replace_",
+    "token_merge", "token_merge_backward", "token_unmerge", "token_unmerge_backward",
 )  # fmt: skip
 
 # about the CPU's threads, about graphs that torch compiles, about Triton, and about the bits of torch's own products
