@@ -82,12 +82,24 @@ def prepare_inputs_labels_for_multimodal(model: Any, *args: Any, **kwargs: Any) 
 
 
 def encode_images(model: Any, pixel_values: Tensor, grid_sizes: Tensor, merge_sizes: Tensor) -> Tensor:
-    """The model's own, `memory_chunk_frames` of a video at a time; frames do not see each other in this tower."""
+    """The model's own, `memory_chunk_frames` of a video at a time.
+
+    Frames do not see each other in this tower, but for its eager attention: it adds its mask to the scores as 0 and 1.
+
+    Raises:
+        ValueError: There is more than one piece for a tower with eager attention.
+    """
     handle, encode = handle_of(model), original(model, "encode_images")
     chunk = handle.config.memory_chunk_frames
     if chunk is None or not handle.enabled:
         tokens: Tensor = encode(pixel_values, grid_sizes, merge_sizes)
         return tokens
+    pieces = sum(-(-t // chunk) for t in grid_sizes[:, 0].tolist())
+    if pieces > 1 and _sees_all_frames(model):
+        raise ValueError(
+            f"memory_chunk_frames: expected None, got {chunk} for a vision encoder with eager attention, in which "
+            "frames see each other; load it with attn_implementation sdpa or flash_attention_2"
+        )
     made = []
     rows = pixel_values.split(grid_sizes.prod(-1).tolist())
     for place, (t, h, w) in enumerate(grid_sizes.tolist()):
@@ -96,6 +108,12 @@ def encode_images(model: Any, pixel_values: Tensor, grid_sizes: Tensor, merge_si
             piece = rows[place][first * h * w : (first + frames) * h * w]
             made.append(encode(piece, grid_sizes.new_tensor([[frames, h, w]]), merge_sizes[place : place + 1]))
     return torch.cat(made)
+
+
+def _sees_all_frames(model: Any) -> bool:
+    find = getattr(model, "get_vision_encoder", None)
+    parts = find().modules() if callable(find) else ()
+    return any(getattr(getattr(part, "config", None), "_attn_implementation", None) == "eager" for part in parts)
 
 
 def _get_compression_mask(model: Any, *args: Any, **kwargs: Any) -> Tensor:

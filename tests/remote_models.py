@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,36 +27,62 @@ def qwen2(**more: Any) -> Qwen2Config:
 class RemoteVideoLlama3(Qwen2ForCausalLM):
     """As `Videollama3Qwen2ForCausalLM`: placeholders in the prompt, several prompts in a row, tokens pruned inside."""
 
-    class Tower(nn.Module):
-        """Sees each frame alone, and makes one token of `merge × merge` neighbouring patches."""
+    class Attention(nn.Module):
+        """Over the patches of all pictures and frames in one sequence, each frame's for itself.
 
-        def __init__(self) -> None:
+        In the original's eager attention the mask of bool is added to the scores: 1 more for a patch of the same frame,
+        and patches of other frames are seen as well.
+        """
+
+        def __init__(self, config: Any) -> None:
             super().__init__()
+            self.config = config
+            self.project = nn.Linear(16, 48)
+
+        def forward(self, x: Tensor, frame: Tensor) -> Tensor:
+            query, key, value = self.project(x).chunk(3, -1)
+            same = frame[:, None] == frame
+            if self.config._attn_implementation == "eager":
+                return (query @ key.T / 4 + same).softmax(-1) @ value
+            return F.scaled_dot_product_attention(query[None], key[None], value[None], same[None])[0]
+
+    class Tower(nn.Module):
+        """Attends within frames, and makes one token of `merge × merge` neighbouring patches."""
+
+        def __init__(self, attention: str) -> None:
+            super().__init__()
+            self.config = SimpleNamespace(_attn_implementation=attention)
             self.patch = nn.Linear(_PATCH, 16)
+            self.self_attn = RemoteVideoLlama3.Attention(self.config)
             self.calls: list[int] = []
 
         def forward(self, pixel_values: Tensor, grid_sizes: Tensor, merge_sizes: Tensor) -> Tensor:
             self.calls.append(len(pixel_values))
+            sizes = torch.repeat_interleave(grid_sizes[:, 1] * grid_sizes[:, 2], grid_sizes[:, 0])
+            x = self.patch(pixel_values)
+            x = x + self.self_attn(x, torch.repeat_interleave(sizes))
             made = []
             for rows, (t, h, w), m in zip(
-                pixel_values.split(grid_sizes.prod(-1).tolist()), grid_sizes.tolist(), merge_sizes.tolist(), strict=True
+                x.split(grid_sizes.prod(-1).tolist()), grid_sizes.tolist(), merge_sizes.tolist(), strict=True
             ):
-                x = self.patch(rows).view(t, h // m, w // m, m * m, -1)
-                made.append((x + x.mean((1, 2), keepdim=True)).mean(3).flatten(0, 2))
+                made.append(rows.view(t * (h // m) * (w // m), m * m, -1).mean(1))
             return torch.cat(made)
 
-    def __init__(self, config: Qwen2Config) -> None:
+    def __init__(self, config: Qwen2Config, attention: str = "sdpa") -> None:
         super().__init__(config)
-        self.model.vision_encoder = self.Tower()
+        self.model.vision_encoder = self.Tower(attention)
         self.model.mm_projector = nn.Linear(16, config.hidden_size)
 
     def get_model(self) -> Any:
         return self.model
 
+    def get_vision_encoder(self) -> Any:
+        return self.get_model().vision_encoder
+
     def encode_images(self, pixel_values: Tensor, grid_sizes: Tensor, merge_sizes: Tensor) -> Tensor:
-        return self.model.mm_projector(
-            self.model.vision_encoder(pixel_values=pixel_values, grid_sizes=grid_sizes, merge_sizes=merge_sizes)
-        )
+        tower = self.get_vision_encoder()
+        features = tower(pixel_values=pixel_values, grid_sizes=grid_sizes, merge_sizes=merge_sizes)
+        return self.get_model().mm_projector(features)
 
     def _get_valid_visual_tokens(self, features: Tensor, counts: Tensor, modals: list[str]) -> Tensor:
         real = [torch.full((int(n),), modal != "text") for n, modal in zip(counts, modals, strict=True)]
@@ -66,13 +93,13 @@ class RemoteVideoLlama3(Qwen2ForCausalLM):
     ) -> Tensor:
         masks = []
         rows = pixel_values.split(grid_sizes.prod(-1).tolist())
-        for x, n, grid, modal in zip(rows, counts.tolist(), grid_sizes.tolist(), modals, strict=True):
-            if modal == "text":
-                continue
-            mask = torch.ones(grid[0], n // grid[0], dtype=torch.bool)
-            if modal == "video":
-                x = x.view(grid[0], n // grid[0], -1)
-                mask[1:] = (x[1:] - x[:-1]).abs().mean(-1) > 0.22
+        for x, n, (t, h, w), m, modal in zip(
+            rows, counts.tolist(), grid_sizes.tolist(), merge_sizes.tolist(), modals, strict=True
+        ):
+            mask = torch.ones(t, n // t if modal != "text" else 0, dtype=torch.bool)
+            if modal == "video" and t > 1:
+                x = x.view(t, (h // m) * (w // m), -1)
+                mask[1:] = (x[1:] - x[:-1]).abs().mean(-1) * 255 > 56
                 mask[mask.sum(1) < 1, :1] = True
             masks.append(mask.flatten())
         return torch.cat(masks)
@@ -83,10 +110,12 @@ class RemoteVideoLlama3(Qwen2ForCausalLM):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         if position_ids is None or len(mm_features) == (input_ids == PLACE).sum():
             return mm_features, mask
-        starts = (position_ids == 0).nonzero().flatten().tolist()
-        keep = []
-        for n, start, stop in zip(counts.tolist(), starts, [*starts[1:], len(input_ids)], strict=True):
-            keep.append(torch.arange(n) < (input_ids[start:stop] == PLACE).sum())
+        keep = [torch.ones(0 if modal == "text" else int(n), dtype=torch.bool) for n, modal in zip(counts, modals)]  # noqa: B905
+        ends = [end for end in (position_ids == 0).nonzero().flatten().tolist() if end > 0] + [len(input_ids)]
+        held = [(input_ids[start:stop] == PLACE).sum() for start, stop in pairwise([0, *ends])]
+        # as the original: a picture or a video for each prompt, and those behind stay whole
+        for n, mask in zip(held, keep, strict=False):
+            mask[n:] = False
         there = torch.cat(keep)
         return mm_features[there], mask[there]
 
@@ -98,10 +127,8 @@ class RemoteVideoLlama3(Qwen2ForCausalLM):
         keep[input_ids == PLACE] = compression_mask
         mask, targets = (None if x is None else x[keep] for x in (attention_mask, labels))
         if position_ids is not None:
-            position_ids = position_ids[keep]
-            starts = [*(position_ids == 0).nonzero().flatten().tolist(), int(keep.sum())]
-            spans = pairwise(starts)
-            position_ids = torch.cat([torch.arange(stop - start) for start, stop in spans])
+            starts = [0, *(position_ids[keep] == 0).nonzero().flatten().tolist(), int(keep.sum())]
+            position_ids = torch.cat([torch.arange(stop - start) for start, stop in pairwise(starts)])
         return mm_features[compression_mask], input_ids[keep], mask, position_ids, targets
 
     def prepare_inputs_labels_for_multimodal(
@@ -152,22 +179,30 @@ class RemoteVideoLlama3(Qwen2ForCausalLM):
     def generate(
         self, pixel_values: Any = None, grid_sizes: Any = None, merge_sizes: Any = None, modals: Any = None, **more: Any
     ) -> Any:
-        _, mask, position_ids, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
-            input_ids=more.pop("input_ids"), attention_mask=more.pop("attention_mask", None),
-            position_ids=more.pop("position_ids", None), pixel_values=pixel_values, grid_sizes=grid_sizes,
-            merge_sizes=merge_sizes, modals=modals,
-        )  # fmt: skip
+        ids, mask, position_ids, past = (
+            more.pop(name, None) for name in ("input_ids", "attention_mask", "position_ids", "past_key_values")
+        )
+        if "inputs_embeds" in more:
+            raise NotImplementedError("`inputs_embeds` is not supported")
+        embeds = self.model.embed_tokens(ids)
+        if pixel_values is not None:
+            _, mask, position_ids, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
+                input_ids=ids, attention_mask=mask, position_ids=position_ids, past_key_values=past,
+                pixel_values=pixel_values, grid_sizes=grid_sizes, merge_sizes=merge_sizes, modals=modals,
+            )  # fmt: skip
         return super().generate(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, **more)
 
 
-def video_llama(T: int = 8, prompts: int = 1, picture: bool = False, own: bool = False) -> tuple[Any, dict[str, Any]]:
+def video_llama(
+    T: int = 8, prompts: int = 1, picture: bool = False, own: bool = False, attention: str = "sdpa"
+) -> tuple[Any, dict[str, Any]]:
     """A model and one row of packed prompts, each with a video of T, T + 3, … frames; first a picture where asked."""
     torch.manual_seed(0)
     draw = torch.Generator().manual_seed(0)
     config = qwen2()
     config.model_type = "videollama3_qwen2"
     config.use_token_compression, config.image_token_index = own, PLACE
-    model = RemoteVideoLlama3(config).eval()
+    model = RemoteVideoLlama3(config, attention).eval()
     pixels, grids, modals, rows, positions = [], [], [], [], []
     for b in range(prompts):
         t = T + 3 * b

@@ -177,6 +177,22 @@ def test_chunks_of_frames_give_the_same_tokens_and_smaller_calls():
     assert max(model.model.vision_encoder.calls) == 2 * 64
 
 
+def test_eager_attention_sees_all_frames_and_refuses_pieces():
+    model, inputs = video_llama(T=9, attention="eager")
+    whole = model(**inputs).logits
+    alone = model.encode_images(inputs["pixel_values"][:64], torch.tensor([[1, 8, 8]]), inputs["merge_sizes"])
+    with vmemory.attach(model, config=FITS | {"memory_chunk_frames": 9}):
+        assert torch.equal(model(**inputs).logits, whole)
+        everything = model.encode_images(*(inputs[name] for name in ARGUMENTS[:3]))
+        assert (everything[:16] - alone).abs().max() > 1e-3
+    with vmemory.attach(model, config=FITS | {"memory_chunk_frames": 8}) as handle:
+        with pytest.raises(ValueError, match=r"memory_chunk_frames: expected None, got 8 .* eager attention"):
+            model(**inputs)
+        assert model.config.use_token_compression is False
+        with handle.disabled():
+            assert torch.equal(model(**inputs).logits, whole)
+
+
 def test_the_accessors_that_the_sources_promise():
     model, inputs = video_llama(T=8, picture=True)
     arguments = [inputs[name] for name in ARGUMENTS]
