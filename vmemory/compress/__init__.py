@@ -1,4 +1,4 @@
-"""Reducers in front of a memory: tokens and frames that need not be kept."""
+"""Modules that remove tokens or frames before they reach a memory."""
 
 from vmemory.compress.adaptive import AdaptiveFrameResampler
 from vmemory.compress.arguments import add_tempme_arguments, tempme_from_arguments

@@ -1,4 +1,4 @@
-"""Condenses a clip to as many frames as its content asks for."""
+"""Condense a clip to a number of frames that depends on its content."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from vmemory.ops._checks import check_int
 
 
 class AdaptiveFrameResampler(QueryResampler):
-    """Cuts a clip where something new begins and condenses each piece to one frame.
+    """Cut a clip where new content begins, and condense each piece to one frame.
 
-    A learned score says how likely a frame is to begin something new. The sum of these likelihoods, within bounds, is
-    how many frames come out; the frames with the largest scores begin the pieces; within a piece the score counts
-    towards a frame's share, and so is trained. Add the sum of `scores.sigmoid()` to a loss to ask for fewer frames.
+    A learned score gives the likelihood that new content begins at a frame. The sum of these likelihoods, within the
+    bounds, is the number of output frames. The frames with the largest scores begin the pieces. Within a piece the
+    score is part of a frame's share, which trains the score. To get fewer frames, add the sum of `scores.sigmoid()` to
+    the loss.
 
     Args:
         max_input_frames: Most frames a clip may have.
-        min_output_frames: Fewest frames that come out of a clip that has as many.
-        max_output_frames: Most frames that come out, and the length K of every output; equal to `min_output_frames`
-            for models of a fixed length (STOP: 12).
+        min_output_frames: Fewest output frames, for clips with at least as many frames.
+        max_output_frames: Most output frames, and the length K of every output. For models of a fixed length (STOP: 12)
+            it equals `min_output_frames`.
         hidden_dim, num_layers, num_heads, dropout: Of the transformer; `hidden_dim` is a multiple of `num_heads`.
         channels: Channels C of a frame.
-        hard: Show each piece's frame with the largest share, unchanged, instead of the weighted mean of the piece.
+        hard: Return the frame with the largest share of each piece, unchanged, instead of the piece's weighted mean.
 
     Raises:
         TypeError, ValueError: An argument does not fit; the message names it.
@@ -57,7 +58,7 @@ class AdaptiveFrameResampler(QueryResampler):
         scores, held = scores.detach(), exists.sum(1)
         expected = torch.where(exists, scores.sigmoid(), 0).sum(1).round().nan_to_num(0).long()
         count = expected.clamp(self.min_output_frames, self.queries.shape[0]).minimum(held)
-        # the first frame begins a piece whatever its score, a frame that does not exist never does
+        # the first frame always begins a piece; a frame that does not exist never does
         first = exists & (exists.cumsum(1) == 1)
         begin = scores.nan_to_num(nan=torch.finfo(scores.dtype).max).masked_fill(first, torch.inf)
         begin = begin.masked_fill(~exists, -torch.inf)

@@ -1,4 +1,4 @@
-"""The `tempme_*` options for the command line of a training script, and the compressor they describe."""
+"""Add `tempme_*` options to the command line of a training script, and build the compressor they describe."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vmemory.compress.resampler import FrameResampler
 from vmemory.compress.selector import FrameSelector
 from vmemory.compress.tempme import TempMe
 
-# the parameters of each type by the option that sets them, without `tempme_`
+# for each type: option name without `tempme_` -> constructor argument
 _SAME = {name: name for name in ("hidden_dim", "num_layers", "input_frames", "output_frames")}
 _TYPES: dict[str, tuple[Callable[..., nn.Module], dict[str, str]]] = {
     "simple": (
@@ -66,14 +66,14 @@ def _truth(text: str) -> bool:
 
 
 def add_tempme_arguments(parser: argparse.ArgumentParser) -> None:
-    """Give a parser the options `--use_tempme`, `--tempme_type` and, for each parameter of a type, one of its own.
+    """Add `--use_tempme`, `--tempme_type` and one option per parameter of each type to an argument parser.
 
     Args:
-        parser: Of a training script such as CLIP4Clip's or STOP's. `--use_tempme` alone means True; an option that is
-            not given is None, and its parameter then keeps the default of the class that `tempme_from_arguments` names.
+        parser: Parser of a training script such as CLIP4Clip's or STOP's. `--use_tempme` alone means True. An option
+            that is not given is None, and its parameter then keeps the default of the compressor class.
 
-    Source: the TempMe and STOP integration, whose `--use_tempme False` was true; TempMe's own script for the options of
-    `merge`.
+    Source: the TempMe and STOP integration (there `--use_tempme False` was true); TempMe's own script for the options
+    of `merge`.
     """
     group = parser.add_argument_group("TempMe", "compression of videos before or inside the vision tower")
     group.add_argument("--use_tempme", type=_truth, nargs="?", const=True, default=False, metavar="BOOL")
@@ -83,20 +83,20 @@ def add_tempme_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def tempme_from_arguments(arguments: Any, model: nn.Module | None = None) -> nn.Module | None:
-    """The compressor that parsed options describe.
+    """Build the compressor that parsed options describe.
 
     Args:
-        arguments: Attributes as `add_tempme_arguments` makes them, of an `argparse.Namespace` or any other object; one
-            that is missing counts as None.
-        model: A CLIP model as `TempMe` takes it, needed by type `merge` only.
+        arguments: An `argparse.Namespace`, or any object with attributes named like the options of
+            `add_tempme_arguments`. A missing attribute counts as None.
+        model: A CLIP model that `TempMe` supports; needed by type `merge` only.
 
     Returns:
         None without `use_tempme`; else by `tempme_type`: "simple" (the default) a `FrameSelector`, "basic" a
         `FrameResampler`, "adaptive" an `AdaptiveFrameResampler`, "merge" a `TempMe` around the tower of `model`.
 
     Raises:
-        TypeError, ValueError: A value that its class refuses, named by the parameter; an unknown type; an option that
-            the type does not have; no model to merge in.
+        TypeError, ValueError: The class refuses a value, the type is unknown or does not have the option, or `merge`
+            has no model.
     """
     if not getattr(arguments, "use_tempme", False):
         return None

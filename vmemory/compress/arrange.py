@@ -1,4 +1,4 @@
-"""Which frame gets which token grid, by its number."""
+"""Pool each frame to a token grid that depends on the frame's number."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vmemory.ops.grid_pool_ragged import grid_pool_ragged
 
 
 def _levels(num_frames: int, intervals: Sequence[int], start: int = 0) -> list[tuple[int, int]]:
-    """(place in the clip, place in `intervals`) of each frame that an interval takes."""
+    """Return (position in the clip, position in `intervals`) of each frame that an interval selects."""
     taken = (
         (t, next((i for i, step in enumerate(intervals) if (start + t) % step == 0), -1)) for t in range(num_frames)
     )
@@ -35,7 +35,7 @@ def _check(intervals: Sequence[int], ratios: Sequence[int] | None) -> list[int]:
 def tokens_arrange(
     num_frames: int, intervals: Sequence[int] = (8, 4, 1), ratios: Sequence[int] | None = None
 ) -> list[int]:
-    """By how much the token grid of each frame is reduced along either side.
+    """Return the factor by which each frame's token grid is reduced along both sides.
 
     Args:
         num_frames: Frames of the clip, numbered from 0.
@@ -56,7 +56,7 @@ def tokens_arrange(
 
 
 class TokenArrangement(nn.Module):
-    """Area-pools each frame of a clip to the grid that `tokens_arrange` gives it: what VideoChat-Online trains on.
+    """Area-pool each frame of a clip by the factor of `tokens_arrange`, as in the training of VideoChat-Online.
 
     Args:
         intervals, ratios: As in `tokens_arrange`.
@@ -76,7 +76,7 @@ class TokenArrangement(nn.Module):
         return f"intervals={self.intervals}, ratios={self.ratios}"
 
     def count(self, frames: int, grid: tuple[int, int], start: int = 0) -> int:
-        """Tokens that a clip of `frames` frames of `grid` (H, W), numbered from `start`, keeps."""
+        """Return the number of tokens kept of `frames` frames with `grid` (H, W), numbered from `start`."""
         return sum(h * w for h, w in (self._size(level, grid) for _, level in _levels(frames, self.intervals, start)))
 
     def _size(self, level: int, grid: tuple[int, int]) -> tuple[int, int]:
@@ -87,7 +87,7 @@ class TokenArrangement(nn.Module):
         return H // ratio, W // ratio
 
     def forward(self, tokens: Tensor, time: Tensor | None = None, *, start: int = 0) -> ReducedTokens:
-        """The pooled tokens in stream order; gradients reach every token of a frame that is not skipped.
+        """Return the pooled tokens in stream order, differentiable.
 
         Args:
             tokens: `[S, T, H, W, D]`, or `[T, H, W, D]` for one clip; float64, float32, float16 or bfloat16.
@@ -95,8 +95,8 @@ class TokenArrangement(nn.Module):
             start: Number of the first frame.
 
         Returns:
-            `count(T, (H, W), start)` tokens a stream. A pooled token i of h along a side owns input cell
-            floor((i + ½)·H/h). The number is known beforehand: nothing is padded.
+            `count(T, (H, W), start)` tokens per stream, without padding. A pooled token i of h along a side owns input
+            cell floor((i + ½)·H/h).
 
         Raises:
             TypeError, ValueError: An argument does not fit, or a ratio exceeds the grid.
@@ -129,7 +129,7 @@ class TokenArrangement(nn.Module):
 
 
 def _frame_rows(frame: int, level: int, size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """`[h·w, 4]` int64: frame, owned cell and level of each token of a frame, and how many tokens the frame has."""
+    """Return `[h·w, 4]` int64 for a frame: frame, owned cell and level of each token, and the frame's token count."""
     rows, columns = ((2 * torch.arange(m) + 1) * n // (2 * m) for n, m in zip(grid, size, strict=True))
     cell = (rows[:, None] * grid[1] + columns).flatten()
     frames, levels, numbers = (torch.full_like(cell, n) for n in (frame, level, cell.numel()))

@@ -1,4 +1,4 @@
-"""How much the pixels under each token changed since the frame before."""
+"""Measure the change of the pixels under each token from one frame to the next."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from vmemory.ops._checks import check_floating, check_pair, check_tensor, shape_
 
 
 def pixel_difference(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean absolute difference of the pixels under each token between a frame and the one before it.
+    """Return the mean absolute difference of the pixels under each token between consecutive frames.
 
     Args:
         pixels: `[S, T, C, h, w]`, float64, float32, float16 or bfloat16 as the model's processor normalises them
-            (mean and standard deviation 0.5), or uint8, which is taken to be normalised alike.
+            (mean and standard deviation 0.5), or uint8, which the function normalises in the same way.
         grid: Token grid (H, W); h and w are multiples of it.
 
     Returns:

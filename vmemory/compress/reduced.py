@@ -1,4 +1,4 @@
-"""What a token reducer gives back: the tokens that stay, with the same provenance that a memory gives."""
+"""The result type of token reducers: kept tokens with the same provenance fields as `MemoryTokens`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from vmemory.ops.select_tokens import compact
 
 
 class ReducedTokens(NamedTuple):
-    """Tokens of a clip in stream order, field by field what `vmemory.banks.MemoryTokens` holds.
+    """Kept tokens of a clip in stream order, with the same fields as `vmemory.banks.MemoryTokens`.
 
     One clip gives N tokens; clips of several streams give `[S, Nmax, ...]`, padded, and fill `count [S]`.
 
     Attributes:
         tokens: `[N, D]`, the clip's dtype, differentiable; padding is 0.
         frame: `[N]` int64 place of the frame in the clip; −1 = padding, as in `cell`, `level` and `source`.
-        time: `[N]` float64 seconds, NaN where the clip came without.
+        time: `[N]` float64 seconds, NaN for a clip without times.
         cell: `[N]` int64 cell h·W + w of the input grid that the token owns.
         level: `[N]` int64 0, or the place of the frame's ratio in a `TokenArrangement`.
-        weight: `[N]` float32 input cells the token is the mean of.
+        weight: `[N]` float32 number of input cells whose mean the token is.
         source: `[N]` int64 position in the flattened T·H·W clip: sorted, unique.
-        start, stop: `[N]` float64 as `time`: a reducer merges no frames.
+        start, stop: `[N]` float64, equal to `time`, because a reducer merges no frames.
         count: `[S]` int64 tokens per stream, else None.
     """
 
@@ -40,19 +40,19 @@ class ReducedTokens(NamedTuple):
     count: Tensor | None = None  # type: ignore[assignment]  # shadows tuple.count on purpose
 
     def stream(self, stream: int) -> ReducedTokens:
-        """One stream without its padding; reads its count, so it synchronises the host once."""
+        """Return one stream without its padding. Synchronises the host once, to read the count."""
         if not isinstance(self.count, Tensor):
             raise ValueError("stream: expected the padded tokens of several streams, these belong to one clip")
         n = int(self.count[stream])
         return ReducedTokens(*(field[stream, :n] for field in self[:-1]))
 
     def only(self) -> ReducedTokens:
-        """The tokens of the single stream, all of them, when none is padding."""
+        """Return the tokens of a single stream that has no padding."""
         return ReducedTokens(*(field[0] for field in self[:-1]))
 
 
 def as_streams(tokens: Tensor) -> Tensor:
-    """`[T, H, W, D]` or `[S, T, H, W, D]` to the latter.
+    """Return `[T, H, W, D]` or `[S, T, H, W, D]` tokens as `[S, T, H, W, D]`.
 
     Raises:
         TypeError, ValueError: `tokens` is neither.
@@ -68,7 +68,7 @@ def as_streams(tokens: Tensor) -> Tensor:
 
 
 def seconds(time: Tensor | None, tokens: Tensor) -> Tensor:
-    """Times `[S, T]` float64 on the device of `tokens [S, T, H, W, D]`, NaN for None.
+    """Return times `[S, T]` float64 on the device of `tokens [S, T, H, W, D]`; NaN for None.
 
     Raises:
         TypeError, ValueError: `time` is no float64 tensor `[T]` or `[S, T]`.
@@ -86,7 +86,7 @@ def seconds(time: Tensor | None, tokens: Tensor) -> Tensor:
 
 
 def existing(valid: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """`valid [S, T, H, W]` or `[T, H, W]` bool as `[S, T, H·W]`.
+    """Return `valid [S, T, H, W]` or `[T, H, W]` bool as `[S, T, H·W]`.
 
     Raises:
         TypeError, ValueError: `valid` does not fit `tokens [S, T, H, W, D]`.
@@ -103,7 +103,7 @@ def existing(valid: Tensor | None, tokens: Tensor) -> Tensor | None:
 
 
 def kept(tokens: Tensor, source: Tensor, count: Tensor, time: Tensor) -> ReducedTokens:
-    """Tokens `[S, T, H, W, D]` at `source [S, K]` (ascending, then −1) with their provenance. No synchronisation."""
+    """Gather `tokens [S, T, H, W, D]` at `source [S, K]` (ascending, then −1), with provenance, on the device."""
     cells = tokens.shape[2] * tokens.shape[3]
     there = source >= 0
     frame = torch.where(there, source // cells, -1)

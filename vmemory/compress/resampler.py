@@ -1,4 +1,4 @@
-"""Learned queries that condense a clip to a fixed number of frames."""
+"""Condense a clip to a fixed number of frames with learned queries."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from vmemory.ops._checks import check_int
 
 
 class QueryResampler(nn.Module):
-    """A transformer over the frames, and queries that each attend to one span of the clip.
+    """A transformer over the frames with queries that each attend to one span of the clip.
 
-    Subclasses say where the spans lie. Spans are disjoint and in time order, so the frames that come out are too.
+    Subclasses define the spans. Spans are disjoint and in time order, and so are the output frames.
 
     Args:
         frames: Most frames a clip may have.
-        queries: Frames that come out.
+        queries: Number of output frames.
         hidden_dim, num_layers, num_heads, dropout: Of the transformer; `hidden_dim` is a multiple of `num_heads`.
         channels: Channels C of a frame.
-        hard: Show the frame with the largest share instead of the weighted mean; its gradient goes straight through.
+        hard: Return the frame with the largest share instead of the weighted mean, with a straight-through gradient.
     """
 
     def __init__(
@@ -53,20 +53,20 @@ class QueryResampler(nn.Module):
         nn.init.normal_(self.queries, std=0.02)
 
     def count(self, frames: int) -> int:
-        """K, the length of the output whatever a clip's; `mask` tells how many of them are frames."""
+        """Return the output length K, the same for every clip; `mask` marks the frames among them."""
         check_int("frames", frames, low=1, high=self.frames)
         return self.queries.shape[0]
 
     def spans(self, scores: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-        """The span of each frame `[B, T]` int64 and the number of spans `[B]` int64, none of them empty."""
+        """Return the span of each frame `[B, T]` int64 and the number of spans `[B]` int64; no span is empty."""
         raise NotImplementedError
 
     def forward(self, frames: Tensor, mask: Tensor | None = None) -> CompressedFrames:
-        """One frame a query. No host synchronisation; deterministic in evaluation.
+        """Return one frame per query. No host synchronisation; deterministic in evaluation.
 
         Args:
             frames: `[B, T, C, H, W]`, float64, float32, float16 or bfloat16, of any size.
-            mask: `[B, T]` bool, frames that exist; the content of others is not read.
+            mask: `[B, T]` bool, True where a frame exists. The content of other frames is not read.
 
         Raises:
             TypeError, ValueError: An argument does not fit; the message names it.
@@ -91,24 +91,23 @@ class QueryResampler(nn.Module):
 
     def _context(self, features: Tensor, exists: Tensor) -> Tensor:
         hidden = features + self.position[: features.shape[1]]
-        # a clip without frames attends to its zeros: attention over nothing is NaN
+        # attention over nothing is NaN, so a clip without frames attends to its zeros
         unread = ~exists & exists.any(1, keepdim=True)
-        # and torch's attention refuses a batch of no clips
+        # torch's attention refuses an empty batch
         for layer in self.layers if features.shape[0] else ():
             hidden = layer(hidden, src_key_padding_mask=unread)
         return self.norm(hidden)
 
 
 class FrameResampler(QueryResampler):
-    """Condenses a clip to `output_frames` frames: query k attends to the k-th of equal spans of the clip.
+    """Condense a clip to `output_frames` frames; query k attends to the k-th of equal spans of the clip.
 
     Args:
         input_frames: Most frames a clip may have.
-        output_frames: Frames that come out, whatever the clip's length; a clip of fewer frames comes back whole and
-            padded.
+        output_frames: Number of output frames. A clip of fewer frames is returned whole, with padding.
         hidden_dim, num_layers, num_heads, dropout: Of the transformer; `hidden_dim` is a multiple of `num_heads`.
         channels: Channels C of a frame.
-        hard: Show each span's frame with the largest share, unchanged, instead of the weighted mean of the span.
+        hard: Return the frame with the largest share of each span, unchanged, instead of the span's weighted mean.
 
     Raises:
         TypeError, ValueError: An argument does not fit; the message names it.

@@ -1,4 +1,4 @@
-"""Chooses the frames that matter, trainable through the choice."""
+"""Select frames by a learned score, with a gradient through the selection."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from vmemory.ops.select_tokens import select_tokens
 
 
 class FrameSelector(nn.Module):
-    """Keeps the frames with the largest learned scores, unchanged and in time order.
+    """Keep the frames with the largest learned scores, unchanged and in time order.
 
-    A frame's score looks at the frame and at what is new in it since the frame before. Forward the choice is a hard
-    top-k; backward each kept place answers to a softmax over its frame and those that were left out, so a frame
-    that would have lowered the loss gains score (straight-through). Where nothing is left out the scorer has no choice
-    to learn from and its gradient is 0.
+    The score of a frame depends on the frame and on its difference from the previous frame. The forward pass is a hard
+    top-k. The backward pass (straight-through) treats each kept position as a softmax over its frame and the dropped
+    frames, so the score of a frame that would have lowered the loss grows. If no frame is dropped, the gradient of the
+    scorer is 0.
 
     Args:
         compression_ratio: Share of the frames kept, in (0, 1]: max(1, floor(T · ratio)) of them.
         hidden_dim: Width of the scorer.
-        output_frames: Exactly so many frames come out, whatever T, padded where fewer exist; overrides the ratio. For
-            models of a fixed length (STOP: 12).
+        output_frames: Exact number of output frames for any T, padded if fewer exist. Overrides the ratio. For models
+            of a fixed length (STOP: 12).
         channels: Channels C of a frame.
-        dropout: In the scorer, while training.
-        temperature: Of the backward softmax.
+        dropout: Dropout rate in the scorer, during training.
+        temperature: Temperature of the backward softmax.
 
     Raises:
         TypeError, ValueError: An argument does not fit; the message names it.
 
     Source: the "simple" compressor of the TempMe and STOP integration (parameters `tempme_compression_ratio`,
-    `tempme_hidden_dim`), whose choice had no gradient; straight-through estimation as in Bengio et al.
+    `tempme_hidden_dim`), which had no gradient through the selection; straight-through estimation as in Bengio et al.
     (arXiv 1308.3432).
     """
 
@@ -69,16 +69,16 @@ class FrameSelector(nn.Module):
         )
 
     def count(self, frames: int) -> int:
-        """K, the frames that come out of a clip of `frames` frames."""
+        """Return K, the number of frames kept of a clip of `frames` frames."""
         check_int("frames", frames, low=1)
         return self.output_frames or max(1, int(frames * self.compression_ratio))
 
     def forward(self, frames: Tensor, mask: Tensor | None = None) -> CompressedFrames:
-        """The `count(T)` frames that matter most. No host synchronisation; deterministic in evaluation.
+        """Return the `count(T)` frames with the largest scores. No host synchronisation; deterministic in evaluation.
 
         Args:
             frames: `[B, T, C, H, W]`, float64, float32, float16 or bfloat16, of any size.
-            mask: `[B, T]` bool, frames that exist; others are never kept, nor is their content read.
+            mask: `[B, T]` bool, True where a frame exists. Other frames are never kept, and their content is not read.
 
         Raises:
             TypeError, ValueError: An argument does not fit; the message names it.
@@ -99,7 +99,7 @@ class FrameSelector(nn.Module):
         )
 
     def _weights(self, scores: Tensor, exists: Tensor, indices: Tensor) -> Tensor:
-        """Softmax of each kept place over its own frame and the frames left out."""
+        """Return, for each kept position, the softmax over its own frame and the dropped frames."""
         place = torch.arange(scores.shape[1], device=scores.device)
         own = indices[:, :, None] == place
         left = exists & ~own.any(1)

@@ -1,4 +1,4 @@
-"""Token merging within and across the frames of a video, inside a CLIP vision tower."""
+"""Merge tokens within and across the frames of a video, inside a CLIP vision tower."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from vmemory.ops.token_merge import proportional_attention_bias, token_merge
 
 
 class MergedClips(NamedTuple):
-    """The tokens behind one layer, of B videos in C clips each, of what were N tokens in each of T frames.
+    """The output of one layer for B videos of C clips each; the T frames had N tokens each before merging.
 
     Attributes:
-        tokens: `[B · C, M, D]`; of each clip first a class token for each of its frames, in time order.
-        size: `[B · C, M, 1]` float32 (float64 for a float64 tower), how many original tokens each stands for, padding
-            counting 0; None before anything merged.
-        source: `[B · C, T / C · N]` int64, the token of the clip that holds each original one; None likewise.
+        tokens: `[B · C, M, D]`. Each clip begins with the class tokens of its frames, in time order.
+        size: `[B · C, M, 1]` float32 (float64 for a float64 tower), the number of original tokens in each token;
+            padding counts 0. None before the first merge.
+        source: `[B · C, T / C · N]` int64, the token of the clip that contains each original token. None before the
+            first merge.
     """
 
     tokens: Tensor
@@ -33,15 +34,15 @@ class MergedClips(NamedTuple):
 
 
 class MergedVideo(NamedTuple):
-    """B videos behind the tower, of what were N tokens in each of T frames.
+    """The output of the tower for B videos; the T frames had N tokens each before merging.
 
     Attributes:
         frames: `[B, T, E]` embeddings of the frames, in time order, normalised and projected as the tower does with
             images; padding is 0.
         tokens: `[B, M, D]` the last layer's output. Clips that were not joined follow one another.
-        size: `[B, M, 1]` float32 (float64 for a float64 tower), how many original tokens each stands for, padding
-            counting 0.
-        source: `[B, T · N]` int64, which of the M tokens holds token n of frame t, at t · N + n.
+        size: `[B, M, 1]` float32 (float64 for a float64 tower), the number of original tokens in each token; padding
+            counts 0.
+        source: `[B, T · N]` int64, at t · N + n the index of the token that contains token n of frame t.
     """
 
     frames: Tensor
@@ -51,7 +52,7 @@ class MergedVideo(NamedTuple):
 
 
 def _attend(attention: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A layer's attention with `size` in its scores, and its keys `[B, N, heads, D / heads]`."""
+    """Return a layer's attention output with `size` in its scores, and its keys `[B, N, heads, D / heads]`."""
     query, key, value = (
         project(x).unflatten(-1, (attention.num_heads, -1))
         for project in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -68,39 +69,39 @@ def _attend(attention: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Ten
 
 
 class TempMe(nn.Module):
-    """A CLIP vision tower for videos, that merges like tokens within a frame, then across neighbouring frames.
+    """A CLIP vision tower for videos that merges similar tokens within a frame, then across neighbouring frames.
 
-    The first layers merge `r` tokens of each frame. Some later ones join neighbouring clips into one sequence, merge
-    what is alike in it, and go on so until the video is one clip; their attention sees all of it. Class tokens never
-    merge: each frame keeps its embedding and its place in time. With the defaults a ViT-B/32 ends with 97 tokens
+    The first layers merge `r` tokens of each frame. Later merge layers join neighbouring clips into one sequence and
+    merge its similar tokens, until the video is one clip. Attention sees the whole joined sequence. Class tokens never
+    merge, so each frame keeps its embedding and its position in time. With the defaults a ViT-B/32 ends with 97 tokens
     instead of 600.
 
-    The tower becomes a submodule and is not changed: no hook, no attribute, no weight. What trains it (all weights,
-    adapters in its projections, gradient checkpointing) works as before. A layer that has nothing to merge and no
-    sizes to respect runs as it is, so that `r=0` without merge layers equals the tower to the bit; others call the
-    layer's own submodules around `scaled_dot_product_attention`, whatever attention implementation the model names.
+    The tower becomes a submodule and is not changed: no hook, no attribute, no weight. Full fine-tuning, adapters in
+    its projections and gradient checkpointing work as before. A layer that has nothing to merge and no sizes to respect
+    runs unchanged: with `r=0` and no merge layers the output is bit-identical to the tower's. Other layers call their
+    own submodules around `scaled_dot_product_attention`, for any attention implementation that the model names.
 
     Args:
         model: A Hugging Face `CLIPModel`, `CLIPVisionModelWithProjection` or `CLIPVisionModel` of any size, or OpenAI's
             `CLIP` or `VisionTransformer`, as CLIP4Clip has it; with a projection in it frames come out projected.
-        frames: T, frames of a video.
+        frames: Number of frames T of a video.
         merge_layers: Layers that join clips, counted from 0, ascending; `"8-9-10"` or ints. May be empty.
         merge_frames: How many neighbouring clips each of them joins; their product divides `frames`.
-        r: Tokens that merge in each layer before the first of them.
-        proportions: Per cent of the tokens that merge across and within clips from there on.
-        positions: Add a learned embedding of the clip, 0 at first, to its tokens where clips are joined.
-        proportional: Let a merged token count in attention as often as it has original tokens.
+        r: Tokens that merge in each layer before the first merge layer.
+        proportions: Per cent of the tokens that merge across and within clips from the first merge layer on.
+        positions: Add a learned embedding of the clip, initialised to 0, to its tokens where clips are joined.
+        proportional: Weight a merged token in attention by its number of original tokens.
 
     Attributes:
         schedule: A `MergeStep` for every layer.
-        positions: The clip embeddings, `[clips, D]` by the layer's number.
+        positions: The clip embeddings, `[clips, D]` for each merge layer, by the layer's number.
 
     Raises:
         TypeError: An argument is of the wrong kind, or `model` no CLIP vision tower.
-        ValueError: A number as above not met, or a layer cannot merge `r` tokens.
+        ValueError: A number breaks a rule above, or a layer cannot merge `r` tokens.
 
-    Source: TempMe (ICLR 2025, arXiv 2409.01156) section 3. Padded frames, which the released code merges and attends
-    to like any other, can be left out by `mask`.
+    Source: TempMe (ICLR 2025, arXiv 2409.01156) section 3. The released code merges padded frames and attends to them;
+    `mask` excludes them here.
     """
 
     def __init__(
@@ -138,12 +139,12 @@ class TempMe(nn.Module):
         self.training = tower.training
 
     def forward(self, pixel_values: Tensor, mask: Tensor | None = None) -> MergedVideo:
-        """Embeddings of the frames and the merged tokens. No host synchronisation; videos do not see each other.
+        """Return frame embeddings and merged tokens. No host synchronisation; the videos of a batch are independent.
 
         Args:
             pixel_values: `[B, T, 3, H, W]`, as the tower's processor makes each frame.
-            mask: `[B, T]` bool, frames that exist. Others are not read, and neither attended to nor counted in a mean.
-                None takes all frames.
+            mask: `[B, T]` bool, True where a frame exists. Other frames are not read, not attended to and not counted
+                in a mean. None = all frames exist.
 
         Raises:
             TypeError, ValueError: An argument does not fit; the message names it.
@@ -176,7 +177,7 @@ class TempMe(nn.Module):
         return other
 
     def layers(self, pixel_values: Tensor, mask: Tensor | None = None) -> Iterator[MergedClips]:
-        """The tokens behind each layer of the tower in turn; arguments and errors of `forward`."""
+        """Yield the output of each layer of the tower in turn; arguments and errors as in `forward`."""
         pixels = self._check(pixel_values, mask)
         x = self.tower.pre_layrnorm(self.tower.embeddings(pixels.flatten(0, 1)))
         held = MergedClips(x, None, None)
@@ -220,18 +221,18 @@ class TempMe(nn.Module):
         return MergedClips(x + layer.mlp(layer.layer_norm2(x)), size, source)
 
     def _counted(self, size: Tensor | None, mask: Tensor | None) -> Tensor | None:
-        """How often each token counts in attention; None where all count once."""
+        """Return the weight of each token in attention; None if all weights are 1."""
         if size is None or (mask is None and not self.proportional):
             return None
         if not self.proportional:
             size = size.clamp(max=1)
         if mask is None:
             return size
-        # with no key at all softmax is NaN: a clip of padding attends to itself
+        # softmax without any key is NaN, so a clip of padding attends to itself
         return torch.where(size.sum(1, keepdim=True) > 0, size, 1)
 
     def _check(self, pixel_values: Tensor, mask: Tensor | None) -> Tensor:
-        """The pixels, 0 where frames do not exist."""
+        """Check the arguments and return the pixels, 0 where frames do not exist."""
         check_tensor("pixel_values", pixel_values, "[B, T, 3, H, W]")
         check_floating("pixel_values", pixel_values)
         B, side = len(pixel_values), self.tower.embeddings.image_size
@@ -249,10 +250,10 @@ class TempMe(nn.Module):
 
 
 def _compared(metric: Tensor, size: Tensor | None, mask: Tensor | None) -> Tensor:
-    """The metric, one constant row for all padding.
+    """Return the metric with one constant row for all padding.
 
-    Padded frames are alike but for rounding, which differs from batch to batch. Exactly alike they merge with one
-    another before anything else does, in an order that nothing but their place decides.
+    Padded frames differ by rounding only, and the rounding varies with the batch. Exactly equal rows merge with one
+    another first, in an order that depends on their position alone.
     """
     if mask is None or size is None:
         return metric

@@ -1,4 +1,4 @@
-"""When TempMe joins clips, and how many tokens merge in each layer."""
+"""Compute the layers in which TempMe joins clips, and the number of tokens that merge in each layer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vmemory.ops._checks import check_int
 
 
 class MergeStep(NamedTuple):
-    """One encoder layer: what it merges, and what a video consists of behind it.
+    """The merges of one encoder layer, and the shape of a video after the layer.
 
     Attributes:
-        join: Neighbouring clips that become one in front of the attention; 1 = none.
-        cross: Tokens that merge while clips are joined, per joined clip.
+        join: Neighbouring clips that are joined before the attention; 1 = none.
+        cross: Tokens that merge when clips are joined, per joined clip.
         intra: Tokens that merge between attention and MLP, per clip.
-        clips: Clips of a video behind the layer.
+        clips: Clips of a video after the layer.
         cls: Class tokens of a clip, one for each of its frames.
         tokens: Tokens of a clip, class tokens included.
     """
@@ -30,7 +30,7 @@ class MergeStep(NamedTuple):
 
 
 def parse_numbers(name: str, value: Any) -> tuple[int, ...]:
-    """`"8-9-10"` or a sequence of ints as a tuple; an empty string is an empty tuple."""
+    """Return `"8-9-10"` or a sequence of ints as a tuple; an empty string gives an empty tuple."""
     if isinstance(value, str):
         parts = value.split("-") if value else []
         if not all(part.isascii() and part.isdigit() for part in parts):
@@ -44,7 +44,7 @@ def parse_numbers(name: str, value: Any) -> tuple[int, ...]:
 
 
 def _evens(cls: int, tokens: int) -> int:
-    """How many of the rows from `cls` to `tokens` may merge into others."""
+    """Return how many of the rows from `cls` to `tokens` may merge into others."""
     return (tokens + 1) // 2 - (cls + 1) // 2 if tokens // 2 > cls // 2 else 0
 
 
@@ -57,11 +57,11 @@ def tempme_schedule(
     r: int = 2,
     proportions: str | Sequence[int] = "30-10",
 ) -> tuple[MergeStep, ...]:
-    """What each layer of a vision transformer merges.
+    """Return the merges of each layer of a vision transformer.
 
-    In front of the first of `merge_layers` each layer merges `r` tokens of every frame. Each merge layer joins clips,
-    merges the first proportion of the joined clip's tokens and, of what is left, the second; layers behind it merge the
-    second. A proportion never merges more than half of the patch tokens.
+    Each layer before the first of `merge_layers` merges `r` tokens of every frame. Each merge layer joins clips, merges
+    the first proportion of the joined clip's tokens and then the second proportion of the remaining tokens. The layers
+    behind it merge the second proportion. A proportion never merges more than half of the patch tokens.
 
     Args:
         layers: Layers of the transformer.
@@ -69,7 +69,7 @@ def tempme_schedule(
         frames: Frames of a video.
         merge_layers: Layers that join clips, counted from 0, ascending; `"8-9-10"` or ints. May be empty.
         merge_frames: How many neighbouring clips each of them joins; their product divides `frames`.
-        r: Tokens that merge in each layer before.
+        r: Tokens that merge in each layer before the first merge layer.
         proportions: Per cent of the tokens that merge across and within clips.
 
     Returns:
@@ -77,10 +77,10 @@ def tempme_schedule(
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: A number as above not met, or `r` asks for more tokens than a layer can merge.
+        ValueError: A number breaks a rule above, or `r` exceeds the number of tokens that a layer can merge.
 
     Source: TempMe (ICLR 2025, arXiv 2409.01156) section 3, whose options are `merge_layer`, `merge_frame_num`,
-    `tome_r` and `merge_token_proportion`. Proportions are taken in whole numbers, so that none is a rounding short.
+    `tome_r` and `merge_token_proportion`. Proportions are computed in integers, to avoid rounding errors.
     """
     for name, number, low in (("layers", layers, 1), ("tokens", tokens, 1), ("frames", frames, 1), ("r", r, 0)):
         check_int(name, number, low=low)

@@ -1,4 +1,4 @@
-"""The vision tower of a CLIP model in the one form TempMe reads, Hugging Face's, whoever wrote the model."""
+"""Read the vision tower of Hugging Face's and OpenAI's CLIP models through one interface."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _OPENAI = ("conv1", "class_embedding", "positional_embedding", "ln_pre", "transf
 
 
 def vision_tower(model: nn.Module) -> tuple[Any, Any]:
-    """The vision tower of a model and the projection of its embeddings, which is None where the model has none.
+    """Return the vision tower of a model and the projection of its embeddings, or None for the projection.
 
     Raises:
         TypeError: `model` is no CLIP model with a vision transformer.
@@ -37,11 +37,11 @@ def vision_tower(model: nn.Module) -> tuple[Any, Any]:
 
 
 class OpenAITower(nn.Module):
-    """OpenAI's `VisionTransformer`, which CLIP4Clip and others carry a copy of, under Hugging Face's names.
+    """OpenAI's `VisionTransformer`, which CLIP4Clip and others include, under Hugging Face's names.
 
-    Nothing is copied: every name is a view of `visual`, made when it is asked for, so that weights that are trained,
-    moved or replaced afterwards are the ones that run. Blocks may take other arguments than a tensor (CLIP4Clip's take
-    a tuple); only their submodules are called.
+    Nothing is copied: every attribute is a view of `visual`, made on access. Weights that are trained, moved or
+    replaced later are therefore the ones that run. Blocks may take other arguments than a tensor (CLIP4Clip's take a
+    tuple), because only their submodules are called.
 
     Args:
         visual: The transformer, with a square image of equal patches.
@@ -104,7 +104,7 @@ class _Layer:
 
 
 class _Attention:
-    """`nn.MultiheadAttention` by its parts; what wraps or replaces its `in_proj_weight` stays in effect."""
+    """The parts of `nn.MultiheadAttention`; a wrapper or replacement of its `in_proj_weight` stays in effect."""
 
     def __init__(self, attention: Any) -> None:
         self.attention = attention

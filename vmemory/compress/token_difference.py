@@ -1,4 +1,4 @@
-"""Keeps the tokens that differ from the token in the same place one frame before."""
+"""Keep the tokens that differ from the token at the same position of the previous frame."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from vmemory.ops.select_tokens import Selection, select_tokens
 
 
 class TokenDifference(nn.Module):
-    """Drops tokens that repeat the token in the same place of the previous frame, by a threshold or to an exact count.
+    """Drop tokens that repeat the token at the same position of the previous frame, by threshold or exact count.
 
-    The difference of a token is 1 − cosine of the features, or the mean absolute difference of the pixels under it in
-    grey levels; the first frame differs infinitely. A difference of NaN counts as the largest, so such a token stays.
-    Each frame is compared with the one before it, whether or not that one was kept.
+    The difference of a token is 1 − cosine of the features, or the mean absolute difference of the pixels under the
+    token in grey levels. In the first frame it is infinite. A difference of NaN counts as the largest, so such a token
+    stays. Each frame is compared with the previous frame of the clip, kept or not.
 
     Args:
         by: `"feature"` or `"pixel"`.
         threshold: Keep a token when its difference exceeds this.
-        budget: Keep exactly so many tokens a clip, those that differ most, of equals the earlier: an int, or a fraction
-            of the clip's tokens (a float in (0, 1], rounded down, but never less than one frame's tokens). See `count`.
-        min_tokens: With a threshold, a frame that would keep fewer keeps at least its first `min_tokens` cells.
+        budget: Keep exactly this number of tokens per clip: those that differ most, the earlier of equals. An int, or a
+            fraction of the clip's tokens (a float in (0, 1], rounded down, but at least one frame's tokens). See
+            `count`.
+        min_tokens: With a threshold, a frame that would keep fewer tokens keeps its first `min_tokens` cells.
         key_dim: The cosine looks at the first `key_dim` channels; None = all.
 
     Raises:
@@ -67,7 +68,7 @@ class TokenDifference(nn.Module):
         return f"{self.by!r}, {limit}, min_tokens={self.min_tokens}, key_dim={self.key_dim}"
 
     def count(self, frames: int, cells: int) -> int:
-        """Tokens that a clip of `frames` frames of `cells` tokens keeps, known before the clip is: needs a budget.
+        """Return the number of tokens kept of `frames` frames with `cells` tokens each; requires a budget.
 
         Raises:
             ValueError: This reducer has a threshold, so the number depends on the values.
@@ -87,10 +88,10 @@ class TokenDifference(nn.Module):
         valid: Tensor | None = None,
         previous: Tensor | None = None,
     ) -> Tensor:
-        """`[S, T, H·W]` float32 (float64 for float64): how much each token differs from the one before it.
+        """Return the difference of each token from its predecessor, `[S, T, H·W]` float32 (float64 for float64).
 
-        +inf where there is none before it: in the first frame without `previous`, and where it does not exist.
-        Arguments and errors as in `forward`.
+        +inf for tokens without a predecessor: in the first frame without `previous`, and where the predecessor does not
+        exist. Arguments and errors as in `forward`.
         """
         tokens = as_streams(tokens)
         H, W, D = tokens.shape[2:]
@@ -133,7 +134,7 @@ class TokenDifference(nn.Module):
         valid: Tensor | None = None,
         previous: Tensor | None = None,
     ) -> Tensor:
-        """Which tokens stay, bool `[S, T, H, W]` or `[T, H, W]` as the tokens came: what `Bank.push` takes as `valid`.
+        """Return which tokens stay, bool `[S, T, H, W]` or `[T, H, W]` like the tokens: a `valid` for `Bank.push`.
 
         Arguments and errors as in `forward`. No host synchronisation.
         """
@@ -145,7 +146,7 @@ class TokenDifference(nn.Module):
             stay = self._above(difference, there)
         else:
             source = self._best(difference, there).indices
-            # one place more for the padding
+            # the additional element takes the padding
             flags = torch.zeros((S, T * H * W + 1), dtype=torch.bool, device=source.device)
             stay = flags.scatter_(1, torch.where(source >= 0, source, T * H * W), True)[:, :-1]
         stay = stay.reshape(S, T, H, W)
@@ -153,7 +154,7 @@ class TokenDifference(nn.Module):
 
     def _above(self, difference: Tensor, there: Tensor | None) -> Tensor:
         assert self.threshold is not None
-        # the negation keeps NaN
+        # negated, so that NaN stays
         stay = ~(difference <= self.threshold)
         if there is not None:
             stay &= there
@@ -181,22 +182,22 @@ class TokenDifference(nn.Module):
         valid: Tensor | None = None,
         previous: Tensor | None = None,
     ) -> ReducedTokens:
-        """The tokens that stay, in stream order; gradients reach them.
+        """Return the kept tokens in stream order, differentiable.
 
         Args:
             tokens: `[S, T, H, W, D]`, or `[T, H, W, D]` for one clip; float64, float32, float16 or bfloat16.
             time: `[T]` or `[S, T]` float64 seconds; None = unknown (NaN).
             pixels: `[S, T, C, h, w]` or `[T, C, h, w]` for `by="pixel"`, h and w multiples of H and W; see
                 `pixel_difference`.
-            valid: `[S, T, H, W]` or `[T, H, W]` bool, cells that exist; others never stay, and with fewer than the
-                budget of them the count is theirs.
-            previous: The frame before the first, where a stream comes in pieces: `[S, H, W, D]` or `[H, W, D]`, for
-                `by="pixel"` `[S, C, h, w]` or `[C, h, w]`; all of it exists. None = the stream begins here.
+            valid: `[S, T, H, W]` or `[T, H, W]` bool, True where a cell exists. Other cells are never kept; if fewer
+                cells exist than the budget, all of them stay.
+            previous: The frame before the first, for a stream in pieces: `[S, H, W, D]` or `[H, W, D]`, for
+                `by="pixel"` `[S, C, h, w]` or `[C, h, w]`. All of its cells exist. None = the stream begins here.
 
         Returns:
-            One clip: its tokens, without padding. Several streams: padded, with `count [S]`. A budget without `valid`
-            knows the number beforehand and pads nothing. The host is synchronised for one clip with a threshold or
-            with `valid`, once, and never else.
+            One clip: its tokens, without padding. Several streams: padded, with `count [S]`. With a budget and without
+            `valid` the number is known in advance, so nothing is padded. One clip with a threshold or with `valid`
+            synchronises the host once; other calls do not.
 
         Raises:
             TypeError, ValueError: An argument does not fit; the message names it.
@@ -217,7 +218,7 @@ class TokenDifference(nn.Module):
 
 
 def _after(frames: Tensor, previous: Tensor | None) -> Tensor:
-    """`frames [S, T, ...]` with `previous [S, ...]` in front of them."""
+    """Prepend `previous [S, ...]` to `frames [S, T, ...]`."""
     if previous is None:
         return frames
     shape = frames.shape[:1] + frames.shape[2:]
@@ -231,7 +232,7 @@ def _after(frames: Tensor, previous: Tensor | None) -> Tensor:
 
 
 class PixelDifference(TokenDifference):
-    """VideoLLaMA3's rule: a token whose pixels stand still is dropped; a frame keeps at least one.
+    """Drop tokens whose pixels do not change, as VideoLLaMA3 does; each frame keeps at least one token.
 
     Args:
         threshold: Grey levels of normalised pixels (mean and standard deviation 0.5, so two levels are one of 255).

@@ -1,4 +1,4 @@
-"""What the frame compressors share: their input, their output and a small convolutional frame encoder."""
+"""Shared parts of the frame compressors: input checks, result type and a small convolutional frame encoder."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from vmemory.ops.select_tokens import compact
 
 
 class CompressedFrames(NamedTuple):
-    """K frames made of T, in time order; K is known before the frames are.
+    """K frames made from T frames, in time order; K does not depend on their content.
 
     Attributes:
         frames: `[B, K, C, H, W]`, the dtype of the input; padding is 0.
         mask: `[B, K]` bool, False = padding, always at the end.
-        indices: `[B, K]` int64 the input frame shown, or the one with the largest share; strictly increasing, then −1.
-        weights: `[B, K, T]` float32 (float64 for float64 modules), differentiable: shares of the input frames, rows of
-            1, padding 0. Mixed frames are these means; a picked frame passes its gradient on through them.
-        scores: `[B, T]` same dtype, differentiable: how much each input frame matters, −inf where it does not exist.
+        indices: `[B, K]` int64, the input frame returned, or the one with the largest share; strictly increasing, then
+            −1.
+        weights: `[B, K, T]` float32 (float64 for float64 modules), differentiable: shares of the input frames. Rows sum
+            to 1, padding is 0. Mixed frames are means with these weights; picked frames pass their gradient through
+            them.
+        scores: `[B, T]` same dtype, differentiable: the score of each input frame, −inf where it does not exist.
     """
 
     frames: Tensor
@@ -33,7 +35,7 @@ class CompressedFrames(NamedTuple):
 
 
 def check_video(frames: Tensor, mask: Tensor | None, channels: int, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """Frames `[B, T, C, H, W]`, 0 where they do not exist, and which exist, `[B, T]` bool.
+    """Check the input and return frames `[B, T, C, H, W]`, 0 where missing, and a mask of existing frames `[B, T]`.
 
     Raises:
         TypeError, ValueError: `frames` or `mask` does not fit, or there are more than `most` frames.
@@ -58,7 +60,7 @@ def check_video(frames: Tensor, mask: Tensor | None, channels: int, most: int | 
 
 
 def check_rate(name: str, value: Any) -> None:
-    """A number in [0, 1), such as dropout."""
+    """Check that a rate, such as dropout, lies in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     if not 0 <= value < 1:
@@ -66,18 +68,18 @@ def check_rate(name: str, value: Any) -> None:
 
 
 def wide(x: Tensor) -> Tensor:
-    """float64 as it is, anything narrower as float32."""
+    """Return float64 unchanged and any narrower dtype as float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def shares(logits: Tensor, allowed: Tensor) -> Tensor:
-    """Softmax over the last dimension where `allowed`; a row that allows nothing is 0."""
+    """Apply softmax over the allowed elements of the last dimension; a row without any is 0."""
     low = torch.finfo(logits.dtype).min
     return torch.where(allowed, logits.masked_fill(~allowed, low).softmax(-1), 0)
 
 
 class _Pick(Function):
-    """Frames by index; going back, the weights of a row get the gradient they would get from their weighted mean."""
+    """Select frames by index; in backward the weights of a row get the gradient of their weighted mean."""
 
     @staticmethod
     def forward(ctx: Any, frames: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -101,22 +103,22 @@ class _Pick(Function):
 
 
 def pick(frames: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-    """`frames [B, T, C, H, W]` at `indices [B, K]`, exactly; the gradient also reaches `weights [B, K, T]`."""
+    """Select `frames [B, T, C, H, W]` at `indices [B, K]`; the gradient also reaches `weights [B, K, T]`."""
     if torch.is_grad_enabled() and (frames.requires_grad or weights.requires_grad):
         return _Pick.apply(frames, weights, indices)
     return compact(frames, indices).tokens
 
 
 def mix(frames: Tensor, weights: Tensor) -> Tensor:
-    """Weighted means `[B, K, C, H, W]` of `frames [B, T, C, H, W]` with `weights [B, K, T]`."""
-    # pixels keep their precision whatever autocast does to the features
+    """Return weighted means `[B, K, C, H, W]` of `frames [B, T, C, H, W]` with `weights [B, K, T]`."""
+    # autocast must not lower the precision of pixels
     with torch.autocast(frames.device.type, enabled=False):
         mixed = torch.bmm(weights.to(frames.dtype), frames.flatten(2))
     return mixed.reshape(*weights.shape[:2], *frames.shape[2:])
 
 
 class FrameEncoder(nn.Module):
-    """One vector a frame: two strided convolutions, pooled to 7 × 7 cells, projected. Frames do not see each other.
+    """Encode each frame alone as one vector: two strided convolutions, pooling to 7 × 7 cells, a projection.
 
     Args:
         dim: Size of the vectors.
@@ -127,7 +129,7 @@ class FrameEncoder(nn.Module):
         super().__init__()
         check_int("dim", dim, low=1)
         check_int("channels", channels, low=1)
-        # group norms, so that a frame's vector depends neither on the batch nor on training or evaluation
+        # with group norm a frame's vector depends neither on the batch nor on training or evaluation mode
         self.layers = nn.Sequential(
             nn.Conv2d(channels, 64, 7, stride=4, padding=3),
             nn.GroupNorm(8, 64),
@@ -141,7 +143,7 @@ class FrameEncoder(nn.Module):
         )
 
     def forward(self, frames: Tensor) -> Tensor:
-        """`[B, T, C, H, W]` to `[B, T, dim]` in the module's dtype."""
+        """Return vectors `[B, T, dim]` of frames `[B, T, C, H, W]`, in the module's dtype."""
         B, T = frames.shape[:2]
         weight = self.layers[0].weight
         assert isinstance(weight, Tensor)
