@@ -1,4 +1,4 @@
-"""Public ops: validated, differentiable, compile-safe, with an implementation picked from device, dtype and shape."""
+"""Public operators: validated, differentiable, safe under `torch.compile`, each with several implementations."""
 
 from vmemory.ops.adjacent_merge import MergedBank, adjacent_merge
 from vmemory.ops.adjacent_similarity import adjacent_similarity

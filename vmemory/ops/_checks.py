@@ -1,4 +1,4 @@
-"""Argument checks shared by the public ops: each names the argument, what was expected and what came."""
+"""Argument checks of the public operators; each error names the argument, the expectation and the given value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def shape_of(x: torch.Tensor) -> str:
 
 
 def check_tensor(name: str, x: Any, layout: str, dims: int | None = None) -> None:
-    """`x` is a tensor with the number of dimensions that `layout`, e.g. "[S, M, D]", shows."""
+    """Check that `x` is a tensor with as many dimensions as `layout`, e.g. "[S, M, D]"."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor {layout}, got {type(x).__name__}")
     if x.dim() != (layout.count(",") + 1 if dims is None else dims):
@@ -27,7 +27,7 @@ def check_floating(name: str, x: torch.Tensor) -> None:
 
 
 def check_same(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
-    """Same dtype and device."""
+    """Check that two tensors have the same dtype and device."""
     if x.dtype != other.dtype:
         raise ValueError(f"{name}: expected {other_name}'s dtype {other.dtype}, got {x.dtype}")
     check_device(name, x, other_name, other)
@@ -52,7 +52,7 @@ def check_int(name: str, value: Any, low: int | None = None, high: int | None = 
 
 
 def check_pair(name: str, value: Any) -> tuple[int, int]:
-    """An int or a pair of ints, both at least 1, as (height, width)."""
+    """Return an int or a pair of ints, both at least 1, as (height, width)."""
     pair = (value, value) if isinstance(value, int) else value
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"{name}: expected an int or a pair of ints, got {value!r}")

@@ -1,4 +1,4 @@
-"""Loads the compiled operators once and remembers why not, if not."""
+"""Load the compiled operators once, and record the reason if they cannot be loaded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class NativeStatus:
-    """What of the native libraries can run in this process; each reason is empty when its part can."""
+    """The native libraries that can run in this process; a reason is empty if its library can run."""
 
     cpu: bool
     cuda: bool
@@ -37,17 +37,17 @@ def _read_facts() -> dict[str, Any]:
 
 
 def built_levels() -> tuple[str, ...]:
-    """The levels whose library lies in the package, lowest first."""
+    """Return the instruction-set levels whose library is in the package, lowest first."""
     return tuple(level for level in (_cpu.PORTABLE, *_cpu.LEVELS) if library(level).exists())
 
 
 def library(level: str) -> Path:
-    """Where the CPU operators of a level lie, built or not."""
+    """Return the path of the CPU operators of a level, built or not."""
     return _PACKAGE / f"_ops.{level}.so"
 
 
 def _choose(facts: dict[str, Any]) -> tuple[str, str]:
-    """The level to load, empty for none, and why.
+    """Return the level to load (empty for none) and the reason.
 
     Raises:
         RuntimeError: VMEMORY_CPU_ARCH names levels of which none was built and runs here.
@@ -70,7 +70,7 @@ def _choose(facts: dict[str, Any]) -> tuple[str, str]:
 
 
 def _driver() -> int:
-    """The newest CUDA that the driver serves, as 1000 * major + 10 * minor; 0 without a driver."""
+    """Return the newest CUDA version that the driver supports, as 1000 * major + 10 * minor; 0 without a driver."""
     version = ctypes.c_int(0)
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -80,15 +80,15 @@ def _driver() -> int:
 
 
 def _why_no_cuda(facts: dict[str, Any]) -> str:
-    """Empty when the CUDA kernels can run: the toolkit's runtime is linked in, and asks for a driver of its day."""
+    """Return why the CUDA kernels cannot run, or an empty string; they need a driver at least as new as the toolkit."""
     if not facts.get("cuda"):
         return facts.get("reasons", {}).get("cuda") or "built without CUDA"
     if not torch.cuda.is_available():
         return "built, but torch sees no CUDA device"
     toolkit, driver = facts["cuda_toolkit"], _driver()
     major, minor = map(int, toolkit.split("."))
-    # a driver of the same major version runs compiled code of a later minor one, but not its PTX, which is what a
-    # device newer than the build has to run; telling that device would start CUDA, and no process could fork then
+    # An older driver of the same major version runs compiled code but not PTX, which devices newer than the build
+    # need. The device is not queried: this would initialise CUDA, and the process could not fork any more.
     if driver < 1000 * major + 10 * minor:
         shown = f"{driver // 1000}.{driver % 1000 // 10}"
         return f"the driver serves CUDA {shown}, the kernels were built with {toolkit}: update the driver, or rebuild"
@@ -104,7 +104,7 @@ def _load() -> NativeStatus:
     try:
         torch.ops.load_library(str(library(level)))
     except OSError as error:
-        # loading needs torch 2.11 or newer: an older one lacks symbols, and info has to be able to say so
+        # an older torch lacks symbols of 2.11; `vmemory.info` must still be able to report this
         why = f"{library(level).name} did not load: {error}"
         return NativeStatus(False, False, why, why, facts)
     why_cuda = _why_no_cuda(facts)

@@ -1,4 +1,4 @@
-"""One place that defines operators: schema, fake kernel, and the Triton twin in its own namespace.
+"""Define operators: schema, fake kernel, and the Triton kernel in a namespace of its own.
 
 The op `vmemory::<name>` exists whether or not the native library was built; its CPU and CUDA kernels come from
 `_ops.so`. The Triton launcher is registered as `vmemory_triton::<name>`, because a dispatch key holds one kernel.
@@ -17,7 +17,7 @@ OPS: dict[str, Op] = {}
 
 
 class Op:
-    """A defined operator. `op("native", ...)` or `op("triton", ...)` runs one of its registered kernels."""
+    """An operator; `op("native", ...)` or `op("triton", ...)` runs one of its registered kernels."""
 
     __slots__ = ("name", "native", "triton")
 
@@ -36,7 +36,7 @@ class Op:
         return getattr(getattr(torch.ops, namespace), self.name).default
 
     def _launch(self, *args: Any) -> Any:
-        # imported at the first launch: `import vmemory` must not need triton
+        # imported at the first launch, because `import vmemory` must not need triton
         stem = self.name
         for suffix in ("_backward", "_push_", "_decide", "_plan", "_gather", "_stats"):
             stem = stem.removesuffix(suffix)

@@ -1,4 +1,4 @@
-"""Which implementation runs: a function of device, dtype and shape, never of values."""
+"""Select the implementation of an operator from device, dtype and shape, never from values."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `impl="auto"` picks for a call, and why each other implementation was not picked."""
+    """The implementation that `impl="auto"` picks for a call, and the reasons against the others."""
 
     op: str
     impl: str
@@ -34,7 +34,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Backends:
-    """The implementations one op has beside its reference."""
+    """The implementations of an operator in addition to its reference."""
 
     op: str
     cpu: bool = True
@@ -48,7 +48,7 @@ class Backends:
     """Why `"auto"` passes an implementation over for a tensor of this device and shape; empty where it does not."""
 
     def why_not(self, impl: str, device: str, dtype: torch.dtype) -> str:
-        """Empty when `impl` can run on this device type and dtype, else the reason."""
+        """Return why `impl` cannot run on this device type and dtype, or an empty string."""
         if impl == "reference":
             return ""
         if impl == "native":
@@ -69,11 +69,11 @@ class Backends:
         return "" if HAS_TRITON else "triton is not installed"
 
     def why_not_auto(self, impl: str, tensor: torch.Tensor) -> str:
-        """Empty when `impl="auto"` may take `impl` for this tensor, else the reason."""
+        """Return why `impl="auto"` does not pick `impl` for this tensor, or an empty string."""
         return self.why_not(impl, tensor.device.type, tensor.dtype) or self.passed_over(impl, tensor)
 
     def best(self, tensor: torch.Tensor) -> str:
-        """What `impl="auto"` takes: an implementation that is passed over still comes before the reference."""
+        """Return the implementation that `impl="auto"` picks; any kernel that can run comes before the reference."""
         able = ""
         for impl in IMPLEMENTATIONS[:-1]:
             if not self.why_not(impl, tensor.device.type, tensor.dtype):
@@ -83,7 +83,7 @@ class Backends:
         return able or IMPLEMENTATIONS[-1]
 
     def pick(self, tensor: torch.Tensor, impl: Impl = "auto") -> str:
-        """The implementation to run; raises RuntimeError when an explicitly named one cannot."""
+        """Return the implementation to run; raise RuntimeError if an explicitly named one cannot run."""
         if impl == "auto":
             return self.best(tensor)
         if impl not in IMPLEMENTATIONS:
@@ -95,12 +95,12 @@ class Backends:
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Say which implementation `op(*args)` runs and why the others are not picked.
+    """Explain which implementation `op(*args)` runs and why the others are not picked.
 
     Args:
         op: A public op, for example `vmemory.ops.grid_pool`.
-        args, kwargs: The arguments of the call; only the first tensor's device, dtype and shape matter, and, where an
-            op has other kernels for quantised storage, the dtype of what is stored.
+        args, kwargs: The arguments of the call. The device, dtype and shape of the first tensor decide, and for
+            operators with kernels for quantised storage the dtype of the stored values.
 
     Raises:
         TypeError: `op` is not one of vmemory's ops, or no argument is a tensor.
@@ -126,9 +126,9 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 def with_backends(
     backends: Backends, by_storage: dict[torch.dtype, Backends] | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Attach an op's table of implementations to its public function, where `explain` finds it.
+    """Attach an operator's table of implementations to its public function, for `explain`.
 
-    `by_storage` holds the tables that differ because a tensor of the call is stored in that dtype.
+    `by_storage` holds further tables, by the dtype in which a tensor of the call is stored.
     """
 
     def attach(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Operators whose Triton launcher lies in the file of another op's stem."""
+"""Operators that share a Triton file with another operator."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vmemory.ops._registry import Op
 
 
 class StemOp(Op):
-    """An `Op` that names its stem: several operators, e.g. `select_tokens` and `compact`, share one kernel file."""
+    """An `Op` with an explicit file stem, because e.g. `select_tokens` and `compact` share one kernel file."""
 
     __slots__ = ("stem",)
 

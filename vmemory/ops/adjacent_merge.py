@@ -1,4 +1,4 @@
-"""The most similar pair of neighbours in time merged into one: a bank gives up one entry without forgetting it."""
+"""Merge the most similar pair of temporal neighbours, which frees one entry of a memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BACKENDS = Backends("adjacent_merge")
 
 
 class MergedBank(NamedTuple):
-    """bank `[S, T-1, N, D]`, size `[S, T-1, N]`; place `[S, 1]` or `[S, N]` int64: it and the next were merged."""
+    """Merged bank `[S, T-1, N, D]`, size `[S, T-1, N]`; place `[S, 1]` or `[S, N]` int64, the merged pair's first."""
 
     bank: Tensor
     size: Tensor
@@ -63,29 +63,29 @@ class _AdjacentMerge(Function):
 def adjacent_merge(
     bank: Tensor, size: Tensor, level: Literal["frame", "token"] = "frame", *, impl: Impl = "auto"
 ) -> MergedBank:
-    """Merge the most similar pair of neighbours in time into their size-weighted mean; one entry fewer remains.
+    """Merge the most similar pair of temporal neighbours into their size-weighted mean.
 
     Args:
         bank: `[S, T, N, D]`, T at least 2, N at least 1, float64, float32, float16 or bfloat16, any strides.
-        size: `[S, T, N]`, how many original tokens each one stands for, not negative; float32 (float64 for float64).
+        size: `[S, T, N]`, the number of original tokens in each token, not negative; float32 (float64 for float64).
         level: `"frame"`: each stream merges one pair of frames, by the cosine of their means over N. `"token"`: each
             patch position merges its own pair of tokens.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
-        `MergedBank(bank [S, T-1, N, D], size [S, T-1, N], place)`, place `[S, 1]` or `[S, N]` int64. Order in time is
-        kept; sizes of the pair add up. The pair is that of the largest `adjacent_similarity`, the first of equals; NaN
-        counts as the largest. Two tokens of size 0 count alike. Gradients reach `bank` through the tokens that are
-        kept and merged, not through the choice.
+        `MergedBank(bank [S, T-1, N, D], size [S, T-1, N], place)`, place `[S, 1]` or `[S, N]` int64. The temporal order
+        is kept, and the sizes of the pair are added. The pair has the largest `adjacent_similarity`, the first of
+        equals; NaN counts as the largest. Two tokens of size 0 have equal weights. Gradients reach `bank` through kept
+        and merged tokens, not through the choice of the pair.
 
     Raises:
-        TypeError: An argument is no tensor.
-        ValueError: dtype, shape, device or level as above not met.
+        TypeError: An argument is not a tensor.
+        ValueError: Unsupported dtype, shape, device or level.
         RuntimeError: `impl` names an implementation that cannot run here.
 
     Source: MA-LMM (CVPR 2024, arXiv 2404.05726) section 3.2 for `"token"`; MovieChat (CVPR 2024, arXiv 2307.16449)
-    merges whole frames, by the mean of their tokens' dot products and without weights: `"frame"` compares
-    the frames' means by cosine instead, as `adjacent_similarity` does, and weighs.
+    merges whole frames, by the mean of their tokens' dot products and without weights. `"frame"` compares the frames'
+    means by cosine instead, as `adjacent_similarity` does, and uses weights.
     """
     check_choice("level", level, ("frame", "token"))
     check_tensor("bank", bank, "[S, T, N, D]")

@@ -1,4 +1,4 @@
-"""Cosine of each frame, or of each token, with the one before it."""
+"""Cosine similarity of consecutive frames, or of their tokens."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _backward_fake(grad: Tensor, compared: Tensor, similarity: Tensor, norm: Ten
     return compared.new_empty(compared.shape)
 
 
-# similarity [S, T-1, n], norm [S, T, n] and mean [S, T, 1, D] of what is compared: one mean, or N tokens and no mean
+# returns similarity [S, T-1, n], norm [S, T, n] and mean [S, T, 1, D]; n = 1 with a mean, or n = N without
 _forward = Op("adjacent_similarity", "(Tensor frames, str level) -> (Tensor, Tensor, Tensor)", _fake)
 _backward = Op(
     "adjacent_similarity_backward",
@@ -55,18 +55,18 @@ class _AdjacentSimilarity(Function):
         grad_compared = _backward(ctx.impl, grad, compared, similarity, norm)
         if ctx.level == "token":
             return grad_compared, None, None
-        # every cell of a frame has the same gradient: a view instead of a copy of the input's size
+        # all cells of a frame have the same gradient, so a view avoids a copy of the input's size
         return (grad_compared / ctx.tokens).to(ctx.dtype).expand(-1, -1, ctx.tokens, -1), None, None
 
 
 @with_backends(_BACKENDS)
 def adjacent_similarity(frames: Tensor, level: Literal["frame", "token"] = "frame", *, impl: Impl = "auto") -> Tensor:
-    """Cosine similarity of each frame, or of each token, with the one before it, reading the frames once.
+    """Return the cosine similarity of consecutive frames, or of their tokens, in one pass over the frames.
 
     Args:
-        frames: `[S, T, N, D]`, N at least 1, float64, float32, float16 or bfloat16, any strides; no streams, frames or
-            channels are fine.
-        level: `"frame"` compares the frames' means over N, `"token"` each token with the one in its place before.
+        frames: `[S, T, N, D]`, N at least 1, float64, float32, float16 or bfloat16, any strides; S, T and D may be 0.
+        level: `"frame"` compares the frames' means over N, `"token"` each token with the token at the same position of
+            the previous frame.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
@@ -75,8 +75,8 @@ def adjacent_similarity(frames: Tensor, level: Literal["frame", "token"] = "fram
         vector gives 0, a NaN gives NaN. Differentiable once.
 
     Raises:
-        TypeError: `frames` is no tensor.
-        ValueError: dtype, shape or level as above not met.
+        TypeError: `frames` is not a tensor.
+        ValueError: Unsupported dtype, shape or level.
         RuntimeError: `impl` names an implementation that cannot run here.
 
     Source: the frame level is the eviction score of VideoChat-Online (CVPR 2025), section 3.2; the token level the

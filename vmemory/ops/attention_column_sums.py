@@ -1,4 +1,4 @@
-"""Column sums of an attention map that is never stored."""
+"""Column sums of an attention map, without storing the map."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _fake_backward(grad: Tensor, query: Tensor, key: Tensor, stats: Tensor, caus
     return query.new_empty(query.shape), query.new_empty(key.shape)
 
 
-# the sums, and [2, S, G, N] each query's largest score and sum of exp(score - largest)
+# returns the sums, and [2, S, G, N]: each query's largest score and its sum of exp(score - largest)
 _forward = Op("attention_column_sums", "(Tensor query, Tensor key, bool causal) -> (Tensor, Tensor)", _fake)
 _backward = Op(
     "attention_column_sums_backward",
@@ -57,16 +57,17 @@ class _AttentionColumnSums(Function):
 def attention_column_sums(
     query: Tensor, key: Tensor, *, causal: bool = False, per_head: bool = False, impl: Impl = "auto"
 ) -> Tensor:
-    """How much attention each key receives from all queries: column sums of softmax(q · k / √E), never stored.
+    """Sum the attention that each key receives from all queries: column sums of softmax(q · k / √E).
 
-    The map is made twice, block by block: for each query's largest score and sum, then for the columns. The workspace
-    is linear in N and M. For the mean over heads and queries, as token pruning uses it, divide by G · N.
+    The map is never stored. It is computed twice, block by block: first for the largest score and the sum of each
+    query, then for the columns. The workspace is linear in N and M. For the mean over heads and queries, which token
+    pruning uses, divide by G · N.
 
     Args:
         query: `[S, N, G, E]`, E at least 1, float64, float32, float16 or bfloat16, any strides; other sizes may be 0.
         key: `[S, M, G, E]`, same dtype and device; N and M may differ.
-        causal: Query i sees keys up to i + M − N (the last query sees all); one that sees none adds nothing.
-        per_head: Keep the heads apart instead of adding them.
+        causal: Query i sees keys up to i + M − N (the last query sees all). A query that sees no key adds nothing.
+        per_head: Return one sum per head instead of their total.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
@@ -77,8 +78,8 @@ def attention_column_sums(
         ValueError: Shapes, dtypes or devices do not fit.
         RuntimeError: `impl` names an implementation that cannot run here.
 
-    Source: The score by which FastV (arXiv 2403.06764) and VisionZip (arXiv 2412.04467) rank visual tokens; the weights
-    are made from a query's largest score and sum as in FlashAttention-2 (arXiv 2307.08691).
+    Source: FastV (arXiv 2403.06764) and VisionZip (arXiv 2412.04467) rank visual tokens by this score; the two passes
+    use the largest score and the sum of a query as FlashAttention-2 does (arXiv 2307.08691).
     """
     check_tensor("query", query, "[S, N, G, E]")
     check_tensor("key", key, "[S, M, G, E]")

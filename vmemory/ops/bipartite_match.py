@@ -1,4 +1,4 @@
-"""Bipartite soft matching: which tokens merge into which, decided without storing the scores of all pairs."""
+"""Bipartite soft matching of tokens, without storing the scores of all pairs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ _BACKENDS = Backends("bipartite_match")
 
 
 class MergePlan(NamedTuple):
-    """Which rows of a batch become one token. M = groups · N rows of B / groups streams, M' merged tokens.
+    """The rows of each merged token. M = groups · N rows in each of B / groups sequences, M' merged tokens.
 
-    place `[B / groups, M]` int64: the merged token that holds each row. order `[B / groups, M]` int64: all rows by
-    merged token; start `[B / groups, M' + 1]` int64: the rows of token j are `order[start[j] : start[j + 1]]`, first
-    the one that keeps its place, then those merged into it, ascending. Row c · N + n is token n of the group's clip c.
+    place `[B / groups, M]` int64: the merged token that contains each row. order `[B / groups, M]` int64: all rows,
+    sorted by merged token. start `[B / groups, M' + 1]` int64: the rows of token j are
+    `order[start[j] : start[j + 1]]`, first the row that keeps its position, then the rows merged into it, ascending.
+    Row c · N + n is token n of the group's clip c.
     """
 
     place: Tensor
@@ -30,7 +31,7 @@ class MergePlan(NamedTuple):
 
     @property
     def kept(self) -> Tensor:
-        """`[B / groups, M']` int64: the row whose place each merged token took."""
+        """`[B / groups, M']` int64: the row whose position each merged token has."""
         return self.order.gather(1, self.start[:, :-1])
 
 
@@ -82,37 +83,37 @@ def check_plan(plan: MergePlan) -> None:
 def bipartite_match(
     metric: Tensor, r: int, protected: int = 0, *, cls: int | None = None, groups: int = 1, impl: Impl = "auto"
 ) -> MergePlan:
-    """Decide which r tokens merge into which others, without storing the scores of all pairs.
+    """Match r tokens with the tokens they merge into, without storing the scores of all pairs.
 
-    The even rows, A, and the odd rows, B, form two sets. Each row of A finds the row of B with the largest cosine, and
-    the r of them with the largest merge into theirs. The merged sequence holds the rows kept in front, the unmerged
-    rows of A, the rows of B, each ascending; with nothing to merge it is the sequence itself.
+    The even rows (A) and the odd rows (B) form two sets. Each row of A finds the row of B with the largest cosine, and
+    the r rows of A with the largest cosines merge into their matches. The merged sequence consists of the leading rows,
+    the unmerged rows of A and the rows of B, each in ascending order. With nothing to merge it is the sequence itself.
 
     Args:
-        metric: `[B, N, D]`, what tokens are compared by, e.g. the mean key of an attention layer's heads; float64,
-            float32, float16 or bfloat16, any strides; every size may be 0.
-        r: Tokens to merge, at least 0. Without `cls` at most (N − protected) // 2 take effect; with it more than A has
-            is an error.
+        metric: `[B, N, D]`, the vectors that are compared, e.g. the mean key over the heads of an attention layer;
+            float64, float32, float16 or bfloat16, any strides; every size may be 0.
+        r: Tokens to merge, at least 0. Without `cls` at most (N − protected) // 2 take effect. With `cls`, more than
+            the rows of A is an error.
         protected: Leading rows that do not merge and stay in front: 1 for a class token, 2 with a distillation token.
-        cls: Instead of `protected`: how many leading rows of each clip are class tokens. A and B are the even and odd
-            rows after them.
-        groups: Neighbouring clips that are matched as one sequence of groups · N rows: first the class tokens of all of
-            them, clip by clip, then all other tokens.
+        cls: Instead of `protected`: the number of leading rows of each clip that are class tokens. A and B are the even
+            and odd rows after them.
+        groups: Neighbouring clips that are matched as one sequence of groups · N rows: first the class tokens of all
+            clips, clip by clip, then all other tokens.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
         A `MergePlan` for B / groups sequences. Scores are products of rows divided by max(norm, 1e-8), accumulated in
         float32 or better; a row of zeros scores 0. Ties: the lower row of B, the lower row of A. NaN is the largest
-        score of all, in both choices. Nothing here is differentiable.
+        score of all, in both choices. Not differentiable.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: Shape, dtype or a number as above not met.
+        ValueError: Unsupported shape, dtype or number.
         RuntimeError: `impl` names an implementation that cannot run here.
 
     Source: ToMe (ICLR 2023, arXiv 2210.09461) section 3; with `cls` and `groups` TempMe (ICLR 2025, arXiv 2409.01156)
-    section 3. Both leave equal scores to an unstable sort, and a row of zeros to NaN. ToMe without a class token keeps
-    unmerged rows by score; here they always stand in their order.
+    section 3. Both leave equal scores to an unstable sort, and a row of zeros to NaN. ToMe without a class token orders
+    unmerged rows by score; here they always keep their order.
     """
     _check_match(metric, r, protected, cls, groups)
     rows = groups * metric.shape[1]
@@ -129,20 +130,20 @@ def bipartite_match(
 
 
 def merge_source(plan: MergePlan, source: Tensor | None = None) -> Tensor:
-    """Track which merged token holds each original token through several plans, one after the other.
+    """Track which merged token contains each original token through several consecutive plans.
 
     Args:
         plan: The next plan, as `bipartite_match` returns it.
-        source: `[B, N0]` int64, what this function returned for the plan before: original token i of sequence b is part
-            of its token `source[b, i]`. None before the first plan.
+        source: `[B, N0]` int64, the result of this function for the previous plan: original token i of sequence b is
+            part of its token `source[b, i]`. None before the first plan.
 
     Returns:
-        `[B / groups, groups · N0]` int64: the merged token that holds each original token; of a group's clips those of
-        the first come first.
+        `[B / groups, groups · N0]` int64: the merged token that contains each original token, clip after clip within a
+        group.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: Shape, dtype or device as above not met.
+        ValueError: Unsupported shape, dtype or device.
 
     Source: ToMe (arXiv 2210.09461), whose `merge_source` keeps a matrix of merged by original tokens instead.
     """

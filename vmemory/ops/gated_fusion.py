@@ -1,4 +1,4 @@
-"""Two readings of a memory blended by a learned gate, without the concatenation and without the gate."""
+"""Blend two memory readings by a learned gate, without storing their concatenation or the gate."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def _backward_fake(
     return tuple(working.new_empty(shape if asked else (0,)) for shape, asked in zip(shapes, wanted, strict=True))
 
 
-# the result [n, D], and with `save` what the backward pass needs [n, Hd]: relu's value, for others their argument
+# returns the result [n, D] and, with `save`, [n, Hd] for the backward pass: relu's value, otherwise the argument
 _forward = Op(
     "gated_fusion",
     "(Tensor working, Tensor episodic, Tensor w1, Tensor b1, Tensor w2, Tensor b2, str activation, bool save)"
     " -> (Tensor, Tensor)",
     _fake,
 )
-# a gradient nobody asked for has size 0
+# a gradient that is not required has size 0
 _backward = Op(
     "gated_fusion_backward",
     "(Tensor grad, Tensor working, Tensor episodic, Tensor w1, Tensor w2, Tensor b2, Tensor hidden, str activation,"
@@ -83,14 +83,14 @@ def gated_fusion(
     *,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Blend two readings: γ = σ(w2·act(w1·[working; episodic] + b1) + b2), γ·working + (1−γ)·episodic.
+    """Blend two readings: γ·working + (1−γ)·episodic with γ = σ(w2·act(w1·[working; episodic] + b1) + b2).
 
-    The concatenation and γ are never written. On CPU the hidden activation stays in cache; on a CUDA device it is
-    written, by the Triton kernel once. With a gradient, `n · Hd` elements are kept for the backward pass, n the number
-    of tokens, and γ is computed again.
+    The concatenation and γ are never stored. On the CPU the hidden activation stays in the cache; on a CUDA device it
+    is written to memory. If a gradient is required, `n · Hd` elements are stored for n tokens, and the backward pass
+    computes γ again.
 
     Args:
-        working: `[..., D]`, float64, float32, float16 or bfloat16, any strides; no tokens and no channels are fine.
+        working: `[..., D]`, float64, float32, float16 or bfloat16, any strides; every size may be 0.
         episodic: As `working`.
         w1: `[Hd, 2D]`, the first D columns for `working`, as in `torch.nn.Linear`; same dtype and device.
         b1: `[Hd]`.
@@ -103,8 +103,8 @@ def gated_fusion(
         `[..., D]` in the inputs' dtype, accumulated in float32 or better. Differentiable once, in all six tensors.
 
     Raises:
-        TypeError: An argument is no tensor.
-        ValueError: dtype, shape, device or activation as above not met.
+        TypeError: An argument is not a tensor.
+        ValueError: Unsupported dtype, shape, device or activation.
         RuntimeError: `impl` names an implementation that cannot run here.
 
     Source: VLM² (arXiv 2511.20644), equations 6 and 7; the paper leaves depth, width and activation of the gate open.
@@ -132,7 +132,7 @@ def gated_fusion(
         return _reference.gated_fusion(working, episodic, w1, b1, w2, b2, activation)
     a, b = working, episodic
     if a.dim() != 2:
-        # a view takes microseconds: none where the shape fits
+        # a view takes microseconds, so none is made if the shape fits
         a, b = (x[None] if x.dim() == 1 else x.flatten(0, -2) for x in (a, b))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (a, b, w1, b1, w2, b2)):
         out = _GatedFusion.apply(a, b, w1, b1, w2, b2, activation, picked)

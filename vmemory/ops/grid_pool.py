@@ -1,4 +1,4 @@
-"""Reduction of token grids, channels last, with the frame's mean in the same pass."""
+"""Pool token grids with channels last, and compute the frames' means in the same pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BACKENDS = Backends("grid_pool", cuda=True, passed_over=_passed_over)
 
 
 class PooledGrid(NamedTuple):
-    """A reduced grid and the descriptor of the frame it was made from."""
+    """A pooled grid, and the mean and norm of the frame it was made from."""
 
     tokens: Tensor
     """`[..., h, w, D']`, the input's dtype."""
@@ -70,7 +70,7 @@ def _backward_fake(grad: Tensor, cell: Tensor | None, grid: list[int], mode: str
 
 _forward = Op("grid_pool", "(Tensor tokens, int[] size, str mode) -> Tensor", _fake)
 _stats = Op("grid_pool_stats", "(Tensor tokens, int[] size, str mode) -> (Tensor, Tensor, Tensor)", _stats_fake)
-# `cell [B, D]` is added to every cell of its frame: what the gradients of mean and norm come to
+# `cell [B, D]` holds the gradients of mean and norm; it is added to every cell of its frame
 _backward = Op("grid_pool_backward", "(Tensor grad, Tensor? cell, int[] grid, str mode) -> Tensor", _backward_fake)
 
 
@@ -128,15 +128,15 @@ def grid_pool(
 def grid_pool(
     tokens: Tensor, size: int | tuple[int, int], mode: Mode = "area", *, stats: bool = False, impl: Impl = "auto"
 ) -> Tensor | PooledGrid:
-    """Reduce token grids `[..., H, W, D]` to `[..., h, w, D]` without permuting them.
+    """Pool token grids `[..., H, W, D]` to `[..., h, w, D]` without permuting them.
 
     Args:
-        tokens: `[..., H, W, D]`, float64, float32, float16 or bfloat16, any strides; no frames or no channels are fine.
+        tokens: `[..., H, W, D]`, float64, float32, float16 or bfloat16, any strides; frames and D may be 0.
         size: `(h, w)` or one int for both, at least 1; may exceed `(H, W)`.
         mode: `"area"`: the mean over `adaptive_avg_pool2d`'s windows. `"bilinear"`: `interpolate(align_corners=False)`
             without antialiasing. `"pixel_shuffle_v2"`: each 2×2 block of cells becomes one cell `[..., H/2, W/2, 4D]`,
             the block's cells in raster order; `"pixel_shuffle_v1"`: the same with the two axes of the output swapped,
-            `[..., W/2, H/2, 4D]`. For these `size` has to be that grid, and H and W even.
+            `[..., W/2, H/2, 4D]`. Both need even H and W, and `size` must be this grid.
         stats: Also return the mean of each input frame and its norm, from the same pass over the tokens.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
@@ -146,8 +146,8 @@ def grid_pool(
         the gradient of a norm of 0 is 0.
 
     Raises:
-        TypeError: `tokens` is no tensor, `size` neither an int nor a pair of ints.
-        ValueError: dtype, shape, size or mode as above not met.
+        TypeError: `tokens` is not a tensor, or `size` is neither an int nor a pair of ints.
+        ValueError: Unsupported dtype, shape, size or mode.
         RuntimeError: `impl` names an implementation that cannot run here.
 
     Source: VideoChat-Online (CVPR 2025), section 3.2, for area pooling and both orders of pixel shuffling.

@@ -1,4 +1,4 @@
-"""Reduction of a clip's token grids to a size per frame."""
+"""Pool the token grids of a clip, each frame to a size of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BACKENDS = Backends("grid_pool_ragged")
 
 
 class RaggedGrid(NamedTuple):
-    """Pooled frames of different sizes, one after the other."""
+    """Pooled frames of different sizes, concatenated."""
 
     tokens: Tensor
     """`[sum h*w, D]`, the input's dtype."""
@@ -64,11 +64,11 @@ def grid_pool_ragged(
     *,
     impl: Impl = "auto",
 ) -> RaggedGrid:
-    """Reduce each frame of a clip `[T, H, W, D]` to a grid of its own size.
+    """Pool each frame of a clip `[T, H, W, D]` to a grid of its own size.
 
     Args:
         tokens: `[T, H, W, D]`, float64, float32, float16 or bfloat16, any strides.
-        sizes: Per frame `(h, w)` or one int for both, at least 1. Host numbers: the output's shape depends on them.
+        sizes: Per frame `(h, w)` or one int for both, at least 1; Python ints, because they determine the shape.
         mode: `"area"` or `"bilinear"`, as in `grid_pool`.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
@@ -76,8 +76,8 @@ def grid_pool_ragged(
         `RaggedGrid(tokens [sum h*w, D], offsets [T + 1])`, offsets int64. Tokens are differentiable once.
 
     Raises:
-        TypeError: `tokens` is no tensor, an entry of `sizes` neither an int nor a pair of ints.
-        ValueError: dtype, shape or mode as above not met, or not one size per frame.
+        TypeError: `tokens` is not a tensor, or an entry of `sizes` is neither an int nor a pair of ints.
+        ValueError: Unsupported dtype, shape or mode, or not one size per frame.
         RuntimeError: `impl` names an implementation that cannot run here.
 
     Source: the per-frame sizes of VideoChat-Online (CVPR 2025), section 3.2; one launch instead of one per frame.

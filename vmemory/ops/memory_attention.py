@@ -1,4 +1,4 @@
-"""Attention over the valid slots of a memory, with work proportional to what is valid."""
+"""Attention over the valid slots of a memory, with work proportional to the number of valid slots."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ def _fake_backward(
     return query.new_empty(query.shape), query.new_empty(shape), query.new_empty(shape)
 
 
-# The output, and [2, S, G, N] the largest score and the sum of exp(score - largest), which one number would round away.
-# `wide` leaves the output as it was accumulated: gradients of scores cancel against it, and 16 bits of it would be what
-# is left of them.
+# Returns the output, and [2, S, G, N]: the largest score and the sum of exp(score - largest), separately, because
+# their combination in one number loses precision. `wide` returns the output in the dtype of accumulation: gradients of
+# scores are small differences from the output, which 16 bits would destroy.
 _forward = Op(
     "memory_attention",
     "(Tensor query, Tensor keys, Tensor values, Tensor count, Tensor? key_scale, Tensor? value_scale,"
     " bool wide) -> (Tensor, Tensor)",
     _fake,
 )
-# gradients of keys and values that are not asked for come back as empty tensors
+# gradients of keys and values that are not required are empty tensors
 _backward = Op(
     "memory_attention_backward",
     "(Tensor grad, Tensor query, Tensor keys, Tensor values, Tensor count, Tensor? key_scale, Tensor? value_scale,"
@@ -108,27 +108,28 @@ def memory_attention(
     value_scale: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Attend from tokens to the valid slots of a memory; what is not valid yet is neither read nor computed.
+    """Attend from tokens to the valid slots of a memory, without reading the other slots.
 
     Args:
         query: `[S, N, G, E]`, E at least 1, float64, float32, float16 or bfloat16, any strides; other sizes may be 0.
         key_slots: `[S, M, n, G, E]`: M slots of n tokens, same dtype and device as `query`; or, with scales, as
             `quantize_slots` stores them: int8, or 4 bits in uint8 `[S, M, n, G, ceil(E / 2)]`.
         value_slots: Shape, dtype and device of `key_slots`.
-        count: `[S]` int64 on the device: items ever written; the first `min(count, M)` slots are valid, below 0 none.
-        key_scale: `[S, M, n, G]` float32, with quantised slots and only then: a row is its values times its scale.
+        count: `[S]` int64 on the device, the number of items ever written: the first `min(count, M)` slots are valid,
+            none if it is negative.
+        key_scale: `[S, M, n, G]` float32, required for quantised slots only: a row is its values times its scale.
         value_scale: The same for `value_slots`.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
         `[S, N, G, E]`, the dtype of `query`: softmax(q · k / √E) · v over the valid slots of the stream, without a
         causal mask, accumulated in float32 or better (on a GPU weights and quantised values are rounded to the dtype of
-        `query`). A stream without a valid slot gets zeros. What slots hold that are not valid has no influence.
-        Differentiable once in query and in floating keys and values; the weights are never stored, the backward pass
-        recomputes them, and slots that are not valid get zero gradients.
+        `query`). A stream without a valid slot gets zeros. The content of invalid slots has no influence.
+        Differentiable once in query and in floating keys and values. The weights are never stored: the backward pass
+        recomputes them. Invalid slots get zero gradients.
 
     Raises:
-        TypeError: An argument is no tensor.
+        TypeError: An argument is not a tensor.
         ValueError: Shapes, dtypes or devices do not fit.
         RuntimeError: `impl` names an implementation that cannot run here.
 

@@ -1,4 +1,4 @@
-"""Memory slots in 8 or 4 bits a value, with a scale a row."""
+"""Quantise memory slots to 8 or 4 bits per value, with one scale per row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmemory.reference import quantize_slots as _reference
 
 _STEM = "quantize_slots"
 _QUANTIZE = Backends("quantize_slots")
-# the dtype that decides is that of the stored values
+# the implementation is selected by the dtype of the stored values
 _DEQUANTIZE = Backends(
     "dequantize_slots", native_dtypes=(torch.int8, torch.uint8), triton_dtypes=(torch.int8, torch.uint8)
 )
@@ -22,7 +22,7 @@ _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class QuantizedSlots(NamedTuple):
-    """values int8 `[..., D]`, or uint8 `[..., ceil(D / 2)]` with two values a byte; scale float32 `[...]`."""
+    """Values int8 `[..., D]`, or uint8 `[..., ceil(D / 2)]` with two values per byte; scale float32 `[...]`."""
 
     values: Tensor
     scale: Tensor
@@ -50,12 +50,12 @@ _dequantize = StemOp(
 
 @with_backends(_QUANTIZE)
 def quantize_slots(x: Tensor, bits: Literal[8, 4] = 8, *, impl: Impl = "auto") -> QuantizedSlots:
-    """Store rows in 8 or 4 bits a value: symmetric, one scale a row, rounded half to even.
+    """Quantise rows to 8 or 4 bits per value: symmetric, one scale per row, rounded half to even.
 
-    scale = max|x| / 127 (4 bits: / 7) and value = x / scale, in float32 or better, so that a value comes back within
-    half a scale. A row of zeros, or one so small that its scale would not be a normal number, has scale 0 and values 0.
-    A row that holds a NaN or an infinity, or whose scale exceeds float32, has scale NaN and values 0: all of it comes
-    back as NaN. There is no gradient.
+    scale = max|x| / 127 (4 bits: / 7) and value = x / scale, in float32 or better, so the error of a value is at most
+    half a scale. A row whose scale would not be a normal number, such as a row of zeros, has scale 0 and values 0. A
+    row with a NaN or an infinity, or whose scale exceeds float32, has scale NaN and values 0: it is dequantised to NaN.
+    There is no gradient.
 
     Args:
         x: `[..., D]`, float64, float32, float16 or bfloat16, any strides.
@@ -68,8 +68,8 @@ def quantize_slots(x: Tensor, bits: Literal[8, 4] = 8, *, impl: Impl = "auto") -
         float32 `[...]`.
 
     Raises:
-        TypeError: `x` is no tensor.
-        ValueError: dtype, shape or bits as above not met.
+        TypeError: `x` is not a tensor.
+        ValueError: Unsupported dtype, shape or bits.
         RuntimeError: `impl` names an implementation that cannot run here.
     """
     if not isinstance(x, Tensor):
@@ -96,14 +96,14 @@ def dequantize_slots(
     dtype: torch.dtype = torch.float32,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Bring back rows that `quantize_slots` stored, all of them or those chosen: value · scale, in one pass.
+    """Dequantise rows that `quantize_slots` stored, all or selected ones: value · scale, in one pass.
 
     Args:
         values: int8 `[..., D]`, or uint8 `[..., ceil(D / 2)]` with two values a byte.
         scale: float32 `[...]`, on the device of `values`.
-        rows: int64 `[S, N]`, on the device of `values`, which are then `[S, M, D]`: the rows to bring back, in any
-            order; one below 0 or from M on gives zeros. None = all.
-        dim: D; needed for packed values with an odd D, else it follows from `values`.
+        rows: int64 `[S, N]`, on the device of `values`, which are then `[S, M, D]`: the rows to return, in any order. A
+            row outside `range(M)` gives zeros. None = all.
+        dim: D. Required for packed values with an odd D, otherwise derived from `values`.
         dtype: float64, float32, float16 or bfloat16. The product is taken in float32 (float64 for float64).
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
@@ -112,7 +112,7 @@ def dequantize_slots(
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: dtype, shape or device as above not met, or `dim` does not fit.
+        ValueError: Unsupported dtype, shape or device, or `dim` does not fit.
         RuntimeError: `impl` names an implementation that cannot run here.
     """
     for name, x, layout in (("values", values, "[..., D]"), ("scale", scale, "[...]")):

@@ -1,4 +1,4 @@
-"""Memories of fixed slots, changed in place: first in, first out, and replacement of the most similar slot."""
+"""Update memories of fixed slots in place: first in, first out, or replacement of the most similar slot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _REPLACE = Backends("slot_replace_", cuda=True)
 
 
 class RingFrames(NamedTuple):
-    """frames `[S, M, N, D]`, oldest first, then zeros; count `[S]` int64: how many are frames."""
+    """Frames `[S, M, N, D]`, oldest first, then zeros; count `[S]` int64, the number of frames."""
 
     frames: Tensor
     count: Tensor  # type: ignore[assignment]
@@ -89,22 +89,22 @@ def _check_frames(frames: Tensor, layout: str, slots: Tensor, streams: Tensor | 
 def ring_push_(
     slots: Tensor, count: Tensor, frames: Tensor, streams: Tensor | None = None, *, impl: Impl = "auto"
 ) -> None:
-    """Write frames into a bounded first-in-first-out memory, in place, without leaving the device.
+    """Write frames into a bounded first-in-first-out memory, in place and without host synchronisation.
 
     Frame t goes into slot `(count + t) % M`; then `count` grows by T. Of more than M frames the last M are written.
 
     Args:
         slots: `[S, M, N, D]`, contiguous, float64, float32, float16 or bfloat16; changed.
-        count: `[S]` int64 on the device, contiguous: frames ever pushed, not negative (on the CPU another is an error,
-            on a GPU it counts as 0); changed.
+        count: `[S]` int64 on the device, contiguous: the number of frames ever pushed; changed. A negative count is an
+            error on the CPU and counts as 0 on a GPU.
         frames: `[S, T, N, D]`, or `[S', T, N, D]` with `streams`; the dtype and device of `slots`, any strides.
-        streams: `[S']` int64 on the device: the stream each row of frames goes to, none twice; a number outside
-            `range(S)`, −1 by convention, skips the row.
+        streams: `[S']` int64 on the device: the stream of each row of `frames`, without repetition. A number outside
+            `range(S)`, by convention −1, skips the row.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Raises:
-        TypeError: An argument is no tensor.
-        ValueError: Shape, dtype, device or layout as above not met; nothing has changed then.
+        TypeError: An argument is not a tensor.
+        ValueError: Unsupported shape, dtype, device or layout; nothing has changed.
         RuntimeError: `impl` names an implementation that cannot run here, or a counter on the CPU is below 0.
 
     Source: the working memory of VLM² (arXiv 2511.20644), Algorithm 1, lines 9 to 15.
@@ -121,7 +121,7 @@ def ring_push_(
 
 @with_backends(_READ)
 def ring_read(slots: Tensor, count: Tensor, *, impl: Impl = "auto") -> RingFrames:
-    """Read a memory that `ring_push_` filled, in the order of time.
+    """Read a memory that `ring_push_` filled, in temporal order.
 
     Args:
         slots: `[S, M, N, D]`, as `ring_push_` left it.
@@ -129,12 +129,12 @@ def ring_read(slots: Tensor, count: Tensor, *, impl: Impl = "auto") -> RingFrame
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
-        `RingFrames(frames [S, M, N, D], count [S])`: the last `min(count, M)` frames, oldest first, then zeros whatever
-        the slots hold; and their number. State has no gradient, so there is none.
+        `RingFrames(frames [S, M, N, D], count [S])`: the last `min(count, M)` frames, oldest first, then zeros; and
+        their number. Not differentiable.
 
     Raises:
-        TypeError: An argument is no tensor.
-        ValueError: Shape, dtype or device as above not met.
+        TypeError: An argument is not a tensor.
+        ValueError: Unsupported shape, dtype or device.
         RuntimeError: `impl` names an implementation that cannot run here.
     """
     _check_ring(slots, count, writes=False)
@@ -153,10 +153,10 @@ def slot_replace_(
     means: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Write one frame a stream into a bounded memory, in place: append while there is room, else replace the nearest.
+    """Write one frame per stream into a bounded memory, in place: append, or replace the most similar slot if full.
 
     Similarity is dot / (max(|a|, 1e-8) · max(|b|, 1e-8)), accumulated in float32 or better. Of equal slots the first is
-    replaced; a NaN counts as the largest similarity, so that a broken slot goes first.
+    replaced. A NaN counts as the largest similarity, so a slot that is not finite is replaced first.
 
     Args:
         slots: `[S, M, N, D]`, contiguous, float64, float32, float16 or bfloat16; changed.
@@ -164,21 +164,21 @@ def slot_replace_(
             `min(count, M)` slots are taken.
         frames: `[S, N, D]`, or `[S', N, D]` with `streams`; the dtype and device of `slots`, any strides.
         streams: As in `ring_push_`.
-        level: `"flat"` compares all N · D values of a frame, `"mean"` the means over N.
-        means: `[S, M, D]` float32 (float64 for float64), contiguous, for `level="mean"`: the slots' means, kept here
-            from call to call; with it a step reads the new frame alone instead of the whole memory. Changed.
+        level: `"flat"` compares all N · D values of a frame, `"mean"` its mean over N.
+        means: `[S, M, D]` float32 (float64 for float64), contiguous, for `level="mean"`: the slots' means from earlier
+            calls; changed. With it a call reads the new frame only, instead of the whole memory.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
-        `[S]` or `[S']` int64: the slot that was replaced; −1 where none was: appended, skipped, or M = 0.
+        `[S]` or `[S']` int64: the slot that was replaced; −1 if none was (appended, skipped, or M = 0).
 
     Raises:
-        TypeError: An argument is no tensor.
-        ValueError: Shape, dtype, device, layout or level as above not met; nothing has changed then.
+        TypeError: An argument is not a tensor.
+        ValueError: Unsupported shape, dtype, device, layout or level; nothing has changed.
         RuntimeError: `impl` names an implementation that cannot run here.
 
-    Source: the episodic memory of VLM² (arXiv 2511.20644), Algorithm 1 and Eq. 8, which leaves open over what the
-    cosine is taken; the frame stays in the slot it replaced, where the listing deletes and appends.
+    Source: the episodic memory of VLM² (arXiv 2511.20644), Algorithm 1 and Eq. 8, which do not define the operands of
+    the cosine. The listing deletes and appends; here the frame takes the slot it replaces.
     """
     check_choice("level", level, ("flat", "mean"))
     _check_ring(slots, count)

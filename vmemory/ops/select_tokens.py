@@ -1,4 +1,4 @@
-"""The best tokens of a clip by their scores, in order; and the rows, positions and times that belong to them."""
+"""Select the tokens with the largest scores, and gather the rows, positions and times that belong to them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _COMPANIONS = (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Selection(NamedTuple):
-    """indices `[S, sum of budgets]` int64, ascending, then −1; count `[S]` int64: how many are not −1."""
+    """Indices `[S, sum of budgets]` int64, ascending, then −1; count `[S]` int64, the number of valid indices."""
 
     indices: Tensor
     count: Tensor  # type: ignore[assignment]
 
 
 class Compacted(NamedTuple):
-    """tokens `[S, K, ...]` and the companions, each `[S, K, ...]`, in the order they were given."""
+    """Tokens `[S, K, ...]` and the companions, each `[S, K, ...]`, in their given order."""
 
     tokens: Tensor
     companions: tuple[Tensor, ...]
@@ -65,7 +65,7 @@ _compact_backward = StemOp(
 def select_tokens(
     scores: Tensor, budget: int | Sequence[int], segments: Tensor | None = None, *, impl: Impl = "auto"
 ) -> Tensor | Selection:
-    """Choose the tokens with the largest scores, of the whole clip or of each segment, without leaving the device.
+    """Select the tokens with the largest scores, of the whole clip or of each segment, without host synchronisation.
 
     Of equal scores (0 and −0 are equal) the token with the lower index is kept; NaN is the largest score of all, as in
     `torch.topk`. The indices have no gradient.
@@ -73,17 +73,18 @@ def select_tokens(
     Args:
         scores: `[S, N]`, float64, float32, float16 or bfloat16, any strides.
         budget: Tokens to keep, 0 to N; with `segments` a list of ints, one per segment, at most 4096, any size.
-        segments: `[S, N]` or `[N]` int64 on the device: each token's segment, in any order, e.g. its frame. A token
-            whose number is not in `range(len(budget))` is never kept.
+        segments: `[S, N]` or `[N]` int64 on the device: the segment of each token, e.g. its frame, in any order. A
+            token whose segment is outside `range(len(budget))` is never kept.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
-        Indices `[S, budget]` int64, ascending. With `segments` a `Selection(indices, count)`: indices of all segments
-        together, ascending, padded by −1 to the sum of budgets; a segment smaller than its budget is kept whole.
+        Indices `[S, budget]` int64, ascending. With `segments` a `Selection(indices, count)`: the indices of all
+        segments together, ascending, padded with −1 to the sum of budgets. A segment smaller than its budget is kept
+        whole.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: Shape, dtype, device or a budget as above not met.
+        ValueError: Unsupported shape, dtype, device or budget.
         RuntimeError: `impl` names an implementation that cannot run here.
     """
     check_tensor("scores", scores, "[S, N]")
@@ -136,23 +137,23 @@ class _Compact(torch.autograd.Function):
 
 @with_backends(_COMPACT)
 def compact(tokens: Tensor, keep: Tensor, *companions: Tensor, impl: Impl = "auto") -> Compacted:
-    """Move the chosen tokens together, and with them what belongs to them: positions, times, frame numbers.
+    """Gather selected tokens and their companions, such as positions, times and frame numbers.
 
     Args:
         tokens: `[S, N, ...]`, float64, float32, float16 or bfloat16, any strides.
-        keep: `[S, K]` int64 on the device, as `select_tokens` returns it: which rows, in which order; rows may repeat.
-            A value that is not in `range(N)`, −1 by convention, is padding. A mask is refused: its size would have to
-            be read back from the device.
-        companions: Tensors `[S, N, ...]` moved alongside: a floating dtype, int8 to int64 or bool.
+        keep: `[S, K]` int64 on the device, as `select_tokens` returns it: the rows in output order; rows may repeat. A
+            value outside `range(N)`, by convention −1, is padding. A mask is refused, because its size would have to be
+            read from the device.
+        companions: Tensors `[S, N, ...]` that are gathered alike: a floating dtype, int8 to int64 or bool.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
         `Compacted(tokens, companions)`. A padding row is 0 in the tokens and −1 (False for bool) in the companions.
-        Gradients reach tokens and floating companions; rows that were kept twice get the sum.
+        Gradients reach tokens and floating companions; repeated rows get the sum.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: Shape, dtype or device as above not met.
+        ValueError: Unsupported shape, dtype or device.
         RuntimeError: `impl` names an implementation that cannot run here.
     """
     rows = [tokens, *companions]

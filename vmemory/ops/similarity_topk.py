@@ -1,4 +1,4 @@
-"""Exact search: the k memory slots most similar to each query, without a score matrix."""
+"""Exact search for the k memory slots most similar to each query, without storing a score matrix."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _BACKWARD = Backends("similarity_topk_backward")
 
 
 class TopK(NamedTuple):
-    """values `[S, Q, k]`, largest first, and indices `[S, Q, k]` int64; −inf and −1 where nothing is left."""
+    """Values `[S, Q, k]`, largest first, and indices `[S, Q, k]` int64; −inf and −1 if fewer than k slots exist."""
 
     values: Tensor
     indices: Tensor
@@ -92,7 +92,7 @@ _forward = Op(
     " -> (Tensor, Tensor)",
     _fake,
 )
-# a gradient that is not asked for comes back as an empty tensor
+# a gradient that is not required is an empty tensor
 _backward = Op(
     "similarity_topk_backward",
     "(Tensor grad, Tensor values, Tensor indices, Tensor query, Tensor memory, Tensor? scale, str metric,"
@@ -146,33 +146,34 @@ def similarity_topk(
     norm: Tensor | None = None,
     impl: Impl = "auto",
 ) -> TopK:
-    """Find the k slots of a memory most similar to each query, by an exact search that stores no score matrix.
+    """Find the k slots of a memory that are most similar to each query, exactly and without storing a score matrix.
 
     Args:
         query: `[S, Q, D]`, float64, float32, float16 or bfloat16, any strides; S, Q, M and D may be 0.
         memory: `[S, M, D]`, fewer than 2³¹ slots, the dtype of `query`, or with `scale` as `quantize_slots` stores it:
-            int8, or 4 bits in uint8 `[S, M, ceil(D / 2)]`; the device of `query`. A contiguous one is read where it
-            lies: on the CPU it may be a mapping of a file larger than the machine's memory, of which no copy is made.
+            int8, or 4 bits in uint8 `[S, M, ceil(D / 2)]`; the device of `query`. A contiguous memory is not copied: on
+            the CPU it may be a memory-mapped file larger than the machine's memory.
         k: Slots per query, 1 to 1024; may exceed M.
-        count: `[S]` int64 on the device: items ever written; only the first `min(count, M)` slots are searched.
+        count: `[S]` int64 on the device, the number of items ever written: only the first `min(count, M)` slots are
+            searched.
         metric: `"cosine"`: dot / (max(|a|, 1e-8) · max(|b|, 1e-8)); `"dot"`: the dot product.
-        where: `[S, M]` bool, True = searchable. Together with `count` a slot has to pass both. For a range of time give
-            `(time >= since) & (time < until)`: that is a byte a slot beside a row of them, and the CPU does not read
-            the rows that are left out. A slot whose time is NaN is in no range.
+        where: `[S, M]` bool, True = searchable. With `count`, a slot must pass both. For a range of time pass
+            `(time >= since) & (time < until)`; the CPU does not read the excluded rows. A slot whose time is NaN is in
+            no range.
         scale: `[S, M]` float32: a row is its int8 or 4-bit values times its scale.
-        norm: `[S, M]`, the dtype of the values: the Euclidean norms of the rows, with their scales, for whoever keeps
-            them beside the rows. A cosine on the CPU then costs what a dot product costs. They are taken as they are;
-            a GPU, which waits for the rows anyway, computes its own.
+        norm: `[S, M]`, the dtype of the values: Euclidean norms of the rows (scale included), if the caller stores
+            them. A cosine on the CPU then costs as much as a dot product. The norms are not checked. A GPU is bound by
+            reading the rows and computes its own norms.
         impl: Which implementation to run; `"auto"` picks by device, dtype and, on a GPU, the number of queries. Memory
             in 4 bits has no native kernel there.
 
     Returns:
         `TopK(values [S, Q, k], indices [S, Q, k])`, best first; values float32 (float64 for a float64 query), indices
-        int64. Of equal scores the lower slot comes first, and a NaN score is the largest, as in `torch.topk`. Places
-        for which no slot is left hold −inf and −1. Scores are summed in float32 or better, for every row in the same
-        order: equal rows score equally to the bit wherever they lie. On the CPU that order does not depend on the
-        number of queries either. What slots hold that are not searched has no influence.
-        Gradients reach `query` and a floating `memory` through the values, once; none reaches `scale`.
+        int64. Of equal scores the lower slot comes first, and a NaN score is the largest, as in `torch.topk`. If fewer
+        than k slots are searched, the rest is −inf and −1. Scores are summed in float32 or better, in the same order
+        for every row: equal rows have bit-identical scores. On the CPU this order does not depend on the number of
+        queries either. The content of slots that are not searched has no influence.
+        Differentiable once in `query` and a floating `memory`, through the values; not in `scale`.
 
     Raises:
         TypeError: An argument is of the wrong kind.

@@ -1,4 +1,4 @@
-"""Merging of tokens by a plan: size-weighted means, the way back, and the attention bias that goes with them."""
+"""Merge tokens by a plan, spread them back, and compute the attention bias of merged tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _UNMERGE = Backends("token_unmerge", cuda=True, passed_over=_passed_over)
 
 
 class MergedTokens(NamedTuple):
-    """x `[B / groups, M', D]` and size `[B / groups, M', 1]`: how many original tokens each one stands for."""
+    """Tokens x `[B / groups, M', D]` and size `[B / groups, M', 1]`, the number of original tokens in each."""
 
     x: Tensor
     size: Tensor
@@ -101,24 +101,24 @@ class _TokenUnmerge(Function):
 
 @with_backends(_MERGE)
 def token_merge(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, impl: Impl = "auto") -> MergedTokens:
-    """Replace the tokens that a plan merges by their size-weighted mean.
+    """Replace the tokens that a plan merges by their size-weighted means.
 
     Args:
         x: `[B, N, D]` of the metric's B and N, float64, float32, float16 or bfloat16, any strides. The clips of a
             group need not be joined before.
         plan: As `bipartite_match` returns it, on the device of `x`.
-        size: `[B, N, 1]`, how many original tokens each one stands for, not negative; float32 (float64 for a float64
-            `x`). None counts each as one.
+        size: `[B, N, 1]`, the number of original tokens in each token, not negative; float32 (float64 for a float64
+            `x`). None = 1 for all.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
-        `MergedTokens(x [B / groups, M', D], size [B / groups, M', 1])`, M' = groups · N − r. A token that nothing was
-        merged into keeps its bits; tokens that together have size 0 count alike. Means are accumulated in float32 or
-        better. Gradients reach `x`, none reaches `size`.
+        `MergedTokens(x [B / groups, M', D], size [B / groups, M', 1])`, M' = groups · N − r. An unmerged token is
+        unchanged, bit for bit. Tokens whose sizes sum to 0 have equal weights. Means are accumulated in float32 or
+        better. Differentiable in `x`, not in `size`.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: Shape, dtype or device as above not met.
+        ValueError: Unsupported shape, dtype or device.
         RuntimeError: `impl` names an implementation that cannot run here.
 
     Source: ToMe (ICLR 2023, arXiv 2210.09461) section 3, "tracking token size".
@@ -153,23 +153,23 @@ def token_merge(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, impl:
 
 @with_backends(_UNMERGE)
 def token_unmerge(x: Tensor, plan: MergePlan, *, impl: Impl = "auto") -> Tensor:
-    """Spread merged tokens over the places they came from: each row gets the token that holds it.
+    """Spread merged tokens back over the original rows: each row gets the token that contains it.
 
     Args:
         x: `[B / groups, M', D]`, as `token_merge` returns it, float64, float32, float16 or bfloat16, any strides.
-        plan: The plan it was merged by, on the device of `x`.
+        plan: The plan by which `x` was merged, on the device of `x`.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
-        `[B, N, D]`. Gradients reach `x`: each token gets the sum over its rows.
+        `[B, N, D]`. Differentiable in `x`: the gradient of a token is the sum over its rows.
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: Shape, dtype or device as above not met.
+        ValueError: Unsupported shape, dtype or device.
         RuntimeError: `impl` names an implementation that cannot run here.
 
-    Source: ToMe's unmerging for dense tasks (arXiv 2303.17604). With two protected rows the released code of ToMe
-    reads the tokens of a sequence in another order than it wrote them; here they go back to where they came from.
+    Source: ToMe's unmerging for dense tasks (arXiv 2303.17604). With two protected rows ToMe's released code reads the
+    tokens of a sequence in another order than it wrote them; here every token returns to its own rows.
     """
     check_tensor("x", x, "[B, N, D]")
     check_floating("x", x)
@@ -190,7 +190,7 @@ def token_unmerge(x: Tensor, plan: MergePlan, *, impl: Impl = "auto") -> Tensor:
 
 
 def proportional_attention_bias(size: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """The additive attention mask that lets a merged token count as many times as it has original tokens.
+    """Return the additive attention mask that weights a merged token by its number of original tokens.
 
     Args:
         size: `[B, N, 1]`, as `token_merge` returns it.
@@ -198,11 +198,11 @@ def proportional_attention_bias(size: Tensor, dtype: torch.dtype | None = None) 
 
     Returns:
         log(size) as `[B, 1, 1, N]`, to be passed as `attn_mask` or added to one: softmax(q · k · scale + log(size)).
-        A key of size 0 gets −inf, it is not attended to.
+        A key of size 0 gets −inf and is not attended to.
 
     Raises:
-        TypeError: `size` is no tensor.
-        ValueError: Shape or dtype as above not met.
+        TypeError: `size` is not a tensor.
+        ValueError: Unsupported shape or dtype.
 
     Source: ToMe (ICLR 2023, arXiv 2210.09461) equation 1.
     """

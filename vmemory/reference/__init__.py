@@ -1,1 +1,1 @@
-"""Plain PyTorch definitions of every op: what correct means."""
+"""Plain PyTorch definitions of every operator; kernels are tested against them."""

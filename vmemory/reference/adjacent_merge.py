@@ -1,4 +1,4 @@
-"""The most similar pair of temporal neighbours merged into their weighted mean."""
+"""Merge the most similar pair of temporal neighbours into their weighted mean."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from vmemory.reference.adjacent_similarity import adjacent_similarity
 
 
 def adjacent_merge(bank: Tensor, size: Tensor, level: str = "frame") -> tuple[Tensor, Tensor, Tensor]:
-    """`bank [S, T, N, D]`, `size [S, T, N]` to `[S, T-1, N, D]`, `[S, T-1, N]` and the place of the pair `[S, N or 1]`.
+    """Merge one pair of `bank [S, T, N, D]`, `size [S, T, N]`; return both and the pair's place `[S, N or 1]`.
 
-    Pair t is entries t and t + 1. The largest cosine is taken, the first of equals; NaN is the largest of all. Two
-    entries without size count alike.
+    Place t means that entries t and t + 1 were merged: the pair with the largest cosine, the first of equals. NaN is
+    the largest of all. Two entries of size 0 have equal weights.
     """
     S, T, N, _ = bank.shape
     similarity = adjacent_similarity(bank.detach(), level)

@@ -1,4 +1,4 @@
-"""Cosine of each frame, or of each token, with the one before it."""
+"""Cosine similarity of consecutive frames, or of their tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ EPS = 1e-8
 
 
 def adjacent_similarity(frames: Tensor, level: str = "frame") -> Tensor:
-    """`frames [S, T, N, D]` to `[S, T-1]` (means over N) or `[S, T-1, N]`; float32, for float64 float64.
+    """Return `[S, T-1]` (means over N) or `[S, T-1, N]` for `frames [S, T, N, D]`; float32, or float64 for float64.
 
-    A norm below 1e-8 counts as 1e-8, so a zero vector is similar to nothing; NaN gives NaN.
+    A norm below 1e-8 counts as 1e-8, so a zero vector has similarity 0; NaN gives NaN.
     """
     wide = frames.to(torch.promote_types(frames.dtype, torch.float32))
     vectors = wide.mean(2) if level == "frame" else wide

@@ -9,30 +9,30 @@ _EPS = 1e-8
 
 
 def grouped_rows(tokens: int, cls: int, groups: int, device: torch.device) -> Tensor:
-    """Rows of `groups` clips of `tokens` in matching order: the first `cls` of each clip, then the rest of each."""
+    """Return the rows of `groups` clips in matching order: the first `cls` rows of each clip, then the others."""
     rows = torch.arange(groups * tokens, device=device).view(groups, tokens)
     return torch.cat([rows[:, :cls].flatten(), rows[:, cls:].flatten()])
 
 
 def match_scores(metric: Tensor, front: int, cls: int, groups: int) -> Tensor:
-    """Cosines `[B / groups, A, B]` of the even with the odd rows from `front` on, in matching order."""
+    """Return cosines `[B / groups, A, B]` of even with odd rows from `front` on, in matching order."""
     rows = metric.reshape(len(metric) // groups, groups * metric.shape[1], metric.shape[2])
     rows = rows[:, grouped_rows(metric.shape[1], cls, groups, metric.device)]
     rows = rows.to(torch.promote_types(metric.dtype, torch.float32))
     rows = rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp_min(_EPS)
     a, b = rows[:, front + front % 2 :: 2], rows[:, front + 1 - front % 2 :: 2]
-    # one multiply and one sum a row, not a matrix product: equal rows get equal scores wherever they lie
+    # not a matrix product, because its order of summation depends on the row: equal rows must have equal scores
     scores = [(a[:, i, None] * b).sum(-1) for i in range(a.shape[1])]
     return torch.stack(scores, 1) if scores else rows.new_zeros(len(rows), 0, b.shape[1])
 
 
 def bipartite_match(metric: Tensor, r: int, front: int, cls: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`metric [B, N, D]` to place and order `[B / groups, M]` and start `[B / groups, M - r + 1]`, M = groups · N.
+    """Match tokens: place and order `[B / groups, M]`, start `[B / groups, M - r + 1]` for `metric [B, N, D]`.
 
-    The first `front` rows in matching order stay in front. Each even row after them finds its best odd row, and the r
-    best pairs merge: the larger score first, of equals the lower row, NaN the largest of all. Merged tokens stand in
-    the order front, unmerged even rows, odd rows. Row i is part of token `place[i]`; the rows of token j are
-    `order[start[j] : start[j + 1]]`: the one that gave it its place, then ascending.
+    M = groups · N. The first `front` rows in matching order do not merge. Each even row after them finds its best odd
+    row, and the r best pairs merge: the larger score first, of equals the lower row, NaN the largest of all. The merged
+    tokens are the front rows, the unmerged even rows, the odd rows. Row i is part of token `place[i]`; the rows of
+    token j are `order[start[j] : start[j + 1]]`: first the row whose position the token keeps, then ascending.
     """
     scores = match_scores(metric, front, cls, groups)
     streams, evens, odds = scores.shape

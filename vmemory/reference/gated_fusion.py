@@ -1,4 +1,4 @@
-"""Two readings of a memory blended by a learned gate."""
+"""Blend two memory readings by a learned gate."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.
 def gated_fusion(
     working: Tensor, episodic: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, activation: str = "relu"
 ) -> Tensor:
-    """`working`, `episodic` `[..., D]` to `[..., D]`; `w1 [Hd, 2D]`, `w2 [D, Hd]`; gelu by the error function.
+    """Blend `working` and `episodic`, both `[..., D]`, with `w1 [Hd, 2D]`, `w2 [D, Hd]`; gelu by the error function.
 
-    Every step rounds to the inputs' dtype. NaN in a token or in the gate gives NaN, an infinite token too where its
+    Every step rounds to the inputs' dtype. NaN in a token or in the gate gives NaN, and so does an infinite token whose
     share is zero.
     """
     hidden = ACTIVATIONS[activation](F.linear(torch.cat([working, episodic], -1), w1, b1))

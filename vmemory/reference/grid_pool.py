@@ -1,4 +1,4 @@
-"""Reduction of token grids, channels last."""
+"""Pool token grids with channels last."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def _shuffle(tokens: Tensor, mode: str) -> Tensor:
-    """Each 2×2 block of cells becomes one cell with four times the channels, in raster order; v1 swaps the axes."""
+    """Turn each 2×2 block of cells into one cell with four times the channels, in raster order; v1 swaps the axes."""
     *front, height, width, channels = tokens.shape
     blocks = tokens.reshape(*front, height // 2, 2, width // 2, 2, channels).transpose(-4, -3)
     if mode == "pixel_shuffle_v1":
@@ -17,7 +17,7 @@ def _shuffle(tokens: Tensor, mode: str) -> Tensor:
 
 
 def _bilinear(x: Tensor, dim: int, m: int) -> Tensor:
-    """The two taps of `interpolate(align_corners=False)` along one dimension, taken in whole numbers."""
+    """Apply `interpolate(align_corners=False)` along one dimension, with positions computed in integers."""
     n = x.shape[dim]
     at = ((2 * torch.arange(m, device=x.device) + 1) * n - m).clamp(min=0)
     low = (at // (2 * m)).clamp(max=n - 1)
@@ -29,9 +29,9 @@ def _bilinear(x: Tensor, dim: int, m: int) -> Tensor:
 
 
 def grid_pool(tokens: Tensor, size: tuple[int, int], mode: str = "area") -> Tensor:
-    """`tokens [..., H, W, D]` to `[..., h, w, D]`; sums in float32 or, for float64, in float64.
+    """Pool `tokens [..., H, W, D]` to `[..., h, w, D]`, with sums in float32 (float64 for float64).
 
-    A NaN or an infinity reaches every output cell that it is a part of, and none that gives it weight 0.
+    A NaN or an infinity reaches every output cell in which its weight is not 0.
     """
     if mode.startswith("pixel_shuffle"):
         return _shuffle(tokens, mode)
@@ -48,6 +48,6 @@ def grid_pool(tokens: Tensor, size: tuple[int, int], mode: str = "area") -> Tens
 
 
 def frame_stats(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over the cells `[..., D]` of `tokens [..., H, W, D]` and its norm `[...]`; the norm's gradient at 0 is 0."""
+    """Return mean `[..., D]` of `tokens [..., H, W, D]` and its norm `[...]`, whose gradient at 0 is 0."""
     mean = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).mean((-3, -2))
     return mean, torch.linalg.vector_norm(mean, dim=-1)

@@ -16,11 +16,11 @@ def memory_attention(
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
 ) -> Tensor:
-    """`query [S, N, G, E]` over slots `[S, M, n, G, E]`, of which the first `min(count, M)` count; `[S, N, G, E]`.
+    """Attend from `query [S, N, G, E]` to the first `min(count, M)` slots `[S, M, n, G, E]`.
 
-    Slots with scales `[S, M, n, G]` are those of `quantize_slots`. Computed in float32 (float64 for float64) and
-    rounded once. A stream without a valid slot gets zeros. Slots that are not valid may hold anything, NaN included,
-    and get zero gradients.
+    Returns `[S, N, G, E]`. Slots with scales `[S, M, n, G]` are stored as by `quantize_slots`. Computed in float32
+    (float64 for float64) and rounded once. A stream without a valid slot gets zeros. Invalid slots may contain any
+    value, NaN included, and get zero gradients.
     """
     slots, rows = key_slots.shape[1:3]
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -33,7 +33,7 @@ def memory_attention(
     # [S, G, N, M·n]
     scores = torch.einsum("snge,smge->sgnm", query.to(wide) * query.shape[-1] ** -0.5, keys)
     hidden = ~valid.repeat_interleave(rows, 1)[:, None, None]
-    # where nothing is valid, softmax sees zeros instead of -inf and its result is not used
+    # softmax over -inf alone is NaN, so rows without a valid slot get zeros, and their result is not used
     empty = hidden.all(-1, keepdim=True)
     weights = scores.masked_fill(hidden & ~empty, -torch.inf).softmax(-1).masked_fill(hidden, 0)
     return torch.einsum("sgnm,smge->snge", weights, values).to(query.dtype)

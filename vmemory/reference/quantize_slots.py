@@ -9,10 +9,10 @@ LARGEST = {8: 127, 4: 7}
 
 
 def quantize_slots(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """`x [..., D]` to int8 `[..., D]`, or uint8 `[..., ceil(D / 2)]` with two values a byte; float32 scales `[...]`.
+    """Quantise `x [..., D]` to int8 `[..., D]`, or uint8 `[..., ceil(D / 2)]` for 4 bits; float32 scales `[...]`.
 
-    scale = max|x| / 127 (or 7); value = x / scale, rounded half to even. A scale that is not a normal number counts as
-    0, with values 0. A row that is not finite, or whose scale is not, has scale NaN and values 0.
+    scale = max|x| / 127 (or 7); value = x / scale, rounded half to even. A scale that is not a normal number is
+    replaced by 0, with values 0. A row that is not finite, or whose scale is not, has scale NaN and values 0.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     peak = wide.abs().amax(-1) if x.shape[-1] > 0 else wide.new_zeros(x.shape[:-1])
@@ -27,25 +27,25 @@ def quantize_slots(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def pack(values: Tensor) -> Tensor:
-    """Two's complement nibbles: the even channel in the low half of a byte, the odd one in the high half."""
+    """Pack values as two's complement nibbles: the even channel in the low half of a byte, the odd one in the high."""
     padded = torch.nn.functional.pad(values, (0, values.shape[-1] % 2))
     low, high = padded[..., ::2], padded[..., 1::2]
     return ((low & 15) | (high << 4)).view(torch.uint8)
 
 
 def unpack(packed: Tensor, dim: int) -> Tensor:
-    """Int8 values of the first `dim` channels."""
+    """Unpack the first `dim` channels to int8."""
     bytes_ = packed.view(torch.int8)
-    # the arithmetic shift extends the sign
+    # an arithmetic shift right extends the sign
     return torch.stack([bytes_ << 4 >> 4, bytes_ >> 4], -1).flatten(-2)[..., :dim]
 
 
 def dequantize_slots(
     values: Tensor, scale: Tensor, rows: Tensor | None, dim: int, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """values · scale `[..., dim]`, computed in float32 or, for float64, in float64.
+    """Return values · scale `[..., dim]`, computed in float32 (float64 for float64).
 
-    With `rows [S, N]`: those of the rows `[S, M]`, zeros for one that does not exist.
+    With `rows [S, N]` it returns these rows of `[S, M]` only, and zeros for rows that do not exist.
     """
     if rows is not None:
         there = (rows >= 0) & (rows < scale.shape[1])

@@ -1,4 +1,4 @@
-"""Memories of fixed slots: first in, first out, and replacement of the most similar slot."""
+"""Update memories of fixed slots: first in, first out, or replacement of the most similar slot."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ _EPS = 1e-8
 
 
 def _rows(slots: Tensor, frames: Tensor, streams: Tensor | None) -> list[tuple[int, int]]:
-    """Pairs (row of frames, stream of slots); rows whose stream does not exist are left out."""
+    """Return pairs (row of frames, stream of slots) for the rows whose stream exists."""
     targets = range(frames.shape[0]) if streams is None else streams.tolist()
     return [(row, stream) for row, stream in enumerate(targets) if 0 <= stream < slots.shape[0]]
 
 
 def ring_push_(slots: Tensor, count: Tensor, frames: Tensor, streams: Tensor | None = None) -> None:
-    """Frames `[S', T, N, D]` into slot `count % M` each, in order; `count` counts them all."""
+    """Write frames `[S', T, N, D]` in order, each to slot `count % M`, and increment `count`."""
     M, T = slots.shape[1], frames.shape[1]
     for row, stream in _rows(slots, frames, streams):
         first = int(count[stream])
@@ -25,7 +25,7 @@ def ring_push_(slots: Tensor, count: Tensor, frames: Tensor, streams: Tensor | N
 
 
 def ring_read(slots: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Slots in the order they were written, oldest first, then zeros; and how many of them were written."""
+    """Return the slots in the order of writing, oldest first, then zeros; and the number of written slots."""
     S, M = slots.shape[:2]
     held = count.clamp(0, M)
     k = torch.arange(M, device=slots.device)
@@ -35,11 +35,11 @@ def ring_read(slots: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def similarity(slots: Tensor, frame: Tensor, level: str) -> Tensor:
-    """Cosine of `frame [N, D]` with each of `slots [M, N, D]`, of all values (`"flat"`) or of the means over N."""
+    """Return cosines of `frame [N, D]` with `slots [M, N, D]`, over all values (`"flat"`) or over the means."""
     wide = torch.promote_types(slots.dtype, torch.float32)
     a, b = slots.to(wide), frame.to(wide)
     a, b = (a.flatten(1), b.flatten()) if level == "flat" else (a.mean(1), b.mean(0))
-    # one multiply and one sum a slot, not a matrix product: equal slots get equal scores wherever they lie
+    # not a matrix product, because its order of summation depends on the row: equal slots must have equal scores
     return (a * b).sum(-1) / (a.norm(dim=-1).clamp_min(_EPS) * b.norm().clamp_min(_EPS))
 
 
@@ -51,9 +51,9 @@ def slot_replace_(
     level: str = "flat",
     means: Tensor | None = None,
 ) -> Tensor:
-    """Each of `frames [S', N, D]` into the next free slot, else into the most similar one; the slots replaced `[S']`.
+    """Write each of `frames [S', N, D]` to the next free slot or the most similar one; return replaced slots `[S']`.
 
-    −1 where none was replaced. The first of equal similarities is taken, NaN is the largest of all.
+    −1 if none was replaced. Of equal similarities the first is taken; NaN is the largest of all.
     """
     M = slots.shape[1]
     replaced = count.new_full((frames.shape[0],), -1)

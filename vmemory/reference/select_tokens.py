@@ -1,4 +1,4 @@
-"""The best tokens of each segment by sorting all of them, and rows moved by index."""
+"""Select the best tokens of each segment by sorting all tokens, and gather rows by index."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def select_tokens(scores: Tensor, budgets: Sequence[int], segments: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`scores [S, N]` to indices `[S, sum(budgets)]`, ascending, then −1, and their number `[S]`.
+    """Return indices `[S, sum(budgets)]` of the best of `scores [S, N]`, ascending, then −1, and their number `[S]`.
 
-    Token n belongs to segment `segments[s, n]`, to none if that is outside `range(len(budgets))`. The larger score is
-    kept, of equals the lower index; NaN is the largest of all.
+    Token n belongs to segment `segments[s, n]`, or to none if this number is outside `range(len(budgets))`. The larger
+    score is kept, of equals the lower index; NaN is the largest of all.
     """
     S, N = scores.shape
     # a descending stable sort puts NaN first and leaves equals in order
@@ -30,9 +30,9 @@ def select_tokens(scores: Tensor, budgets: Sequence[int], segments: Tensor | Non
 
 
 def compact(rows: Sequence[Tensor], keep: Tensor) -> list[Tensor]:
-    """Rows `keep [S, K]` of each `[S, N, ...]`.
+    """Gather rows `keep [S, K]` of each tensor `[S, N, ...]`.
 
-    Where keep is not in `range(N)`: 0 in the first tensor, −1 in the others, False for bool.
+    For `keep` outside `range(N)`: 0 in the first tensor, −1 in the others, False for bool.
     """
     stream, moved = torch.arange(keep.shape[0], device=keep.device)[:, None], []
     for i, x in enumerate(rows):

@@ -1,4 +1,4 @@
-"""The k most similar rows of a memory, by sorting every score."""
+"""Find the k most similar rows of a memory by sorting all scores."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def similarity_topk(
     scale: Tensor | None = None,
     norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`query [S, Q, D]` against `memory [S, M, D]`: values and indices `[S, Q, k]`, best first, lower index first.
+    """Return values and indices `[S, Q, k]` for `query [S, Q, D]` and `memory [S, M, D]`, best and lowest index first.
 
-    `norm [S, M]` are the rows' norms where they are kept. Packed rows in uint8, `[S, M, ceil(D / 2)]`, are those of
-    `quantize_slots`. A NaN score is the largest of all.
+    `norm [S, M]` are the rows' norms if the caller stores them. Packed rows in uint8, `[S, M, ceil(D / 2)]`, are stored
+    as by `quantize_slots`. A NaN score is the largest of all.
     Places that cannot be filled are −inf / −1. Slots that are not searched may hold anything, NaN included.
     """
     S, Q, D = query.shape
@@ -40,14 +40,14 @@ def similarity_topk(
     if where is not None:
         valid &= where
     q, m = query.to(wide), torch.where(valid[..., None], _rows(memory, scale, D, wide), 0)
-    # one multiply and one sum a row, not a matrix product: equal rows get equal scores wherever they lie
+    # not a matrix product, because its order of summation depends on the row: equal rows must have equal scores
     scores = torch.stack([(q[:, i, None] * m).sum(-1) for i in range(Q)], 1) if Q else q.new_zeros(S, 0, M)
     if metric == "cosine":
         row_norm = m.norm(dim=-1) if norm is None else torch.where(valid, norm, 0)
         scores = scores / (q.norm(dim=-1).clamp_min(_EPS)[..., None] * row_norm.clamp_min(_EPS)[:, None])
     valid = valid[:, None].expand(S, Q, M)
     values, index = torch.where(valid, scores, -torch.inf).sort(dim=-1, descending=True, stable=True)
-    # a searched slot may score −inf itself: it still comes before those that were not searched
+    # a searched slot may score −inf; it still comes before slots that were not searched
     searched = valid.gather(-1, index)
     rank = searched.logical_not().to(torch.uint8).sort(dim=-1, stable=True).indices
     values, index, searched = (x.gather(-1, rank)[..., :k] for x in (values, index, searched))
@@ -70,9 +70,9 @@ def similarity_topk_backward(
     for_query: bool,
     for_memory: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the values `[S, Q, k]` with respect to query and memory; empty where not asked for.
+    """Return gradients of the values `[S, Q, k]` with respect to query and memory; empty if not required.
 
-    d cos / d a = b / (|a| |b|) − cos · a / |a|², without the second term where |a| is clamped: there it is a constant.
+    d cos / d a = b / (|a| |b|) − cos · a / |a|²; without the second term if |a| is clamped and thus constant.
     """
     q, there, slot = query.to(values.dtype), indices >= 0, indices.clamp_min(0).flatten(1)[..., None]
     slot = slot.expand(-1, -1, query.shape[2])

@@ -1,4 +1,4 @@
-"""Weighted means of the tokens that a plan merges, and their way back."""
+"""Merge tokens by a plan into weighted means, and spread them back."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def merge_weights(size: Tensor, place: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """The share of each row `[B, M]` in its token, and the sizes `[B, tokens]` of the tokens.
+    """Return the weight of each row in its token, `[B, M]`, and the sizes of the tokens, `[B, tokens]`.
 
-    A row alone has the share 1; rows that together have no size count alike.
+    A single row has weight 1; rows whose sizes sum to 0 have equal weights.
     """
     total = size.new_zeros(len(size), tokens).scatter_add(1, place, size)
     count = size.new_zeros(len(size), tokens).scatter_add(1, place, torch.ones_like(size))
@@ -19,7 +19,7 @@ def merge_weights(size: Tensor, place: Tensor, tokens: int) -> tuple[Tensor, Ten
 
 
 def token_merge(x: Tensor, size: Tensor | None, place: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """`x [B, M, D]` to the size-weighted means `[B, tokens, D]` of the rows of each token, and the sizes' sums."""
+    """Return size-weighted means `[B, tokens, D]` of the rows of `x [B, M, D]` in each token, and their total sizes."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     size = wide.new_ones(x.shape[:2]) if size is None else size
     share, total = merge_weights(size, place, tokens)
@@ -29,5 +29,5 @@ def token_merge(x: Tensor, size: Tensor | None, place: Tensor, tokens: int) -> t
 
 
 def token_unmerge(x: Tensor, place: Tensor) -> Tensor:
-    """`x [B, tokens, D]` to `[B, M, D]`: each row gets the token that holds it."""
+    """Spread `x [B, tokens, D]` to `[B, M, D]`: each row gets the token that contains it."""
     return x.gather(1, place[..., None].expand(*place.shape, x.shape[2]))
