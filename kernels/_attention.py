@@ -1,4 +1,4 @@
-"""What attention kernels share: rows of one head, their scales, the online softmax, block sizes."""
+"""Shared parts of the attention kernels: rows of one head, their scales, the online softmax, block sizes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def exp(x):
 
 @triton.jit
 def head_of(x, stream, head, rows, G, E):
-    """Where one head of one stream begins in `[S, rows, G, E]`, of which uint8 holds two channels a byte."""
+    """Return the address of a head of a stream in `[S, rows, G, E]`; uint8 stores two channels per byte."""
     return x + (stream * rows * G + head) * ((E + 1) // 2 if x.dtype.element_ty == tl.uint8 else E)
 
 
 @triton.jit
 def load_rows(x, start, end, G, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Rows [start, start + BLOCK) of a head, zeros from row `end` on."""
+    """Load rows [start, start + BLOCK) of a head, zeros from row `end` on."""
     i, e = tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
     mask = (start + i < end)[:, None]
     if E != BLOCK_E:
         mask = mask & (e < E)[None, :]
-    # one 64-bit address a block, 32 bits within
+    # 64-bit address for the block, 32-bit offsets within it
     first = tl.zeros((), tl.int64) + start
     if x.dtype.element_ty == tl.uint8:
         row: tl.constexpr = (E + 1) // 2
@@ -42,16 +42,16 @@ def load_rows(x, start, end, G, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: t
 
 @triton.jit
 def load_scales(scale, stream, head, start, end, rows, G, BLOCK: tl.constexpr):
-    """Scales of rows [start, start + BLOCK) of a head in `[S, rows, G]`, zeros from row `end` on."""
+    """Load scales of rows [start, start + BLOCK) of a head in `[S, rows, G]`, zeros from row `end` on."""
     i = (tl.zeros((), tl.int64) + start) + tl.arange(0, BLOCK)
     return tl.load(scale + (stream * rows + i) * G + head, i < end, other=0.0)
 
 
 @triton.jit
 def soften(s, most, total):
-    """Scores `[queries, keys]` after what came before: exp(s - largest), exp(most - largest), largest and the sum."""
+    """Update the online softmax with scores: return exp(s - largest), exp(most - largest), largest and sum."""
     largest = tl.maximum(most, tl.max(s, 1))
-    # a query that has met nothing but -inf must not take -inf from it
+    # -inf - (-inf) would be NaN for a query whose scores so far are all -inf
     base = tl.where(largest == NOTHING, 0.0, largest)
     p = exp(s - base[:, None])
     shrink = exp(most - base)
@@ -60,7 +60,7 @@ def soften(s, most, total):
 
 @triton.jit
 def load_stats(stats, program, i, N, S, G):
-    """The largest score and the sum of queries i of a head, in `[2, S, G, N]`."""
+    """Load the largest score and the sum of queries i of a head from `[2, S, G, N]`."""
     at = stats + program * N + i
     return tl.load(at, i < N, other=0.0), tl.load(at + (tl.zeros((), tl.int64) + S) * G * N, i < N, other=1.0)
 
@@ -80,15 +80,15 @@ def store_rows(x, value, start, end, G, E: tl.constexpr, BLOCK: tl.constexpr, BL
     tl.store(at, value.to(x.dtype.element_ty), mask)
 
 
-# the largest that spill no register, by the channels of a head
+# the largest blocks that spill no register, by the channels of a head
 _BESIDE_QUANTIZED = {64: (32, 32, 1), 128: (32, 16, 1), 256: (16, 32, 2)}
 
 
 def blocks(E: int, wide: bool, across: str = "", quantized: bool = False) -> dict[str, int]:
-    """Block sizes by the channels of a head; float32 rows take more space, as products without tensor cores.
+    """Return block sizes for the channels of a head; float32 rows need more space, without tensor cores.
 
-    `across` names the side the backward pass walks along, which gets half: it keeps more at once. Beside quantised
-    slots it keeps them in both forms, and both sides are small.
+    `across` names the side along which the backward pass iterates. This side gets half the block, because the pass
+    keeps more values at once. For quantised slots it keeps both forms of a row, so both sides are small.
     """
     block_e = max(16, power_of_two(E))
     side = max(16, min(32 if wide else 64, (2048 if wide else 8192) // block_e))
@@ -99,6 +99,6 @@ def blocks(E: int, wide: bool, across: str = "", quantized: bool = False) -> dic
     if across:
         sizes[across] = max(16, side // 2)
     if quantized and wide:
-        # rows copied ahead come as 16 channels a thread, and are four times as wide in float32
+        # rows that are copied ahead take 16 channels per thread, with four times the bytes in float32
         return sizes | {"num_warps": 8, "num_stages": 1 if block_e > 128 else 2}
     return sizes | {"num_warps": 8 if side * block_e >= 4096 else 4, "num_stages": 2}

@@ -1,4 +1,4 @@
-"""What launchers share."""
+"""Shared helpers of the launchers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def from_host(values: Sequence[int], like: Tensor) -> Tensor:
-    """`values` as int64 on `like`'s device. Nobody waits for them; within the capture of a CUDA graph torch refuses."""
+    """Copy `values` to `like`'s device as int64 without waiting; torch refuses this while it captures a CUDA graph."""
     held = torch.tensor(list(values), dtype=torch.int64)
     if like.is_cuda and not torch.cuda.is_current_stream_capturing():
         return held.pin_memory().to(like.device, non_blocking=True)
@@ -17,19 +17,19 @@ def from_host(values: Sequence[int], like: Tensor) -> Tensor:
 
 
 def device_of(tensor: Tensor):
-    """Context in which `tensor`'s device is the current one, where Triton launches; does nothing for CPU tensors."""
+    """Make `tensor`'s device current for a Triton launch, within a context; do nothing for CPU tensors."""
     from torch.cuda import device_of as guard
 
     return guard(tensor)
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n, and at least 1."""
+    """Return the smallest power of two that is at least n, and at least 1."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def channel_block(channels: int, most: int) -> int:
-    """A power of two for blocks of channels: of the three largest the one with the fewest masked lanes."""
+    """Return a block size for channels: the one of the three largest powers of two with the fewest masked lanes."""
     most = min(most, max(16, power_of_two(channels)))
     choices = [block for block in (most, most // 2, most // 4) if block >= 16]
     return min(choices, key=lambda block: (-(-channels // block) * block, -block))

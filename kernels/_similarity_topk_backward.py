@@ -1,4 +1,4 @@
-"""What the values of a search give its queries and its rows, in an order that does not depend on the device's."""
+"""Gradients of the values of a search, summed in an order that does not depend on the scheduling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _EPS = tl.constexpr(1e-8)
 
 @triton.jit
 def _channels(memory, row, d, D, mask):
-    """Channels d of rows in float32; in uint8 a row holds two a byte, the even one in the low half."""
+    """Load channels d of rows in float32; uint8 stores two per byte, the even one in the low half."""
     if memory.dtype.element_ty == tl.uint8:
         pair = tl.load(memory + row * ((D + 1) // 2) + d // 2, mask, other=0).to(tl.int32)
         return ((((pair >> ((d % 2) * 4).to(tl.int32)) & 15) ^ 8) - 8).to(tl.float32)
@@ -27,9 +27,9 @@ def _similarity_topk_share_kernel(
     grad, values, indices, query, memory, scale, share, Q, M, D, K, ENTRIES,
     COSINE: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What a value's gradient gives the other side, its query and its row, `share [3, S, Q, k]`.
+    """Compute the factors of a value's gradient for its query and its row, `share [3, S, Q, k]`.
 
-    d cos / d a = b / (|a| |b|) - cos a / |a|^2, without the second term where |a| is clamped: there it is a constant.
+    d cos / d a = b / (|a| |b|) - cos a / |a|^2; without the second term if |a| is clamped and thus constant.
     """
     entry = tl.program_id(0).to(tl.int64)
     place = entry // K
@@ -85,7 +85,7 @@ def _similarity_topk_query_bwd_kernel(
 
 @triton.jit
 def _similarity_topk_memory_bwd_kernel(rows, order, query, memory, share, out, D, K, ENTRIES, BLOCK_D: tl.constexpr):
-    """One program sums everything a row is sent, in the order of the queries; `rows` are sorted, -1 for no row."""
+    """Sum the gradients of one row in the order of the queries; `rows` are sorted, -1 for no row."""
     at = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = tl.load(rows + at)

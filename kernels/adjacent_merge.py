@@ -1,4 +1,4 @@
-"""The most similar pair of neighbours in time merged: similarities, the choice, then one pass that moves the rows."""
+"""Merge the most similar pair of temporal neighbours: similarities, choice, then one pass that moves the rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vmemory.kernels.adjacent_similarity import adjacent_similarity
 
 @triton.jit
 def _first_largest_kernel(similarity, place, PAIRS, n, BLOCK: tl.constexpr):
-    """The first of the largest; NaN is the largest of all."""
+    """Find the first of the largest similarities; NaN is the largest of all."""
     row = tl.program_id(0).to(tl.int64)
     similarity += row // n * PAIRS * n + row % n
     t = tl.arange(0, BLOCK).to(tl.int64)

@@ -1,7 +1,7 @@
-"""Cosine of each frame, or of each token, with the one before it.
+"""Cosine similarity of consecutive frames, or of their tokens.
 
-A program follows one token through a piece of time and keeps its last row in registers, so every row is read once
-(and one more a piece). Frames are compared by their means, one row each.
+A program follows one token through a piece of time and keeps its previous row in registers, so every row is read once
+(and one more per piece). Frames are compared by their means, one row each.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _adjacent_similarity_fwd_kernel(
                 product += tl.sum(old * new, 0)
                 square += tl.sum(new * new, 0)
         norm_after = tl.sqrt_rn(square)
-        # comparisons instead of a maximum: a NaN norm stays NaN
+        # a comparison instead of a maximum keeps a NaN norm NaN
         a = tl.where(norm_before < _EPS, _EPS, norm_before)
         b = tl.where(norm_after < _EPS, _EPS, norm_after)
         tl.store(similarity + (stream * (T - 1) + t) * N + n, tl.div_rn(product, a * b))
@@ -78,7 +78,7 @@ def _adjacent_similarity_fwd_kernel(
 
 @triton.jit
 def _coefficients(grad, similarity, norm, pair, at, other, there):
-    """What the gradient of one pair gives the other row and this one; a clamped norm is a constant."""
+    """Return the gradient factors of one pair for the other row and for this one; a clamped norm is a constant."""
     g = tl.load(grad + pair, there, other=0.0)
     cos = tl.load(similarity + pair, there, other=0.0)
     own = tl.load(norm + at)
@@ -90,7 +90,7 @@ def _coefficients(grad, similarity, norm, pair, at, other, there):
 
 @triton.jit
 def _adjacent_similarity_bwd_kernel(x, grad, similarity, norm, out, T, N, D, BLOCK_D: tl.constexpr):
-    # time runs fastest: neighbours in time run together and find each other's rows in the second-level cache
+    # time is the fastest index, so that neighbouring programs share rows in the second-level cache
     t, token = tl.program_id(0).to(tl.int64) % T, tl.program_id(0).to(tl.int64) // T
     stream, n = token // N, token % N
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -106,14 +106,14 @@ def _adjacent_similarity_bwd_kernel(x, grad, similarity, norm, out, T, N, D, BLO
 
 
 def compare(x: Tensor, piece: int | None = None) -> tuple[Tensor, Tensor]:
-    """Similarity and norm of tokens; `piece` pairs a program, by default by the size of the work."""
+    """Return similarities and norms of tokens; `piece` is the number of pairs per program."""
     streams, steps, tokens, channels = x.shape
     similarity = x.new_empty((streams, max(steps - 1, 0), tokens), dtype=torch.float32)
     norm = x.new_empty((streams, steps, tokens), dtype=torch.float32)
     if norm.numel() == 0:
         return similarity, norm
     if piece is None:
-        # long pieces read less twice, short ones fill the device
+        # long pieces read fewer rows twice, short pieces fill the device
         piece = 16 if streams * tokens * steps >= 1 << 14 else 1
     whole = channels <= _WIDEST
     block = max(16, power_of_two(channels)) if whole else 2048

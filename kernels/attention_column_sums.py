@@ -1,8 +1,8 @@
-"""Column sums of an attention map that is never stored.
+"""Column sums of an attention map, without storing the map.
 
-One kernel makes each query's largest score and sum, a second makes the weights anew and adds each column in one
-program, in the order of the queries. The backward pass makes them once more: for what each query's gradient subtracts
-and the gradient of the queries, and for the gradient of the keys.
+The first kernel computes the largest score and the sum of each query. The second computes the weights again and adds
+each column in one program, in the order of the queries. The backward pass computes the weights twice more: for the
+queries' gradient, with its mean term, and for the keys' gradient.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from vmemory.kernels._launch import device_of
 
 @triton.jit
 def _last(start, N, M, CAUSAL: tl.constexpr):
-    """One past the last key that query `start` sees, of M."""
+    """Return one past the last of M keys that query `start` sees."""
     return tl.minimum(tl.maximum(start + M - N + 1, 0), M) if CAUSAL else M
 
 
 @triton.jit
 def _weights(q, k, most, total, i, j, N, M, SCALE, CAUSAL: tl.constexpr):
-    """Weights `[BLOCK_N, BLOCK_M]` of keys j for queries i; 0 where a key is not seen, or either does not exist."""
+    """Compute weights `[BLOCK_N, BLOCK_M]` of keys j for queries i; 0 for pairs that are hidden or do not exist."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
     p = exp(s - most[:, None]) / total[:, None]
     return tl.where(_seen(i, j, N, M, CAUSAL), p, 0.0)
@@ -53,7 +53,7 @@ def _attention_column_sums_stats_kernel(
     query, key, stats, N, M, S, G, SCALE,
     E: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """`stats [2, S, G, N]`: the largest score and the sum of exp(score - largest)."""
+    """Compute `stats [2, S, G, N]`: the largest score and the sum of exp(score - largest)."""
     first = tl.program_id(0) * BLOCK_N
     i = first + tl.arange(0, BLOCK_N)
     program = tl.program_id(1).to(tl.int64)
@@ -83,7 +83,7 @@ def _attention_column_sums_fwd_kernel(
     k = load_rows(head_of(key, stream, head, M, G, E), first, M, G, E, BLOCK_M, BLOCK_E)
     q_head = head_of(query, stream, head, N, G, E)
     sums = tl.zeros((BLOCK_M,), tl.float32)
-    # earlier queries do not see the first key
+    # queries before `begin` do not see the first key
     begin = tl.maximum(first - (M - N), 0) // BLOCK_N * BLOCK_N if CAUSAL else 0
     for start in range(begin, N, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
@@ -98,8 +98,11 @@ def _attention_column_sums_query_bwd_kernel(
     grad, query, key, stats, delta, to_query, N, M, S, G, SCALE,
     E: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """With w the gradient of a column, `delta [S, G, N]` is the mean of w under a query's weights p, and a score's
-    gradient p (w - delta)."""
+    """Compute `delta [S, G, N]` and the queries' gradient.
+
+    With w the gradient of a column and p the weights of a query, delta is the mean of w under p, and the gradient of a
+    score is p (w - delta).
+    """
     first = tl.program_id(0) * BLOCK_N
     i = first + tl.arange(0, BLOCK_N)
     program = tl.program_id(1).to(tl.int64)
@@ -152,7 +155,7 @@ def _attention_column_sums_key_bwd_kernel(
 
 
 def blocks_of(E: int, wide: bool, across: str = "") -> dict[str, int]:
-    """Block sizes by the channels of a head; beside float32 rows the weights and their sums need small ones."""
+    """Return block sizes for the channels of a head; with float32 rows the weights need small blocks."""
     if wide:
         return blocks(E, wide) | {"BLOCK_N": 16, "BLOCK_M": 16, "num_warps": 8, "num_stages": 1}
     return blocks(E, wide, across)

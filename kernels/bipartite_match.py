@@ -1,7 +1,7 @@
 """Bipartite soft matching: best partners tile by tile of the product, then ranks and places by counting.
 
-Who merges and where everything goes are counts over the rows that look for partners, `key_j > key_i` or `j < i`: each
-program counts for its own rows, nothing is sorted, and any order of work decides alike.
+Ranks and places are counts over the even rows, `key_j > key_i` or `j < i`. Each program counts for its own rows.
+Nothing is sorted, and the result does not depend on the order of the programs.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from vmemory.kernels.similarity_topk import _key
 _EPS = tl.constexpr(1e-8)
 _LOW = tl.constexpr(2**31 - 1)
 _NOTHING = tl.constexpr(-(2**63))
-_BLOCK = 64  # rows of either set that a program looks at together
-_PROGRAMS = 512  # enough to fill a GPU: below that the partners are shared out among several
+_BLOCK = 64  # rows of either set that a program compares at once
+_PROGRAMS = 512  # enough to fill a GPU; with fewer, several programs share the partners of a block
 
 
 @triton.jit
 def _row(place, TOKENS, CLS, GROUPS):
-    """The row in memory of a place in matching order: the first CLS of each of GROUPS clips, then the rest of each."""
+    """Return the memory row of a place in matching order: the first CLS of each of GROUPS clips, then the rest."""
     place = place.to(tl.int64)
     rest, width = place - GROUPS * CLS, tl.maximum(TOKENS - CLS, 1)
     front = place // tl.maximum(CLS, 1) * TOKENS + place % tl.maximum(CLS, 1)
@@ -47,13 +47,13 @@ def _bipartite_match_kernel(
     metric, inverse, found, TOKENS, CLS, GROUPS, FRONT, EVENS, ODDS, D, TILES, PARTS, PART,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Key of score and index of each even row's best partner, `[streams, EVENS]`, before division by its own norm."""
+    """Find the best partner of each even row as a key of score and index, before division by the row's own norm."""
     program = tl.program_id(0).to(tl.int64)
     stream = program // PARTS // TILES
     base = stream * GROUPS * TOKENS
     i = (program // PARTS % TILES).to(tl.int32) * BLOCK_A + tl.arange(0, BLOCK_A)
     even = base + _row(FRONT + FRONT % 2 + 2 * i, TOKENS, CLS, GROUPS)
-    # every lane keeps its own best: nothing is reduced before the end
+    # every lane keeps its own best, so the only reduction is at the end
     best = tl.full((BLOCK_A, BLOCK_B), float("-inf"), tl.float32)
     at = tl.zeros((BLOCK_A, BLOCK_B), tl.int32)
     begin = (program % PARTS).to(tl.int32) * PART
@@ -70,13 +70,13 @@ def _bipartite_match_kernel(
         better = ((score > best) | ((score != score) & (best == best))) & (j < ODDS)[None, :]
         best = tl.where(better, score, best)
         at = tl.where(better, j[None, :], at)
-    # the largest of integers is the same in any order
+    # an integer maximum is the same in any order
     tl.atomic_max(found + stream * EVENS + i, tl.max(_key(best, at), 1), i < EVENS, sem="relaxed")
 
 
 @triton.jit
 def _even_keys(found, inverse, base, i, TOKENS, CLS, GROUPS, FRONT, EVENS):
-    """Keys of the best scores and the even rows that have them, and the partners."""
+    """Return the keys of the best scores with their even rows, and the partners."""
     key = tl.load(found + i, i < EVENS, other=_NOTHING)
     bits = (key >> 32).to(tl.int32)
     score = tl.where(bits < 0, bits ^ _LOW, bits).to(tl.float32, bitcast=True)
@@ -90,7 +90,7 @@ def _merge_rank_kernel(
     found, inverse, partners, TOKENS, CLS, GROUPS, FRONT, EVENS, TILES, R,
     BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The partner of each of the R best even rows, -1 for the others."""
+    """Write the partner of each of the R best even rows, -1 for the others."""
     program = tl.program_id(0).to(tl.int64)
     stream = program // TILES
     base = stream * GROUPS * TOKENS
@@ -110,7 +110,7 @@ def _merge_places_kernel(
     partners, places, order, starts, TOKENS, CLS, GROUPS, FRONT, EVENS, ODDS, R, TILES,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Token of each row, rows by token, and where a token's rows start."""
+    """Write the token of each row, the rows sorted by token, and the start of each token's rows."""
     program = tl.program_id(0).to(tl.int64)
     stream = program // TILES
     rows, tokens = GROUPS * TOKENS, GROUPS * TOKENS - R

@@ -1,7 +1,7 @@
-"""Two products with what surrounds them in their epilogues: neither the concatenation nor the gate is written.
+"""Gated fusion as two matrix products with fused epilogues; the concatenation and the gate are never stored.
 
-The first product walks the channels of the two inputs one after the other and writes the hidden activation, the second
-one reads it and blends. Backwards the gate is computed again; products without anything to fuse are left to cuBLAS.
+The first product reads the channels of both inputs in turn and writes the hidden activation. The second product reads
+it and blends the inputs. The backward pass computes the gate again; products without a fused part use cuBLAS.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _exp(x):
-    """The rounding of x times log2(e) made good: the error would grow with x otherwise."""
+    """Compute exp(x) with a correction of the rounding of x · log2(e), whose error grows with x."""
     whole = x * _LOG2E
     rest = tl.fma(x, tl.full(x.shape, _LOG2E, tl.float32), -whole) * _LN2
     y = tl.exp2(whole)
@@ -54,7 +54,7 @@ def _slope(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _tile(n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First row and column of a program; eight tiles of rows share the weight's columns while these are in cache."""
+    """Return the first row and column of a program; eight tiles of rows in turn use the same cached weights."""
     GROUP: tl.constexpr = 8
     program, down, across = tl.program_id(0), tl.cdiv(n, BLOCK_M), tl.cdiv(N, BLOCK_N)
     first = program // (GROUP * across) * GROUP
@@ -68,10 +68,10 @@ def _add_product(
     total, x, weight, n, N, K, w_n, w_k, row, column,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """total + x [n, K] times weight [K, N]; the last row and column stand in for those past the end."""
+    """Return total + x [n, K] times weight [K, N]; rows and columns past the end repeat the last one."""
     k = tl.arange(0, BLOCK_K)
     r, c = tl.minimum(tl.arange(0, BLOCK_M), n - 1 - row), tl.minimum(tl.arange(0, BLOCK_N), N - 1 - column)
-    # a tile starts anywhere, within it 32 bits do
+    # 64-bit address for the tile, 32-bit offsets within it
     x += row.to(tl.int64) * K
     weight += column.to(tl.int64) * w_n
     at_x, at_w = r[:, None] * K + k[None, :], c[None, :] * w_n + k[:, None] * w_k
@@ -89,7 +89,7 @@ def _add_product(
 
 @triton.jit
 def _places(n, N, row, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where a tile lies in a matrix [n, N]: its start, the places from there, which of them exist, its columns."""
+    """Return a tile's start in a matrix [n, N], its offsets from there, which elements exist, and its columns."""
     r, c = tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
     start = row.to(tl.int64) * N
     return start, r[:, None] * N + c[None, :], (row + r < n)[:, None] & (c < N)[None, :], c
@@ -132,7 +132,7 @@ def _gated_fusion_bwd_gate_kernel(
     WORKING: tl.constexpr, EPISODIC: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The gate's slope, and what reaches the tokens past the gate."""
+    """Compute the gradient of the gate, and the gradient of the tokens beside the gate."""
     row, column = _tile(n, D, BLOCK_M, BLOCK_N)
     y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     y = _add_product(y, hidden, w2, n, D, H, H, 1, row, column, EVEN, BLOCK_M, BLOCK_N, BLOCK_K)
@@ -170,10 +170,10 @@ def _gated_fusion_activate_kernel(argument, hidden, size, ACTIVATION: tl.constex
 
 
 def tiling(n: int, K: int, wide: bool, aligned: bool, narrow: bool = False) -> dict:
-    """Block sizes for n rows and sums of K terms; `wide` for float32, which no tensor core multiplies exactly.
+    """Return block sizes for n rows and sums of K terms; `wide` means float32, which tensor cores round.
 
-    Without aligned rows nothing is copied ahead into shared memory, and the elements on their way take the registers,
-    as does a long epilogue: `narrow`.
+    Rows that are not aligned cannot be copied ahead into shared memory, so their elements occupy registers. A long
+    epilogue occupies registers too (`narrow`).
     """
     small = wide or narrow or not aligned
     rows = min(64 if small else 128, max(16, power_of_two(n)))

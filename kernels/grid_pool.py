@@ -1,8 +1,8 @@
-"""Reduction of token grids, channels last.
+"""Pool token grids with channels last.
 
-Every kernel takes the taps of both axes as k = 0, 1, .. up to a bound that holds for all cells, and masks what a cell
-does not have: area windows are [floor(i n / m), ceil((i + 1) n / m)), bilinear has two taps a side. Seen from the
-input, the windows that hold a cell are the same formula with n and m swapped.
+Every kernel iterates over the taps k = 0, 1, .. of both axes, up to a bound for all cells, and masks the taps that a
+cell does not have. Area windows are [floor(i n / m), ceil((i + 1) n / m)); bilinear has two taps per axis. The windows
+that contain an input cell follow from the same formula with n and m swapped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vmemory.kernels._launch import channel_block, device_of, power_of_two
 
 @triton.jit
 def bilinear_tap(i, k, n, m):
-    """Source cell of tap k and its weight, in whole numbers: one exactly on a cell gives its neighbour weight 0."""
+    """Return the source cell of tap k and its weight, in integers, so that a tap on a cell gives its neighbour 0."""
     at = tl.maximum((2 * i + 1) * n - m, 0)
     low = tl.minimum(at // (2 * m), n - 1)
     over = tl.where(low < n - 1, (at - low * 2 * m).to(tl.float32) / (2.0 * m), 0.0)
@@ -26,7 +26,7 @@ def bilinear_tap(i, k, n, m):
 
 @triton.jit
 def forward_tap(i, k, n, m, AREA: tl.constexpr):
-    """Source cell k of output cell i, its weight (area: 1) and whether it is there."""
+    """Return source cell k of output cell i, its weight (area: 1) and whether it exists."""
     if AREA:
         source = i * n // m + k
         return source, source * 0.0 + 1.0, source < ((i + 1) * n + m - 1) // m
@@ -37,7 +37,7 @@ def forward_tap(i, k, n, m, AREA: tl.constexpr):
 
 @triton.jit
 def backward_tap(y, k, n, m, AREA: tl.constexpr):
-    """Output cell k that input cell y may be a part of, its weight and whether it is."""
+    """Return the k-th output cell that may contain input cell y, its weight and whether it does."""
     if AREA:
         target = y * m // n + k
         size = ((target + 1) * n + m - 1) // m - target * n // m
@@ -55,7 +55,7 @@ def pool_tile(
     x, y, cells, d, H, W, h, w, D, AREA: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Output cells `cells` of output row y of the frame at x, channels d."""
+    """Compute output cells `cells` of output row y of the frame at x, channels d."""
     total = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     for ky in range(KH):
         sy, wy, in_y = forward_tap(y, ky, H, h, AREA)
@@ -126,7 +126,7 @@ def _grid_pool_stats_kernel(
         total += tl.load(x + n[:, None] * D + d[None, :], mask, other=0.0).to(tl.float32)
     tl.store(mean + frame * D + d, tl.div_rn(tl.sum(total, 0), tl.zeros((BLOCK_D,), tl.float32) + H * W), d < D)
     if POOL:
-        # the frame's slice of channels was just read: this second look is served by the caches
+        # the frame's slice of channels was just read, so this second read hits the caches
         for tile_index in range(0, h * tl.cdiv(w, BLOCK_J)):
             i = (tile_index // tl.cdiv(w, BLOCK_J)).to(tl.int64)
             cells = (tile_index % tl.cdiv(w, BLOCK_J)).to(tl.int64) * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -170,14 +170,14 @@ def _pixel_shuffle_kernel(
 
 
 def forward_taps(mode: str, n: int, m: int) -> int:
-    """Most source cells of one output cell along an axis."""
+    """Return the largest number of source cells of an output cell along an axis."""
     if mode == "bilinear":
         return 2
     return n // m if n % m == 0 else min(n, -(-n // m) + 1)
 
 
 def backward_taps(mode: str, n: int, m: int) -> int:
-    """At least as many as the output cells that one input cell is a part of along an axis."""
+    """Return an upper bound of the output cells that contain one input cell along an axis."""
     return -(-2 * m // n) + 3 if mode == "bilinear" else forward_taps("area", m, n)
 
 
@@ -220,7 +220,7 @@ def grid_pool_stats(tokens: Tensor, size: list[int], mode: str) -> tuple[Tensor,
     if x.numel() == 0:
         return out, mean, norm
     with device_of(x):
-        # few frames: narrow blocks, so that one frame still fills the device
+        # with few frames narrow blocks are needed to fill the device
         block_j, block_d = min(8, power_of_two(w)), channel_block(channels, 128 if frames >= 64 else 32)
         _grid_pool_stats_kernel[(frames, triton.cdiv(channels, block_d))](
             x, out, mean, height, width, h, w, channels, POOL=not shuffled, AREA=mode == "area",

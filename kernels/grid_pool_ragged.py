@@ -1,6 +1,6 @@
-"""Reduction of a clip's token grids to a size per frame, in one launch.
+"""Pool the token grids of a clip to one size per frame, in one launch.
 
-Programs are laid out for the largest size; those a smaller frame does not need leave at once.
+The launch has programs for the largest size; programs that a smaller frame does not need return at once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Attention over the valid slots of a memory, in blocks with an online softmax.
 
-How many slots are valid is read on the device. A program attends from a block of queries to its share of the valid
-keys; where queries alone do not fill the device the keys are split, and a second kernel combines the shares. The
-backward pass makes the weights anew from each query's largest score and sum. Quantised slots are widened when loaded.
+The number of valid slots is read on the device. A program attends from a block of queries to its share of the valid
+keys. If the queries alone do not fill the device, the keys are split and a second kernel combines the shares. The
+backward pass computes the weights again from each query's largest score and sum. Quantised slots are widened on load.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _memory_attention_fwd_kernel(
     E: tl.constexpr, WHOLE: tl.constexpr, QUANTIZED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """`stats [SPLITS, 2, S, G, N]`, and `out [SPLITS, S, N, G, E]`, divided by the sums if WHOLE."""
+    """Compute `stats [SPLITS, 2, S, G, N]` and `out [SPLITS, S, N, G, E]`, divided by the sums if WHOLE."""
     first = tl.program_id(0) * BLOCK_N
     i = first + tl.arange(0, BLOCK_N)
     split, program = (tl.program_id(1) % SPLITS).to(tl.int64), (tl.program_id(1) // SPLITS).to(tl.int64)
@@ -56,7 +56,7 @@ def _memory_attention_fwd_kernel(
     for start in range(begin, end, BLOCK_M):
         j = start + tl.arange(0, BLOCK_M)
         k = load_rows(k_head, start, end, G, E, BLOCK_M, BLOCK_E)
-        # whole numbers of 8 bits are exact in every type of query
+        # 8-bit integers are exact in every dtype of the query
         s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * SCALE
         if QUANTIZED:
             s *= load_scales(key_scale, stream, head, start, end, M * ROWS, G, BLOCK_M)[None, :]
@@ -83,7 +83,7 @@ def _memory_attention_combine_kernel(
     i = first + tl.arange(0, BLOCK_N)
     program = tl.program_id(1).to(tl.int64)
     stream, head = program // G, program % G
-    # through load_stats and store_stats this kernel would spill registers on sm_80
+    # inlined, because with load_stats and store_stats this kernel spills registers on sm_80
     size = (tl.zeros((), tl.int64) + S) * G * N
     at = program * N + i
     most = tl.full((BLOCK_N,), NOTHING, tl.float32)
@@ -107,7 +107,7 @@ def _memory_attention_combine_kernel(
 def _memory_attention_delta_kernel(
     grad, out, delta, N, G, E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr
 ):
-    """`delta [S, G, N]`: the gradient of a query's output along the output, which every score's gradient subtracts."""
+    """Compute `delta [S, G, N]`, the product of a query's output and its gradient, for the scores' gradients."""
     first = tl.program_id(0) * BLOCK_N
     i = first + tl.arange(0, BLOCK_N)
     program = tl.program_id(1).to(tl.int64)
@@ -132,7 +132,7 @@ def _memory_attention_slots_bwd_kernel(
     q_head, g_head = head_of(query, stream, head, N, G, E), head_of(grad, stream, head, N, G, E)
     to_k = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     to_v = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    # a block without valid keys only stores its zeros
+    # a block without valid keys only stores zeros
     queries = tl.where(first < valid, N, 0)
     for start in range(0, queries, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
@@ -184,7 +184,7 @@ def _memory_attention_query_bwd_kernel(
         slope = tl.dot(g, tl.trans(v), input_precision="ieee")
         slope = p * (slope - along[:, None]) * SCALE
         if QUANTIZED and q.dtype == tl.float32:
-            # only now: both forms at once do not fit the registers
+            # loaded this late because both forms at once do not fit the registers
             factor = load_scales(key_scale, stream, head, start, valid, M * ROWS, G, BLOCK_M)
             k = load_rows(k_head, start, valid, G, E, BLOCK_M, BLOCK_E).to(tl.float32) * factor[:, None]
         acc += tl.dot(slope.to(k.dtype), k, input_precision="ieee")
@@ -192,7 +192,7 @@ def _memory_attention_query_bwd_kernel(
 
 
 def _splits(programs: int, rows: int, block: int, device: torch.device) -> int:
-    """Into how many shares the keys are cut, so that all programs together fill the device."""
+    """Return the number of shares of the keys with which the programs fill the device."""
     wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
     return max(1, min(wanted // programs, rows // (4 * block), 32))
 

@@ -1,4 +1,4 @@
-"""Rows in 8 or 4 bits a value with a scale a row, and back."""
+"""Quantise rows to 8 or 4 bits per value with one scale per row, and dequantise them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it round
 def _quantized(x, at, mask, scale, LARGEST: tl.constexpr):
     value = tl.load(x + at, mask, other=0.0).to(tl.float32)
     whole = (tl.div_rn(value, scale + tl.zeros_like(value)) + _MAGIC) - _MAGIC
-    # written so that what is not a number becomes 0: such rows are not read again
+    # in this form NaN becomes 0, the value that rows with a NaN scale have
     whole = tl.where(whole > LARGEST, LARGEST, tl.where(whole < -LARGEST, -LARGEST, whole))
     return tl.where(whole == whole, whole, 0.0).to(tl.int32)
 

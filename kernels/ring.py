@@ -1,6 +1,6 @@
-"""Memories of fixed slots: frames copied into the next slot, read in order, or put in place of the most similar one.
+"""Update memories of fixed slots: write to the next slot, read in order, or replace the most similar slot.
 
-Counters are read by every program of a launch and written by the last launch only.
+Every program of a launch reads the counters; only the last launch writes them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor
 from vmemory.kernels._launch import channel_block, device_of, power_of_two
 
 _EPS = tl.constexpr(1e-8)
-_COPY = 2048  # values a program copies
+_COPY = 2048  # values that a program copies
 _CHUNK = 8192  # values of a frame that a program compares
 
 
 @triton.jit
 def _target(streams, row, S, ROUTED: tl.constexpr):
-    """The stream a row of frames goes to, -1 for none."""
+    """Return the stream of a row of frames, -1 for none."""
     if ROUTED:
         stream = tl.load(streams + row)
         return tl.where((stream >= 0) & (stream < S), stream, -1)
@@ -29,7 +29,7 @@ def _target(streams, row, S, ROUTED: tl.constexpr):
 
 @triton.jit
 def _counted(count, stream, added):
-    """A stream's counter, which `added` frames join; one that cannot be counts as the nearest that can."""
+    """Return a stream's counter, clamped so that `added` more frames do not overflow it."""
     most = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64) - added
     return tl.minimum(tl.maximum(tl.load(count + stream), 0), most)
 
@@ -74,7 +74,7 @@ def _ring_read_kernel(slots, count, out, held, M, size, BLOCK: tl.constexpr):
 
 @triton.jit
 def _before(count, streams, row, S, ROUTED: tl.constexpr):
-    """The stream of a row and how often it was written; -1, -1 for none."""
+    """Return the stream of a row and its counter before this call; -1, -1 for none."""
     stream = _target(streams, row, S, ROUTED)
     return stream, tl.where(stream >= 0, _counted(count, tl.maximum(stream, 0), 1), -1)
 
@@ -84,7 +84,7 @@ def _slot_mean_kernel(
     slots, count, frames, streams, mean, S, M, N, D, EACH, ROUTED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Means of the slots of full streams, and of the row's frame, which comes last."""
+    """Compute the means of the slots of full streams and, last, of the row's frame."""
     row, m = (tl.program_id(0) // EACH).to(tl.int64), (tl.program_id(0) % EACH).to(tl.int64)
     stream, before = _before(count, streams, row, S, ROUTED)
     own = m == EACH - 1
@@ -107,7 +107,7 @@ def _slot_products_kernel(
     slots, count, own, streams, part, written, S, M, size, OWN_STEP, OWN_FIRST, BY_STREAM: tl.constexpr,
     ROUTED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Products of the row's own vector with each slot's, and squares of both; the own one comes last."""
+    """Compute products of the row's vector with each slot's, and the squares of both, the row's own last."""
     row, m = (tl.program_id(0) // (M + 1)).to(tl.int64), (tl.program_id(0) % (M + 1)).to(tl.int64)
     chunk = tl.program_id(1).to(tl.int64)
     stream, before = _before(count, streams, row, S, ROUTED)
@@ -143,13 +143,13 @@ def _total(part, first, there, CHUNKS, BLOCK_M: tl.constexpr, BLOCK_C: tl.conste
 @triton.jit
 def _guarded(square):
     norm = tl.sqrt_rn(square)
-    # a comparison instead of a maximum: a NaN norm stays NaN
+    # a comparison instead of a maximum keeps a NaN norm NaN
     return tl.where(norm < _EPS, _EPS, norm)
 
 
 @triton.jit
 def _most_similar(part, row, M, CHUNKS, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The first slot of the largest cosine; NaN is the largest of all."""
+    """Return the first slot with the largest cosine; NaN is the largest of all."""
     k = tl.arange(0, BLOCK_M).to(tl.int64)
     base = row * (M + 1)
     own = tl.sum(tl.where(k == 0, _total(part + 1, base + M + k, k == 0, CHUNKS, BLOCK_M, BLOCK_C), 0.0), 0)
@@ -235,7 +235,7 @@ def slot_replace_(
         with device_of(x):
             _ring_advance_kernel[(rows,)](count, routes, held, 1, ROUTED=routed, num_warps=1)
         return replaced.fill_(-1)
-    # the vectors compared: whole frames, or means with the frame's own behind those of the slots
+    # vectors to compare: whole frames, or the means of the slots followed by the frame's mean
     each = 1 if means is not None else capacity + 1
     compared = size if level == "flat" else channels
     chunks = max(1, triton.cdiv(compared, _CHUNK))

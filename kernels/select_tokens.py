@@ -1,4 +1,4 @@
-"""The largest scores of each segment by a radix search for the cut, and rows moved by index."""
+"""Select the largest scores of each segment by a radix search for the threshold, and gather rows by index."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 
 from vmemory.kernels._launch import device_of, from_host, power_of_two
 
-_BLOCK = 4096  # scores looked at together
+_BLOCK = 4096  # scores per block
 
 
 @triton.jit
 def _keys(scores, at, inside, BITS: tl.constexpr):
-    """Unsigned keys in the order of the scores: both zeros equal, NaN the largest, 0 no score's key."""
+    """Return unsigned keys in the order of the scores: equal for both zeros, largest for NaN, never 0."""
     x = tl.load(scores + at, inside, other=0.0)
     unsigned: tl.constexpr = tl.uint32 if BITS == 32 else tl.uint16
     bits = x.to(unsigned, bitcast=True).to(tl.int64)
@@ -40,7 +40,7 @@ def _select_cut_kernel(
     scores, segments, budgets, cuts, N, G, SEGMENT_STEP, BITS: tl.constexpr, SEGMENTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Keys above cuts[0] are kept, and those equal to it up to index cuts[1]."""
+    """Find the cut: keys above cuts[0] are kept, and keys equal to it up to index cuts[1]."""
     stream, segment = (tl.program_id(0) // G).to(tl.int64), (tl.program_id(0) % G).to(tl.int64)
     scores += stream * N
     segments += stream * SEGMENT_STEP
@@ -146,7 +146,7 @@ def _compact_bwd_kernel(grad, places, first, out, N, K, D, BLOCK_N: tl.constexpr
 
 def _budgets(budgets: Sequence[int], like: Tensor) -> Tensor:
     if len(set(budgets)) == 1:
-        # written on the device: nothing is copied from the host
+        # filled on the device, because a copy from the host would wait
         return like.new_full((len(budgets),), budgets[0], dtype=torch.int64)
     return from_host(budgets, like)
 
@@ -211,7 +211,7 @@ def compact_backward(grad: Tensor, keep: Tensor, length: int) -> Tensor:
     if out.numel() == 0:
         return out
     inside = torch.where((keep >= 0) & (keep < length), keep, length)
-    # rows that go back to one token stand together, in the order they were kept
+    # a stable sort groups the rows of one token, in the order in which they were kept
     rows, places = inside.sort(dim=1, stable=True)
     starts = torch.arange(length + 1, device=g.device).expand(streams, -1).contiguous()
     first = torch.searchsorted(rows, starts)

@@ -1,8 +1,8 @@
-"""The k most similar rows of a memory to each query, without the score matrix.
+"""Find the k most similar rows of a memory for each query, without storing the score matrix.
 
-The best k rows lie in the k groups of neighbouring rows whose best rows are best. A first kernel reads the memory once
-and keeps the best of every group; the k best groups are chosen, scored once more by the same arithmetic, and their best
-k rows are the result. A score and its slot make one integer, all of them differ, so any order of work chooses alike.
+The best k rows lie in the k groups of neighbouring rows whose best rows are best. The first kernel reads the memory
+once and keeps the best of every group. The k best groups are scored again by the same arithmetic, and their best k rows
+are the result. Score and slot form one unique integer, so the result does not depend on the order of the programs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _LOW = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def _key(score, slot):
-    """Integers in the order of the scores: NaN above all, of equal scores the lower slot, all above `_NOTHING`."""
-    # -0 equals 0
+    """Return integers in the order of the scores: NaN highest, of equal scores the lower slot, all above `_NOTHING`."""
+    # -0 and 0 must have the same key
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)
     bits = tl.where(score != score, _LOW, tl.where(bits < 0, bits ^ _LOW, bits))
     return (bits.to(tl.int64) << 32) | (slot ^ _LOW).to(tl.int64)
@@ -36,9 +36,9 @@ def _scored(
     query, query_norm, memory, scale, stream, q, m, searched, Q, M, D, CHANNELS,
     COSINE: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Keys `[BLOCK_M, BLOCK_Q]` of rows m for queries q; CHANNELS is D, or 0 where no row is searched.
+    """Return keys `[BLOCK_M, BLOCK_Q]` of rows m for queries q; CHANNELS is D, or 0 if no row is searched.
 
-    In uint8 a row holds two channels a byte, the even one in the low half.
+    In uint8 a row stores two channels per byte, the even one in the low half.
     """
     PACKED: tl.constexpr = memory.dtype.element_ty == tl.uint8
     d = tl.arange(0, BLOCK_D)
@@ -52,7 +52,7 @@ def _scored(
             there = searched[:, None] & (byte < stored)[None, :]
             pair = tl.load(memory + row[:, None] * stored + byte[None, :], there, other=0).to(tl.int32)
             low, high = ((pair & 15) ^ 8) - 8, ((pair >> 4) ^ 8) - 8
-            # the half byte after an odd number of channels may hold anything
+            # with an odd number of channels the last half byte is undefined
             high = tl.where((2 * byte + 1 < D)[None, :], high, 0)
             at = query_row[None, :] + 2 * byte[:, None]
             asked = (q < Q)[None, :]
@@ -90,9 +90,9 @@ def _similarity_topk_groups_kernel(
     COSINE: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WHERE: tl.constexpr, HAS_SCALE: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The best key of every group of rows, `best [S, Q, TILES * BLOCK_M / GROUP]`."""
+    """Write the best key of every group of rows, `best [S, Q, TILES * BLOCK_M / GROUP]`."""
     program = tl.program_id(0).to(tl.int64)
-    # programs that read the same rows run side by side
+    # programs that read the same rows have neighbouring numbers, to share the cache
     q = program % QUERY_BLOCKS * BLOCK_Q + tl.arange(0, BLOCK_Q)
     tile = program // QUERY_BLOCKS % TILES
     stream = program // QUERY_BLOCKS // TILES
@@ -120,7 +120,7 @@ def _similarity_topk_rows_kernel(
     COSINE: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WHERE: tl.constexpr, HAS_SCALE: tl.constexpr,
     GROUP: tl.constexpr, KP: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Every key of the chosen groups, `keys [S, Q, TILES * BLOCK_M]`."""
+    """Write every key of the chosen groups, `keys [S, Q, TILES * BLOCK_M]`."""
     program = tl.program_id(0).to(tl.int64)
     place, tile = program // TILES, program % TILES
     stream, own = place // Q, place % Q
@@ -133,7 +133,7 @@ def _similarity_topk_rows_kernel(
     searched = (group != _NOTHING) & (m < n)
     if HAS_WHERE:
         searched = searched & (tl.load(where + stream * M + m, searched, other=0) != 0)
-    # the queries beside it as before, so that a score comes out as before
+    # the same block of queries as in the first kernel, so that scores are bit-identical
     q = own // BLOCK_Q * BLOCK_Q + tl.arange(0, BLOCK_Q)
     channels = tl.where(tl.max(searched.to(tl.int32), 0) > 0, D, 0)
     found = _scored(
@@ -145,7 +145,7 @@ def _similarity_topk_rows_kernel(
 
 @triton.jit
 def _similarity_topk_choose_kernel(keys, chosen, N, PIECES, PIECE, KP: tl.constexpr, BLOCK: tl.constexpr):
-    """The KP largest keys of a piece, in order."""
+    """Write the KP largest keys of a piece, in order."""
     program = tl.program_id(0).to(tl.int64)
     keys += program // PIECES * N
     first, places = program % PIECES * PIECE, tl.arange(0, BLOCK)
@@ -170,7 +170,7 @@ def _similarity_topk_result_kernel(chosen, values, indices, K, KP: tl.constexpr)
 
 
 def _choose(keys: Tensor, best: int) -> Tensor:
-    """The largest keys `[S, Q, best]` of `[S, Q, N]`, first of pieces, then of what these leave."""
+    """Return the largest keys `[S, Q, best]` of `[S, Q, N]`, first per piece, then of the pieces' results."""
     N, block = keys.shape[2], max(256, best)
     pieces = triton.cdiv(N, 8 * block)
     chosen = keys.new_empty((*keys.shape[:2], pieces * best))
@@ -185,7 +185,7 @@ def similarity_topk(
     query: Tensor, memory: Tensor, count: Tensor | None, where: Tensor | None, scale: Tensor | None,
     norm: Tensor | None, k: int, metric: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    # `norm` is not read: the rows are, and their squares are summed while the next ones are waited for
+    # `norm` is not used: the kernel is bound by reading the rows, so summing their squares costs no time
     query, memory = query.contiguous(), memory.contiguous()
     streams, queries, channels = query.shape
     slots = memory.shape[1]
@@ -197,9 +197,9 @@ def similarity_topk(
     block_q = 16 if queries <= 16 else 64
     block_m, block_d = 64, 16 if query.dtype == torch.float32 else 64
     if memory.dtype == torch.uint8:
-        # bytes of two channels
+        # in bytes, which hold two channels
         block_d = max(16, block_d // 2)
-    # small groups where many are chosen, or by many queries: they are scored twice
+    # chosen groups are scored twice, so groups are small if many are chosen
     group = 64 if k <= 64 and queries <= 16 else 16
     best = max(16, power_of_two(k))
     tiles, query_blocks = triton.cdiv(slots, block_m), triton.cdiv(queries, block_q)

@@ -1,4 +1,4 @@
-"""Weighted means of merged tokens and copies back: a token's rows stand together in the plan, a program sums them."""
+"""Compute weighted means of merged tokens and spread them back; the plan lists the rows of each token."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def _share(size, total, count):
 def _token_sum_kernel(
     x, size, order, starts, out, totals, M, N, D, MEAN: tl.constexpr, HAS_SIZE: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """`x [streams, M, D]` to the mean or the sum of each token's rows, `[streams, N, D]`."""
+    """Compute the mean or the sum of each token's rows, `[streams, N, D]`, from `x [streams, M, D]`."""
     program = tl.program_id(0).to(tl.int64)
     stream, token = program // N, program % N
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    # numbers of a plan that matching did not make are not waited for and checked: they name rows that are there
+    # checking a plan would wait for the device, so its numbers are clamped to existing rows
     first = tl.minimum(tl.maximum(tl.load(starts + stream * (N + 1) + token), 0), M)
     last = tl.minimum(tl.load(starts + stream * (N + 1) + token + 1), M)
     order += stream * M
@@ -52,7 +52,7 @@ def _token_sum_kernel(
 def _token_spread_kernel(
     x, size, totals, places, starts, out, M, N, D, SHARED: tl.constexpr, HAS_SIZE: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """`x [streams, N, D]` to the token of each row, or the row's share of it, `[streams, M, D]`."""
+    """Copy `x [streams, N, D]` to each row of its token, or the row's share of it, `[streams, M, D]`."""
     program = tl.program_id(0).to(tl.int64)
     stream = program // M
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
