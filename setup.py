@@ -1,8 +1,9 @@
 """Build the native libraries with CMake.
 
 Neither torch nor vmemory is imported: torch's headers are found on disk, so `pip install .` works with build
-isolation. What cannot be built is left out, and `python -m vmemory.info` tells why: CPU operators, one library per
-level of the instruction set, need a C++ compiler and torch; CUDA operators nvcc as well; `_host` a compiler only.
+isolation. Libraries that cannot be built are left out, and `python -m vmemory.info` shows the reason. CPU operators,
+one library per level of the instruction set, need a C++ compiler and torch. CUDA operators also need nvcc. `_host`
+needs a compiler only.
 
 Environment:
     VMEMORY_NATIVE: 0 skips the native part; 1 fails where it cannot be built, as an editable install does.
@@ -47,7 +48,7 @@ NO_TORCH = (
 )
 NO_HEADERS = "Python's development headers or pybind11 were missing at build time"
 
-# what csrc/ asks of a compiler: C++20, vectors with a choice by lanes, shared libraries
+# features that csrc/ needs of a compiler: C++20, vectors with selection by lane, shared libraries
 PROBE = """
 #include <concepts>
 #include <vector>
@@ -62,7 +63,7 @@ extern "C" float probe(lanes a, lanes b) {
 
 @dataclass
 class Plan:
-    """What this build makes, and why not more; becomes _build.json."""
+    """The targets of this build, and the reasons for missing ones; written to _build.json."""
 
     cpu: bool = False
     cuda: bool = False
@@ -79,7 +80,7 @@ class Plan:
     python: str = platform.python_version()
 
     def targets(self) -> list[str]:
-        """CMake's names of what is planned."""
+        """Return CMake's names of the planned targets."""
         cpu = [f"_ops.{level}" for level in self.levels if self.cpu]
         return cpu + ["_ops_cuda"] * self.cuda + ["_host"] * self.host
 
@@ -89,7 +90,7 @@ class Plan:
             self.reasons.setdefault(part, reason)
 
     def strike(self, target: str, reason: str) -> None:
-        """Leave out one target; the CPU part stays while a level of it does."""
+        """Remove one target; the CPU part stays as long as one of its levels does."""
         kind, _, level = target.partition(".")
         if level:
             self.levels.remove(level)
@@ -98,7 +99,7 @@ class Plan:
 
 
 def find_torch() -> Path | None:
-    """torch's folder in the environment that the package is installed into, build isolation or not."""
+    """Return torch's folder in the target environment, with or without build isolation."""
     for key in ("purelib", "platlib"):
         folder = Path(sysconfig.get_path(key)) / "torch"
         if (folder / "include/torch/csrc/stable/library.h").exists():
@@ -107,7 +108,7 @@ def find_torch() -> Path | None:
 
 
 def torch_fact(folder: Path, name: str) -> str:
-    """A value of torch/version.py; empty for None."""
+    """Return a value of torch/version.py; empty for None."""
     found = re.search(rf"^{name}\b[^=]*= *['\"](.*)['\"]", (folder / "version.py").read_text(), re.MULTILINE)
     return found[1] if found else ""
 
@@ -131,7 +132,7 @@ def output(*command: str) -> str:
 
 
 def run(*command: str) -> str:
-    """Run and show a command. Returns its first error where it fails, else nothing."""
+    """Run and print a command; return its first error, or an empty string."""
     error = ""
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
         assert child.stdout is not None
@@ -143,7 +144,7 @@ def run(*command: str) -> str:
 
 
 def why_not(compiler: list[str]) -> str:
-    """Say why the compiler does not make a shared library of what csrc/ is written in; empty where it does."""
+    """Return why the compiler cannot build csrc/, or an empty string."""
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "probe.cpp"), Path(folder, "probe.so")
         source.write_text(PROBE)
@@ -192,7 +193,7 @@ def make_plan() -> Plan:
     elif not nvcc:
         plan.leave_out("no nvcc at build time", "cuda")
     else:
-        # a compiler that does not tell its version asks for no driver, and fails when CMake tries it
+        # without a version no driver is required; such a compiler fails in CMake
         release = re.search(r"release (\d+\.\d+)", output(nvcc, "--version"))
         plan.cuda, plan.nvcc, plan.cuda_toolkit = True, nvcc, release[1] if release else "0.0"
         plan.cuda_archs = os.environ.get("VMEMORY_CUDA_ARCHS", CUDA_ARCHS)
@@ -206,12 +207,12 @@ def jobs() -> str:
 
 
 class CMakeBuild(build_ext):
-    """Run CMake once for all libraries; put them into the package with _build.json, which says what they are."""
+    """Run CMake once for all libraries, and copy them into the package with _build.json, which describes them."""
 
     def finalize_options(self) -> None:
         given = self.build_temp
         super().finalize_options()
-        # setuptools sets `inplace` for editable installs too, and would build these in a folder that it removes
+        # setuptools sets `inplace` for editable installs too, and would build them in a folder that it removes
         if self.inplace and not given:
             self.build_temp = str(ROOT / "build/native")
 
@@ -240,7 +241,7 @@ class CMakeBuild(build_ext):
         return {}
 
     def build(self, plan: Plan, package: Path) -> list[Path]:
-        """Build what is planned and put it into the package; strike from the plan what fails, with its reason."""
+        """Build the plan and copy it into the package; strike targets that fail from the plan, with the reason."""
         folder = Path(self.build_temp).resolve() / "cmake"
         why = configure(plan, folder, fresh=not self.inplace)
         if why and plan.cuda and CUDA != "1":
@@ -251,13 +252,13 @@ class CMakeBuild(build_ext):
         if not why and run(*compile_all):
             failed = {name: said for name in plan.targets() if (said := run(*compile_all, "--target", name))}
         if self.inplace and (why or failed):
-            # who works on the sources wants to see it fail
+            # an editable install is for work on the sources, where a failure must be seen
             raise SystemExit(f"vmemory: {why or failed}")
         made = []
         for name in plan.targets():
             library = next(folder.glob(f"{name}.*so"), None)
             if not (why or name in failed) and library:
-                # renamed into place: overwriting a library that a running process has mapped would crash it
+                # renamed into place, because overwriting a library that is in use crashes the process
                 fresh = package / f"{library.name}.new"
                 shutil.copy2(library, fresh)
                 made.append(fresh.replace(package / library.name))
@@ -267,7 +268,7 @@ class CMakeBuild(build_ext):
 
 
 def configure(plan: Plan, folder: Path, fresh: bool) -> str:
-    """Run CMake's first half. Returns why it failed, or nothing."""
+    """Configure with CMake; return why it failed, or an empty string."""
     folder.mkdir(parents=True, exist_ok=True)
     facts = ", ".join(f'{{"{key}", R"({value})"}}' for key, value in asdict(plan).items() if isinstance(value, str))
     (folder / "facts.inc").write_text(facts + "\n")
@@ -286,12 +287,12 @@ def configure(plan: Plan, folder: Path, fresh: bool) -> str:
     if find_spec("pybind11"):
         define["pybind11_DIR"] = import_module("pybind11").get_cmake_dir()
     if ninja:
-        # a build with isolation brings a ninja of its own, and takes it away again
+        # an isolated build has its own ninja, which is removed after the build
         define["CMAKE_MAKE_PROGRAM"] = ninja
     flags = [*(["--fresh"] if fresh else []), *(["-G", "Ninja"] if ninja else [])]
     flags += [f"-D{key}={value}" for key, value in define.items()]
     return run("cmake", "--log-level=NOTICE", "-S", str(ROOT), "-B", str(folder), *flags)
 
 
-# CMake makes them: the one extension that is named tells setuptools that a wheel holds native code
+# CMake builds the libraries; the named extension tells setuptools that the wheel has native code
 setup(ext_modules=[Extension("vmemory._host", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,4 +1,4 @@
-"""Levels of instruction sets that CPU operators are compiled for. Imports no torch, because setup.py runs it too."""
+"""Levels of x86-64 instruction sets for the CPU operators. Imports no torch, because setup.py imports this file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 PORTABLE = "portable"
 """What is built on a machine that is no x86-64: for the compiler's default."""
 
-# Linux's names for what each level adds, by the x86-64 psABI; Linux hides what it does not save for a process
+# Linux's names of the features that each level adds (x86-64 psABI); Linux hides features that it does not support
 LEVELS = {
     "x86-64-v2": {"cx16", "lahf_lm", "pni", "popcnt", "sse4_1", "sse4_2", "ssse3"},
     "x86-64-v3": {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"},
@@ -19,7 +19,7 @@ VARIABLE = "VMEMORY_CPU_ARCH"
 
 
 def machine_levels() -> tuple[str, ...]:
-    """The levels this machine runs, lowest first; none below x86-64-v2."""
+    """Return the levels that this machine supports, lowest first; empty below x86-64-v2."""
     if platform.machine() not in ("x86_64", "AMD64"):
         return (PORTABLE,)
     flags = _flags()
@@ -32,7 +32,7 @@ def machine_levels() -> tuple[str, ...]:
 
 
 def why_no_level() -> str:
-    """Say what this machine lacks where `machine_levels` is empty."""
+    """Return which features this machine lacks for the lowest level."""
     lacks = LEVELS["x86-64-v2"] - _flags()
     return f"this CPU is below x86-64-v2: /proc/cpuinfo shows no {', '.join(sorted(lacks))}"
 
@@ -41,11 +41,11 @@ def wanted_levels(default: str) -> tuple[str, ...]:
     """Read VMEMORY_CPU_ARCH: the levels to build, and those to choose from when loading.
 
     Args:
-        default: What an unset or empty variable means.
+        default: Value for an unset or empty variable.
 
     Returns:
-        Levels, lowest first: all for `all`, this machine's highest for `native`, else those that are named with
-        semicolons between them.
+        Levels, lowest first: all for `all`, this machine's highest for `native`, otherwise the levels named in the
+        variable, separated by semicolons.
 
     Raises:
         ValueError: The variable names something else.
@@ -72,7 +72,7 @@ def _flags() -> set[str]:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return set()
-    # the first core stands for all: Linux hides from every core what one of them lacks
+    # the first core is enough: Linux shows only features that all cores have
     return next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
 
 

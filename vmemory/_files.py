@@ -1,4 +1,4 @@
-"""The user's cache directory, checksums, and files that appear whole or not at all."""
+"""The user's cache directory, checksums, and atomic file replacement."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 
 
 def cache_dir(given: str | Path | None = None) -> Path:
-    """`given`, else `$VMEMORY_CACHE`, else `~/.cache/vmemory`; made if it does not exist."""
+    """Return `given`, else `$VMEMORY_CACHE`, else `~/.cache/vmemory`, and create the directory."""
     path = Path(given or os.environ.get("VMEMORY_CACHE") or Path.home() / ".cache" / "vmemory").expanduser()
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Return the hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -30,7 +30,7 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, on disk too, when the block ends without an error.
+    """Provide a temporary path that replaces `path`, synced to disk, when the block ends without an error.
 
     Links are followed: what they point to is replaced. What writers that were killed left beside it is removed.
 
@@ -39,7 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if "\0" in str(path):
         raise ValueError(f"path: expected a name without NUL, got {str(path)!r}")
-    # whoever may write there could replace /dev/null by a file
+    # a user with the right to write there could replace /dev/null by a file
     path = path.resolve()
     if path.exists() and not path.is_file():
         raise ValueError(f"path: expected a file or nothing there yet, got {path}")
@@ -66,7 +66,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        # some file systems of networks do not know how
+        # some network file systems do not support it
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -77,23 +77,23 @@ _ENDING = ".vmemory-part"
 
 
 def _prefix(path: Path) -> str:
-    # of one length, so that what fits under its own name fits here too
+    # a hash of fixed length: a prefix of the name could exceed the limit of a long name
     return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:20]}."
 
 
 def _temporary(path: Path) -> tuple[int, Path]:
-    """A new file beside `path`, locked for as long as the handle is open."""
+    """Create a file beside `path`, locked while the handle is open; return handle and path."""
     while True:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=_prefix(path), suffix=_ENDING)
         fcntl.flock(handle, fcntl.LOCK_EX)
-        # who removes stale ones may have come in between
+        # another process may have removed the file as stale before it was locked
         if os.fstat(handle).st_nlink:
             return handle, Path(name)
         os.close(handle)
 
 
 def remove_stale(path: Path | None = None, folder: Path | None = None) -> None:
-    """Remove temporaries of `path`, or of a whole folder, that nobody writes to any more.
+    """Remove temporary files of `path`, or of a whole folder, whose writers have ended.
 
     A writer holds a lock on its own for as long as it lives. Folders that cannot be written to keep what they have.
     """

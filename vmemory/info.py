@@ -1,4 +1,4 @@
-"""`python -m vmemory.info [--json]`: what was built, what loaded, and the reason for anything missing."""
+"""Report which backends were built and loaded, and why others are missing: `python -m vmemory.info [--json]`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def collect() -> dict[str, Any]:
-    """Versions, and for each backend whether it was built, whether it loaded, and why not."""
+    """Return versions, and for each backend whether it was built and loaded, with the reason if not."""
     import torch
 
     from vmemory import __version__
@@ -57,7 +57,7 @@ def collect() -> dict[str, Any]:
 
 
 def in_words(state: dict[str, Any]) -> str:
-    """A backend's state in one line."""
+    """Return a backend's state as one line."""
     words = "loaded" if state["loaded"] else ("built, not loaded" if state["built"] else "not built")
     why = state["reason"] or (f"{state['level']}, {state['level_reason']}" if state.get("level") else "")
     return f"{words}: {why}" if why else words

@@ -1,4 +1,4 @@
-"""For tests of code built on vmemory: an error budget, input layouts, poisoned memory, Triton without a GPU."""
+"""Helpers for tests of code built on vmemory: error budget, input layouts, poisoned memory, Triton without a GPU."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ A100_SHARED_BYTES = 163 * 1024
 
 
 def assert_within_budget(actual: Any, low_precision_reference: Any, reference64: Any, name: str = "output") -> None:
-    """Judge a kernel by what plain PyTorch achieves in the same dtype, not by a hand-set tolerance.
+    """Assert that a kernel's error is within twice that of plain PyTorch in the same dtype.
 
     Per tensor, `max|actual - reference64| <= 2 * (max|low_precision_reference - reference64| + r)`, with r one rounding
-    of the output dtype at the largest magnitude of `reference64` (for float64, which has no finer reference to tell its
-    own error, 1024 roundings). NaN and infinities have to stand where
-    `low_precision_reference` has them. Integer and bool tensors have to be equal.
+    of the output dtype at the largest magnitude of `reference64`. For float64, which has no finer reference, r is 1024
+    roundings. NaN and infinities must be at the same positions as in `low_precision_reference`. Integer and bool
+    tensors must be equal.
 
     Args:
         actual: Tensor, or (nested) tuple or list of tensors, as the tested code returned it.
         low_precision_reference: The reference on the same inputs, same structure, shapes and dtypes.
         reference64: The reference on the inputs in float64, same structure and shapes.
-        name: What to call the tensor in the message.
+        name: Name of the tensor in the message.
 
     Raises:
         AssertionError: Structure, shape, dtype, NaN or infinity pattern differ, or the error exceeds the budget.
@@ -79,13 +79,13 @@ def assert_within_budget(actual: Any, low_precision_reference: Any, reference64:
 def random_tensor(
     *shape: int, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
 ) -> Tensor:
-    """Standard normal values that depend on shape and seed only, rounded to `dtype`."""
+    """Return standard normal values that depend on shape and seed only, rounded to `dtype`."""
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return values.to(device, dtype)
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
-    """The same values in memory layouts that kernels get wrong.
+    """Return the same values in several memory layouts that kernels often mishandle.
 
     Returns a dict: "contiguous"; "offset" (contiguous, one element past an aligned address); "strided" (every other
     element of the last dimension); "reversed" (dimensions stored in reverse order); "padded" (rows longer than the
@@ -104,7 +104,7 @@ def layouts(x: Tensor) -> dict[str, Tensor]:
 def poisoned() -> Iterator[None]:
     """Fill what `torch.empty` and its relatives return, from Python and from C++ ops, with NaN (integers: the maximum).
 
-    Within the context a kernel that leaves part of its output unwritten is seen by the test instead of by chance.
+    In this context a kernel that leaves part of its output unwritten fails the test every time.
     """
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -119,9 +119,9 @@ def poisoned() -> Iterator[None]:
 
 
 def _dot(_: Any, a: Any, b: Any, c: Any, *options: Any) -> Any:
-    """A b + c summed in one order for every row and column, as on a GPU, and rounded once.
+    """Return a b + c, summed in the same order for every row and column, as on a GPU, and rounded once.
 
-    The interpreter's own is NumPy's, whose BLAS sums equal rows differently where they lie at different places.
+    The interpreter's own version uses NumPy, whose BLAS may sum equal rows in different orders.
     """
     kept = c.data.dtype
     total = c.data.astype("float64" if kept.kind == "f" else kept)
@@ -140,7 +140,7 @@ def _launch(module: str, launcher: str, args: tuple[Any, ...], kwargs: dict[str,
 
 
 class TritonInterpreter:
-    """Runs Triton launchers on CPU tensors, in a child process that was started with TRITON_INTERPRET=1.
+    """Run Triton launchers on CPU tensors, in a child process with TRITON_INTERPRET=1.
 
     Triton reads that variable when a kernel is defined, so one process can either interpret kernels or compile them;
     with the child, tests of both kinds fit in one pytest run. Outputs are poisoned with NaN before the launch.
@@ -151,7 +151,7 @@ class TritonInterpreter:
         before = os.environ.get("TRITON_INTERPRET")
         os.environ["TRITON_INTERPRET"] = "1"
         try:
-            # spawn: a forked child would inherit a triton that may already be imported
+            # spawned, because a forked child would inherit an already imported triton
             self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
             self._pool.submit(import_module, "triton").exception()
         finally:
@@ -161,7 +161,7 @@ class TritonInterpreter:
                 os.environ["TRITON_INTERPRET"] = before
 
     def __call__(self, module: str, launcher: str, *args: Any, **kwargs: Any) -> Any:
-        """`launcher(*args, **kwargs)` of `module`, for example of "vmemory.kernels.grid_pool".
+        """Call `launcher(*args, **kwargs)` of `module`, for example of "vmemory.kernels.grid_pool".
 
         Raises:
             ValueError: A tensor is bfloat16.
@@ -179,7 +179,7 @@ class TritonInterpreter:
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What a compiled kernel needs: bytes of shared memory a block, registers and spilled bytes a thread."""
+    """Resources of a compiled kernel: bytes of shared memory per block, registers and spilled bytes per thread."""
 
     shared: int
     registers: int
@@ -202,7 +202,7 @@ def compile_triton(
             and in `constexprs` are compile-time constants.
         constexprs: Value per compile-time argument.
         arch: 80 for A100, 90 for H100 and H200.
-        aligned: Runtime arguments that are multiples of 16, pointers of 16 bytes, as a launch would find out.
+        aligned: Runtime arguments that are multiples of 16 (pointers: of 16 bytes), which a launch would detect.
         options: num_warps, num_stages and the like.
 
     Raises:
@@ -229,7 +229,7 @@ def compile_triton(
 
 
 def python(code: str, **environment: str) -> str:
-    """Run a snippet in a fresh interpreter and return what it printed; its failure is the caller's, with the output."""
+    """Run a snippet in a new interpreter and return its output; raise an error with the output if it fails."""
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **environment}, check=False
     )

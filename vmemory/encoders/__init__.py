@@ -1,4 +1,4 @@
-"""Small encoders whose weights ship in packages: visual tokens, sentence vectors, the bridge between them."""
+"""Small encoders with weights from Python packages: visual tokens, sentence vectors, and a joint space."""
 
 from vmemory.encoders.assets import AssetError
 from vmemory.encoders.conse import center, class_vectors, conse_embedding, imagenet_classes

@@ -1,4 +1,4 @@
-"""Weight files that ship inside Python packages: found without importing the package, checked by SHA-256."""
+"""Find weight files inside installed Python packages, without importing them, and check their SHA-256."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vmemory._files import sha256_of
 
 
 class AssetError(RuntimeError):
-    """Weights are missing or are not the expected ones; the message is one line with the command to run."""
+    """Weights are missing or differ from the expected ones; the one-line message has the command to run."""
 
 
 class Asset(NamedTuple):
@@ -60,7 +60,7 @@ MINILM = Asset(
 
 
 def locate(asset: Asset) -> Path:
-    """Folder of `asset`'s files in the installed package, once all of them have the expected SHA-256.
+    """Return the folder of `asset`'s files in the installed package, after checking their SHA-256.
 
     Raises:
         AssetError: the package is not installed, or a file is missing or differs.

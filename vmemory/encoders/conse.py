@@ -1,4 +1,4 @@
-"""ConSE (Norouzi et al. 2013): image features in the space of a sentence encoder, without any training."""
+"""ConSE (Norouzi et al. 2013): map images into the space of a sentence encoder, without training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vmemory.encoders.minilm import SentenceEncoder
 
 
 class ImageNetClass(NamedTuple):
-    """A class of ILSVRC 2012: the words of its WordNet synset, the most common first, and their gloss."""
+    """A class of ILSVRC 2012: the words of its WordNet synset, the most common first, and its gloss."""
 
     words: tuple[str, ...]
     gloss: str
@@ -30,22 +30,22 @@ class ImageNetClass(NamedTuple):
 
 @lru_cache
 def imagenet_classes() -> tuple[ImageNetClass, ...]:
-    """The 1,000 classes in the order of the classifier's logits."""
+    """Return the 1,000 classes in the order of the classifier's logits."""
     table = files("vmemory.encoders").joinpath("imagenet_wordnet.tsv").read_text(encoding="utf-8")
     rows = [line.split("\t") for line in table.splitlines()]
     return tuple(ImageNetClass(tuple(words.split(", ")), gloss) for _, words, gloss in rows)
 
 
 def class_prompts() -> list[str]:
-    """What stands for each class in the sentence encoder's space: `a photo of a <lemma>`."""
+    """Return the sentence that represents each class: `a photo of a <lemma>`."""
     return [f"a photo of a {', '.join(entry.words)}" for entry in imagenet_classes()]
 
 
 def class_vectors(encoder: SentenceEncoder | None = None, cache: str | Path | None = None) -> Tensor:
-    """Unit vectors `[1000, 384]` float32 of `class_prompts`, computed once and kept in the cache directory.
+    """Return unit vectors `[1000, 384]` float32 of `class_prompts`, cached on disk.
 
     Args:
-        encoder: the sentence encoder to use if they have to be computed; None loads it then.
+        encoder: sentence encoder for a computation; None loads it if the vectors are not cached.
         cache: cache directory; None takes `$VMEMORY_CACHE` or `~/.cache/vmemory`.
     """
     from safetensors.torch import load_file, save_file
@@ -62,12 +62,12 @@ def class_vectors(encoder: SentenceEncoder | None = None, cache: str | Path | No
 
 
 def conse_embedding(logits: Tensor, vectors: Tensor, top: int = 10) -> Tensor:
-    """Convex combination of class vectors, weighted by the probabilities of the `top` likeliest classes.
+    """Return the mean of class vectors, weighted by the probabilities of the `top` likeliest classes.
 
     Args:
         logits: `[..., C]`, of frames or of single tokens.
         vectors: `[C, E]` class vectors.
-        top: classes that take part (T of the paper's equation 3).
+        top: number of classes in the mean (T of the paper's equation 3).
 
     Returns:
         `[..., E]` float32 of length 1.
@@ -82,7 +82,7 @@ def conse_embedding(logits: Tensor, vectors: Tensor, top: int = 10) -> Tensor:
     if not 1 <= top <= vectors.shape[0]:
         raise ValueError(f"top: expected 1 to {vectors.shape[0]}, got {top}")
     best = logits.float().topk(top, dim=-1)
-    # the softmax over the best few is their share of the full softmax
+    # the softmax over the best classes equals the full softmax, normalised over these classes
     weights = best.values.softmax(-1)
     sparse = torch.zeros(logits.shape, dtype=torch.float32, device=logits.device)
     sparse.scatter_(-1, best.indices, weights)
@@ -90,7 +90,7 @@ def conse_embedding(logits: Tensor, vectors: Tensor, top: int = 10) -> Tensor:
 
 
 def center(vectors: Tensor, mean: Tensor | None = None) -> Tensor:
-    """Unit vectors `[..., E]` about a mean: what sets a frame apart from its stream.
+    """Subtract a mean from vectors and scale them to length 1, which shows differences within a stream.
 
     Args:
         vectors: `[..., E]`.

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite: an ImageNet classifier whose last feature map serves as a grid of visual tokens."""
+"""EfficientNet-Lite: an ImageNet classifier whose last feature map is used as a grid of visual tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _scaled_channels(channels: int, factor: float) -> int:
 
 
 class _SameConv(nn.Conv2d):
-    """Convolution with TensorFlow's "SAME" padding, the odd row or column at the bottom and right."""
+    """Convolution with TensorFlow's "SAME" padding: an odd row or column is at the bottom or right."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride, groups=groups, bias=False)
@@ -116,7 +116,7 @@ class EfficientNetLite(nn.Module):
 
     @classmethod
     def pretrained(cls, variant: str = "lite2") -> EfficientNetLite:
-        """Evaluation mode, ImageNet weights from the installed package, batch norms folded into convolutions.
+        """Load ImageNet weights from the installed package, in evaluation mode and with folded batch norms.
 
         Raises:
             AssetError: the package that carries the weights is not installed or not intact.
@@ -129,7 +129,7 @@ class EfficientNetLite(nn.Module):
 
     @torch.no_grad()
     def fold_(self) -> EfficientNetLite:
-        """Fold every batch norm into the convolution before it, in place; the state dict keys change."""
+        """Fold every batch norm into the preceding convolution, in place; the keys of the state dict change."""
         pairs = [("_conv_stem", "_bn0"), ("_conv_head", "_bn1")]
         block_pairs = [("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2")]
         owners: list[tuple[nn.Module, str, str]] = [(self, *pair) for pair in pairs]
@@ -142,29 +142,29 @@ class EfficientNetLite(nn.Module):
         return self
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Tokens `[B, h, w, 1280]`, channels last, of normalised pixels `[B, 3, H, W]`; `h = ceil(H / 32)`."""
+        """Return tokens `[B, h, w, 1280]`, channels last, of normalised pixels `[B, 3, H, W]`; `h = ceil(H / 32)`."""
         x = F.relu6(self._bn0(self._conv_stem(pixels)), inplace=True)
         for block in self._blocks:
             x = block(x)
         return F.relu6(self._bn1(self._conv_head(x)), inplace=True).permute(0, 2, 3, 1).contiguous()
 
     def tokens(self, images: Sequence[np.ndarray] | np.ndarray | Tensor) -> Tensor:
-        """Tokens `[B, grid, grid, 1280]` of uint8 RGB images, see `preprocess`."""
+        """Return tokens `[B, grid, grid, 1280]` of uint8 RGB images, see `preprocess`."""
         pixels = preprocess(images, self.size)
         weight = self._fc.weight
         return self(pixels.to(weight.device, weight.dtype).contiguous(memory_format=torch.channels_last))
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Class logits `[..., 1000]` of tokens or pooled tokens `[..., 1280]`.
+        """Return class logits `[..., 1000]` of tokens or pooled tokens `[..., 1280]`.
 
-        On the mean of a frame's tokens this is the classifier itself; on single tokens it is its class
-        activation map (Zhou et al. 2016): the mean of the maps is the logit of the frame.
+        The mean of a frame's tokens gives the logits of the classifier. Single tokens give its class activation map
+        (Zhou et al. 2016), whose mean is the logit of the frame.
         """
         return self._fc(tokens.to(self._fc.weight.dtype))
 
 
 def preprocess(images: Sequence[np.ndarray] | np.ndarray | Tensor, size: int) -> Tensor:
-    """Normalised float32 pixels `[B, 3, size, size]`, channels last in memory, of uint8 RGB images.
+    """Return normalised float32 pixels `[B, 3, size, size]`, channels last in memory, of uint8 RGB images.
 
     As in the evaluation of the original: the central square whose side is `size / (size + 32)` of the
     shorter side, scaled to `size` (bicubic, antialiased), then `(x - 127) / 128`.

@@ -1,4 +1,4 @@
-"""One object from pictures and sentences to tokens, concepts and a joint space."""
+"""Encode pictures and sentences as tokens, concepts and vectors of a joint space."""
 
 from __future__ import annotations
 
@@ -23,17 +23,16 @@ class Concept(NamedTuple):
 
 
 class FrameEncoder:
-    """EfficientNet-Lite tokens of frames, their ImageNet concepts, and the space they share with sentences.
+    """Encoder of frames and sentences: EfficientNet-Lite tokens, ImageNet concepts, and a joint space.
 
-    Frames meet sentences by ConSE in the 384 dimensions of all-MiniLM-L6-v2: no part was trained on pairs of
-    images and texts, so the names are the nearest of 1,000 ImageNet classes, not descriptions. The sentence
-    encoder is loaded when it is first needed.
+    ConSE maps frames into the 384 dimensions of all-MiniLM-L6-v2. No part was trained on pairs of images and texts, so
+    concepts are the nearest of 1,000 ImageNet classes, not descriptions. The sentence encoder is loaded on first use.
 
     Args:
         variant: `"lite2"` (9 x 9 tokens, 260 pixels) or `"lite0"` (7 x 7, 224 pixels).
         batch_size: frames a forward pass.
         device: where the image encoder runs; results are on the CPU.
-        dtype: of the image encoder's arithmetic; results are float32.
+        dtype: dtype of the image encoder's arithmetic; results are float32.
         cache: cache directory of the class vectors; None takes `$VMEMORY_CACHE` or `~/.cache/vmemory`.
 
     Attributes:
@@ -66,7 +65,7 @@ class FrameEncoder:
         self._vectors: Tensor | None = None
 
     def encode(self, frames: Sequence[np.ndarray] | np.ndarray) -> Tensor:
-        """Tokens `[B, grid, grid, 1280]` float32 of uint8 RGB frames `[H, W, 3]`."""
+        """Return tokens `[B, grid, grid, 1280]` float32 of uint8 RGB frames `[H, W, 3]`."""
         tokens = torch.empty(len(frames), self.grid, self.grid, self.dim)
         for first in range(0, len(frames), self.batch_size):
             batch = frames[first : first + self.batch_size]
@@ -77,11 +76,11 @@ class FrameEncoder:
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        """ImageNet logits `[..., 1000]` float32 of tokens or pooled tokens `[..., 1280]`."""
+        """Return ImageNet logits `[..., 1000]` float32 of tokens or pooled tokens `[..., 1280]`."""
         return self.model.logits(tokens.to(self.model._fc.weight.device)).float().cpu()
 
     def concepts(self, pooled: Tensor, k: int = 5) -> list[list[Concept]]:
-        """The k likeliest ImageNet classes of each row of `[B, 1280]`, or of one vector `[1280]`."""
+        """Return the k likeliest ImageNet classes of each row of `[B, 1280]`, or of one vector `[1280]`."""
         if pooled.dim() not in (1, 2) or pooled.shape[-1] != self.dim:
             raise ValueError(f"pooled: expected [B, {self.dim}] or [{self.dim}], got {list(pooled.shape)}")
         best = self.logits(pooled.reshape(-1, self.dim)).softmax(-1).topk(k)
@@ -92,13 +91,13 @@ class FrameEncoder:
         ]
 
     def text(self, query: str) -> Tensor:
-        """Unit vector `[384]` float32 of a sentence."""
+        """Return the unit vector `[384]` float32 of a sentence."""
         return self._sentence_encoder().encode(query)[0]
 
     def joint(self, tokens: Tensor, top: int = 10) -> Tensor:
-        """Unit vectors `[..., 384]` float32 of tokens or pooled tokens `[..., 1280]`, comparable with `text`.
+        """Return unit vectors `[..., 384]` float32 of tokens or pooled tokens `[..., 1280]`, comparable with `text`.
 
-        Differences within a stream stand out after `center`, applied to the vectors of the stream.
+        Apply `center` to the vectors of a stream to see differences within the stream.
         """
         if self._vectors is None:
             self._vectors = class_vectors(self._sentences, self._cache)

@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2: sentences to unit vectors (Wang et al. 2020; Reimers & Gurevych 2019)."""
+"""Sentence encoder all-MiniLM-L6-v2 (Wang et al. 2020; Reimers & Gurevych 2019)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vmemory.encoders.assets import MINILM, locate
 
 
 class SentenceEncoder:
-    """Mean of the last hidden states over a sentence's tokens, at most 256 of them, scaled to length 1.
+    """Sentence encoder: the mean of the last hidden states over at most 256 tokens, scaled to length 1.
 
     Reads local files only. Needs `transformers`.
 
@@ -49,13 +49,13 @@ class SentenceEncoder:
 
     @torch.no_grad()
     def encode(self, texts: str | Sequence[str], batch_size: int = 32) -> Tensor:
-        """Unit vectors `[N, 384]` float32 on the CPU, in the order of `texts`; one string counts as N = 1."""
+        """Return unit vectors `[N, 384]` float32 on the CPU, in the order of `texts`; one string gives N = 1."""
         sentences = [texts] if isinstance(texts, str) else list(texts)
         if not all(isinstance(sentence, str) for sentence in sentences):
             raise TypeError("texts: expected a string or a sequence of strings")
         if not sentences:
             return torch.empty(0, self.dim)
-        # similar lengths together: padding is work
+        # sorted by length, because padding costs time
         order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
         vectors = torch.empty(len(sentences), self.dim)
         for first in range(0, len(order), batch_size):
