@@ -1,4 +1,4 @@
-"""Peak bytes and seconds of a long video through a model: alone, with a memory, and encoded piece by piece.
+"""Measure peak bytes and seconds of a long video in a model: alone, with a memory, and encoded in pieces.
 
 `python -m benchmarks.attach_memory` runs each in a process of its own and prints a table; `--device cuda --large` takes
 a model of the shape of Qwen2.5-VL-7B with random weights.
@@ -56,7 +56,7 @@ def build(shape: dict[str, Any], device: str, dtype: torch.dtype) -> Any:
 
 
 def video(model: Any, frames: int, side: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
-    """`frames` of a film of squares, `side` tokens along each, and a prompt."""
+    """Return a prompt with a synthetic film of `frames` frames, `side` × `side` tokens each."""
     config, draw = model.config, torch.Generator().manual_seed(0)
     pairs, patches = frames // 2, 2 * side
     rows, width = pairs * patches**2, 3 * 2 * config.vision_config.patch_size**2
@@ -76,7 +76,7 @@ def video(model: Any, frames: int, side: int, device: str, dtype: torch.dtype) -
 
 
 def run(way: str, frames: int, device: str, large: bool, new: int) -> dict[str, Any]:
-    """One way, in this process: bytes beyond the model and its inputs, seconds to the first token and a token."""
+    """Measure one way in this process: bytes beyond model and inputs, seconds to the first token and per token."""
     from vmemory import attach
 
     gpu = device.startswith("cuda")
@@ -90,7 +90,7 @@ def run(way: str, frames: int, device: str, large: bool, new: int) -> dict[str, 
         return torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     if gpu:
-        # making the model may have taken more than it takes now
+        # making the model may have needed more bytes than it occupies now
         torch.cuda.reset_peak_memory_stats()
 
     def now() -> float:
@@ -105,7 +105,7 @@ def run(way: str, frames: int, device: str, large: bool, new: int) -> dict[str, 
 
 
 class Arrivals:
-    """When each token came; the prompt comes first and does not count."""
+    """A streamer that records the time of each token; the prompt comes first and does not count."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self.times: list[float] = []
@@ -117,7 +117,7 @@ class Arrivals:
         self._prompt = False
 
     def end(self) -> None:
-        """Nothing is left to show."""
+        """Do nothing: `generate` calls this at the end."""
 
 
 def main() -> None:
@@ -136,7 +136,7 @@ def main() -> None:
     failed = 0
     for way in WAYS:
         child = [sys.executable, "-m", "benchmarks.attach_memory", *sys.argv[1:], "--way", way]
-        # what goes wrong is told where it can be read, and does not keep the other ways from running
+        # an error is printed and must not stop the other ways
         done = subprocess.run(child, check=False, stdout=subprocess.PIPE, text=True)
         if done.returncode:
             failed += 1

@@ -1,4 +1,4 @@
-"""Merging the most similar neighbours of a memory bank."""
+"""Time the merge of the most similar neighbours of a memory bank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a memory costs a model beside its tower: shrinking a prompt of 4,096 visual tokens, coming and going."""
+"""Time the cost of an attached memory without the tower: shrinking a prompt of 4,096 visual tokens, attach, detach."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_rewrite(measure, family):
     with attach(model, config=SETTINGS) as handle:
         adapter = copy.copy(handle.adapter)
         encoded = adapter.encode(model, inputs)
-        # tower, memory and the model's own positions are measured elsewhere
+        # tower, memory and the model's own positions are measured in other benchmarks
         kept = [handle.remember(iter([clip])) for clip in encoded.clips]
         located = adapter.positions(model, inputs)
         adapter.encode = lambda *_: encoded

@@ -1,4 +1,4 @@
-"""Column sums of an attention map, beside eager PyTorch, which stores the map."""
+"""Time column sums of an attention map against eager PyTorch, which stores the map."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_column_sums(measure, device, tokens, causal, dtype, backward):
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, y: reference.attention_column_sums(x, y, causal).sum(1), dynamic=False)
     others = {} if backward else {"compile": lambda x: compiled(x, key)}
-    # what the map itself takes; forward it is made twice, and backward three times more with two products from it
+    # products of the map itself: computed twice in forward, three times in backward with two more products
     products = 1 + 4 * backward
     measure(
         f"{tokens} × {tokens}, {'causal, ' if causal else ''}{str(dtype).removeprefix('torch.')}"

@@ -1,4 +1,4 @@
-"""What the Python side of every public op costs beside its bare launcher, on one small input."""
+"""Time the Python side of every public operator against its bare launcher, on one small input."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CALLS = 100
 
 
 class Call(NamedTuple):
-    """An op as users call it and as its kernel is launched, on a tensor that may want a gradient."""
+    """An operator as users call it and as its kernel is launched, on a tensor that may require a gradient."""
 
     public: Callable[[Tensor], Any]
     bare: Callable[[Tensor], Any]
@@ -27,7 +27,7 @@ class Call(NamedTuple):
 
 
 def launchers(like: Tensor) -> SimpleNamespace:
-    """The operators that `impl="auto"` takes on a tensor's device, by the name of the public op."""
+    """Return the launchers that `impl="auto"` picks on a tensor's device, by the name of the public operator."""
     stored = {"dequantize_slots": like.to(torch.int8)}
     picked = {name: getattr(vmemory.ops, name).backends.best(stored.get(name, like)) for name in PUBLIC}
     spaces = {"native": torch.ops.vmemory, "triton": torch.ops.vmemory_triton}
@@ -35,7 +35,7 @@ def launchers(like: Tensor) -> SimpleNamespace:
 
 
 def calls(device: str = "cpu") -> dict[str, Call]:
-    """One call for each public op."""
+    """Return one call for each public operator."""
     ops, tokens = vmemory.ops, random_tensor(1, 2, 4, 8, device=device)
     native = launchers(tokens)
     grid = random_tensor(1, 2, 2, 8, device=device)

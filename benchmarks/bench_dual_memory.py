@@ -1,4 +1,4 @@
-"""A dual memory beside one that projects all it holds to keys and values again for every frame, eager and compiled."""
+"""Time the dual memory against one that projects all slots again for every frame, eager and compiled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SLOTS = WORKING + EPISODIC
 
 
 def rivals(device: str, dtype: torch.dtype) -> tuple[DualMemory, ReprojectingMemory]:
-    """Two memories with equal weights and equal, full slots."""
+    """Return two memories with equal weights and equal, full slots."""
     torch.manual_seed(0)
     memory = DualMemory(DIM, GRID, (WORKING, EPISODIC), heads=HEADS, device=device, dtype=dtype)
     peer = ReprojectingMemory(DIM, HEADS, memory.working_tokens[0], memory.episodic_tokens[0])
@@ -27,7 +27,7 @@ def rivals(device: str, dtype: torch.dtype) -> tuple[DualMemory, ReprojectingMem
     memory.episodic.load_attention(peer.episodic_attention)
     memory.gate_in.load_state_dict(peer.gate[0].state_dict())
     memory.gate_out.load_state_dict(peer.gate[2].state_dict())
-    # a whole number of rounds, so that the first slot is the oldest
+    # a multiple of the capacity, so that the first slot is the oldest
     memory.push(random_tensor(EPISODIC, *GRID, DIM, device=device, dtype=dtype, seed=1))
     peer.working.copy_(memory.working_tokens[0])
     peer.episodic.copy_(memory.episodic_tokens[0])
@@ -56,7 +56,7 @@ def test_dual_memory(measure, device, whole, dtype):
     torch._dynamo.reset()
     other = copy.deepcopy(peer)
     compiled = torch.compile(other.push if whole else other.read, dynamic=False)
-    # two frames, so that the second reads what the first left
+    # two frames, so that the second reads the result of the first
     wide = copy.deepcopy(peer).double()
     for x in (frame, frame.flip(0)):
         assert_within_budget(ours(x), theirs(x), (wide.push if whole else wide.read)(x.double()))

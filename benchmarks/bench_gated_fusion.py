@@ -1,4 +1,4 @@
-"""The fusion beside its two bare products, which are its floor, and the usual four calls of PyTorch."""
+"""Time gated fusion against its two bare products, which are its floor, and the usual four PyTorch calls."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_forward_and_backward(measure, device, name, n, D, dtype):
         lambda x: differentiate(gated_fusion, x, weights),
         Rotation(x),
         (11 * n * D + 3 * products) * x.element_size(),
-        # forward once, backward twice and the gate's product again
+        # products: once in forward, twice in backward, and the gate's again
         2 * n * (3 * products + weights[2].numel()),
         eager=lambda x: differentiate(reference.gated_fusion, x, weights),
         compile=lambda x: differentiate(compiled, x, weights),

@@ -1,4 +1,4 @@
-"""Attention over slots that are partly valid, beside masked attention over all, eager and compiled."""
+"""Time attention over partly valid slots against masked attention over all slots, eager and compiled."""
 
 from __future__ import annotations
 

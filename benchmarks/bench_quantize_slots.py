@@ -1,4 +1,4 @@
-"""Rows to 8 or 4 bits a value and back."""
+"""Time the quantisation of rows to 8 or 4 bits per value, and back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _quantize(bits: int, dtype: torch.dtype = torch.float32) -> Case:
 
 
 def _dequantize(bits: int, dtype: torch.dtype = torch.float32) -> Case:
-    """The rows of the case are bytes held as float32, so that the harness can make them."""
+    """Return a case whose rows are bytes viewed as float32, because the harness makes float32 inputs."""
 
     def stored(x: Tensor) -> tuple[Tensor, Tensor]:
         return x.detach().float().contiguous().view(torch.int8 if bits == 8 else torch.uint8), x.new_ones(

@@ -1,4 +1,4 @@
-"""One frame into memories of fixed slots, against lists of frames and the best eager form, plain and compiled."""
+"""Time one frame into memories of fixed slots against lists of frames and the best eager form."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def filled(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def write_next_(rows: Tensor, written: Tensor, frame: Tensor) -> None:
-    """A frame `[1, N, D]` into the slot whose turn it is, counted on the device as ours: a graph for all frames."""
+    """Write a frame `[1, N, D]` to the next slot, counted on the device, so that one graph serves all frames."""
     rows.index_copy_(0, written % SLOTS, frame)
     written += 1
 
@@ -29,7 +29,7 @@ def write_next_(rows: Tensor, written: Tensor, frame: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.benchmark(group="ring_push_: one frame 196×896 into 32 slots")
 def test_push(measure, device, dtype):
-    """Ours writes a frame; the list is read out with `torch.cat`, as it has to be to be used."""
+    """Time a write; the list is concatenated with `torch.cat`, because its users need one tensor."""
     frames = random_tensor(STEPS, 1, TOKENS, CHANNELS, dtype=dtype, device=device)
     slots, count = filled(device, dtype)
     memory = WorkingMemory(SLOTS)
@@ -66,7 +66,7 @@ def test_push(measure, device, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.benchmark(group="ring_read: 32 slots of 196×896, oldest first")
 def test_read(measure, device, dtype):
-    """Eager PyTorch has to learn the count on the host before it can turn the slots."""
+    """Time a read; eager PyTorch needs the count on the host to roll the slots."""
     slots, count = filled(device, dtype)
     count += 11
 

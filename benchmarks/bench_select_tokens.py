@@ -1,4 +1,4 @@
-"""Selection of the best tokens, and moving them."""
+"""Time the selection of the best tokens, and gathering them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _compaction(name: str, kept: float, dtype: torch.dtype = torch.float32, back
     def rows(x: Tensor) -> Tensor:
         return chosen.setdefault(x.device, keep(x)) if x.device not in chosen else chosen[x.device]
 
-    # what stays is read and written; backward reads its gradient and writes one for every token
+    # kept tokens are read and written; backward reads their gradient and writes one for every token
     moved = 2 * kept - 1 + (kept + 1 if backward else 0)
     return Case(
         name, lambda _: (1, tokens, channels), lambda x: compact(x, rows(x)).tokens, lambda x: peer.gather(x, rows(x)),

@@ -1,4 +1,4 @@
-"""Exact search beside faiss, and beside a matrix product with torch.topk."""
+"""Time exact search against faiss, and against a matrix product with torch.topk."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def words(queries: int) -> str:
 
 
 def faiss_search(query: Tensor, memories: Rotation) -> Callable[[Tensor], Tensor]:
-    """A search of the next copy of the memory by faiss at its best, the argument being ours alone."""
-    # its OpenBLAS takes processors that are younger than itself for a Pentium 4
+    """Return a faiss search of the next copy of the memory, in faiss's fastest setting; its argument is unused."""
+    # faiss's OpenBLAS takes newer processors for a Pentium 4
     core = {"AVX512": "SkylakeX", "AVX2": "Haswell"}.get(torch.backends.cpu.get_cpu_capability())
     if core:
         os.environ.setdefault("OPENBLAS_CORETYPE", core)
     faiss = pytest.importorskip("faiss")
     faiss.omp_set_num_threads(torch.get_num_threads())
-    # a matrix product for more than one query: by default it begins with many thousands and is three times slower
+    # use a matrix product from two queries on: the default threshold is many thousands, and is three times slower
     faiss.cvar.distance_compute_blas_threshold = 2
     indexes = []
     for memory in memories:
@@ -67,7 +67,7 @@ def test_search(measure, device, queries):
         words(queries),
         lambda rows: similarity_topk(query, rows, K, metric="dot"),
         memories,
-        # read once, nothing to speak of is written
+        # the memory is read once; the result is negligible
         memory.numel() * memory.element_size(),
         2 * queries * memory.numel(),
         **others,
@@ -89,7 +89,7 @@ def test_search_by_cosine(measure, device, queries, norms):
         memory.numel() * memory.element_size(),
         2 * queries * memory.numel(),
         dot=lambda rows: similarity_topk(query, rows, K, metric="dot"),
-        # beside a memory that is kept normalised
+        # the peer's memory is stored normalised
         matmul_and_topk=lambda _: product_and_topk(unit(query), units()),
     )
 

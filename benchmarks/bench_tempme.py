@@ -1,4 +1,4 @@
-"""TempMe: the merging steps beside their eager form, and a whole CLIP tower merged beside the same tower unmerged."""
+"""Time TempMe: its merging steps against their eager form, and a CLIP tower with and without merging."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def schedule(patch: int, r: int, proportions: str) -> tuple[MergeStep, ...]:
 
 
 def merge_steps(x: Tensor, steps: tuple[MergeStep, ...]) -> tuple[Tensor, Tensor]:
-    """All merges of a tower; within clips by as many channels as its keys have."""
+    """Run all merges of a tower; merges within clips compare as many channels as the keys have."""
     size = None
     for step in steps:
         if step.join > 1:
@@ -40,7 +40,7 @@ def merge_steps(x: Tensor, steps: tuple[MergeStep, ...]) -> tuple[Tensor, Tensor
 
 def steps_case(name: str, patch: int, r: int, proportions: str, videos: int) -> Case:
     steps, first = schedule(patch, r, proportions), FRAMES * ((224 // patch) ** 2 + 1)
-    # a video's tokens in front of and behind every merge, and the pairs that are scored
+    # a video's tokens before and after every merge, and the scored pairs
     tokens, moved, flops = first, 0, 0.0
     for step in steps:
         for merges, channels in ((step.cross, WIDTH), (step.intra, WIDTH // HEADS)):
@@ -66,7 +66,7 @@ def test_merging_steps(race, case):
 
 
 def tower_flops(patch: int, steps: tuple[MergeStep, ...]) -> float:
-    """Multiplications and additions of the products of one video."""
+    """Return the multiplications and additions of the products of one video."""
     patches = (224 // patch) ** 2
     flops = 2.0 * FRAMES * patches * 3 * patch**2 * WIDTH
     for step in steps:
@@ -78,7 +78,7 @@ def tower_flops(patch: int, steps: tuple[MergeStep, ...]) -> float:
 
 @torch.no_grad()
 def check(merging: TempMe, pixels: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same merges and embeddings as with plain PyTorch's operators."""
+    """Check that merges and embeddings equal those of plain PyTorch."""
     ours = merging(pixels)
     wide = copy.deepcopy(merging).double()(pixels.double())
     with monkeypatch.context() as patched:

@@ -1,4 +1,4 @@
-"""Matching and merging of tokens beside the bare product of one half with the other, and beside ToMe's way.
+"""Time matching and merging of tokens against the bare product of the two halves, and against ToMe's form.
 
 ToMe also runs through torch.compile.
 """
@@ -31,17 +31,17 @@ IDS = [name for name, *_ in CASES]
 
 
 def inputs(B: int, N: int, D: int, C: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Metric, tokens and sizes."""
+    """Return metric, tokens and sizes."""
     metric, x = random_tensor(B, N, D, seed=1), random_tensor(B, N, C, seed=2)
     size = 1 + (torch.arange(N) % 3).float()[None, :, None].expand(B, -1, -1)
     return metric.to(device, dtype), x.to(device, dtype), size.to(device)
 
 
 def check(metric: Tensor, x: Tensor, size: Tensor, r: int) -> None:
-    """The peer and we merge the same tokens, into the same means."""
+    """Check that the peer merges the same tokens into the same means."""
     plan = bipartite_match(metric, r)
     if metric.shape[1] <= 2048:
-        # row by row, which for more of them takes longer than all the rest
+        # the reference works row by row, which takes too long for more rows
         assert torch.equal(plan.place, bipartite_match(metric, r, impl="reference").place)
     merged = token_merge(x, plan, size)
     exact = reference.token_merge(x.double(), size[..., 0].double(), plan.place, plan.start.shape[1] - 1)[0]
@@ -57,7 +57,7 @@ def test_match_and_merge(measure, device, name, B, N, D, C, dtype):
     metric, x, size = inputs(B, N, D, C, device, dtype)
     r = N // 4
     check(metric, x, size, r)
-    # the bare product of the halves, each as it would lie best
+    # the bare product of the halves, each in its best layout
     a, b = metric[:, ::2].contiguous(), metric[:, 1::2].contiguous()
 
     def ours(metric: Tensor) -> Tensor:

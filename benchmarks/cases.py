@@ -1,4 +1,4 @@
-"""What is timed: one table for the benchmarks, and for the test that keeps their checks true."""
+"""The table of timed cases, used by the benchmarks and by the test of their checks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Make = Callable[[int], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Case:
-    """One row: an op on one shape, beside the same computation in plain PyTorch."""
+    """One row: an operator on one shape, and the same computation in plain PyTorch."""
 
     name: str
     shape: Make
@@ -48,7 +48,7 @@ class Case:
         return self._call(self.plain, x)
 
     def compiled(self) -> Callable[[Tensor], Any]:
-        """`reference` through torch.compile."""
+        """Return `reference` compiled by torch.compile."""
         function = torch.compile(self.plain, dynamic=False)
         return lambda x: self._call(function, x)
 
@@ -74,7 +74,7 @@ def _stream(frames: int) -> tuple[int, ...]:
 
 
 def _sizes(frames: int) -> list[int]:
-    # one frame in eight at full size, as a memory of three tiers would arrange a clip
+    # one frame in eight at full size, as in a memory of three tiers
     return [16 if t % 8 == 0 else 8 if t % 4 == 0 else 4 for t in range(frames)]
 
 

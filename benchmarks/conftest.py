@@ -1,4 +1,4 @@
-"""`python -m pytest benchmarks/bench_grid_pool.py --benchmark-json=FILE`, then `python -m benchmarks.report FILE`."""
+"""Fixtures: `pytest benchmarks/bench_grid_pool.py --benchmark-json=FILE`, then `python -m benchmarks.report FILE`."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def pytest_configure() -> None:
-    # Memory that is freed stays in the process, as on a GPU; else every output is cleared by the kernel, page by page,
-    # and on a virtual machine taken from its host again: that is what would be timed.
+    # Freed memory stays in the process, as on a GPU. Otherwise the operating system clears every output page by page,
+    # and a virtual machine fetches it from its host again, and this would be timed.
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
@@ -66,9 +66,9 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def measure(request: pytest.FixtureRequest, benchmark, copy: Copy) -> Callable[..., None]:
-    """Times `ours` in turn with the others and a copy.
+    """Time `ours` in turn with the others and a copy.
 
-    `calls` is how many steps one call makes, `moved` and `flops` the bytes and operations of one step.
+    `calls` is the number of steps in one call; `moved` and `flops` are the bytes and operations of one step.
     """
     rounds, patience = request.config.getoption("--bench-rounds"), request.config.getoption("--bench-wait")
     machine = torch.device(request.config.getoption("--bench-device"))
@@ -93,7 +93,7 @@ def measure(request: pytest.FixtureRequest, benchmark, copy: Copy) -> Callable[.
             quiet.append(wait_for_quiet(patience))
             contest.round(["copy", *others])
             contest.warm_up(OURS)
-            # the timed call is ours: pytest-benchmark runs it next, on the next cold input
+            # pytest-benchmark times our call next, on the next cold input
             return (contest.inputs(),), {}
 
         def call(x: torch.Tensor) -> None:
@@ -134,7 +134,7 @@ def measure(request: pytest.FixtureRequest, benchmark, copy: Copy) -> Callable[.
 
 @pytest.fixture
 def race(device: str, measure: Callable[..., None]) -> Callable[[Case], None]:
-    """Checks a case, then times it against eager PyTorch, torch.compile and a copy, one call of each in turn."""
+    """Check a case, then time it against eager PyTorch, torch.compile and a copy, one call of each in turn."""
 
     def run(case: Case) -> None:
         x = case.input(device=device)

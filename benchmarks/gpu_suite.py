@@ -1,10 +1,10 @@
-"""Everything a machine with a GPU can tell, in one call and one folder.
+"""Run all tests and benchmarks that need a GPU, in one call, and write the results to one folder.
 
-`python -m benchmarks.gpu_suite --out FOLDER` does what is worth most first: it builds the native library for the
-device, runs the tests marked `gpu`, and times the five families of operators beside eager and compiled PyTorch and the
-named peers. That fits nine minutes. What time is left goes to compute-sanitizer, to a 7B model with and without a
-memory (transformers 5.18 or later), to other warps and stages for the Triton kernels, and to every benchmark there is.
-Each part leaves its log, whatever happens to the others. `--plan` tells order, time and commands, without a device.
+`python -m benchmarks.gpu_suite --out FOLDER` runs the most valuable parts first: it builds the native library for the
+device, runs the tests marked `gpu`, and times the five families of operators against eager and compiled PyTorch and the
+named peers. This fits nine minutes. The remaining time goes to compute-sanitizer, to a 7B model with and without a
+memory (transformers 5.18 or later), to other warps and stages for the Triton kernels, and to all other benchmarks. Each
+part writes its log, even if other parts fail. `--plan` prints order, time and commands, without a device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parent.parent
-# most seconds of each part, the most valuable first; a longer call stretches them
+# the largest number of seconds for each part, the most valuable first; a longer call scales them
 SECONDS = {"build": 140, "tests": 160, "families": 225, "sanitizer": 60, "model": 100, "tune": 60, "bench": 420}
 # similarity search, token merging, adaptive pooling, gated fusion, ring-buffer memory: cases that stand for each
 FAMILIES = {
@@ -42,20 +42,20 @@ FAMILIES = {
     "bench_gated_fusion": ("test_forward[729 tokens, bfloat16]", "test_forward[729 tokens]"),
     "bench_ring": ("test_push[bfloat16]", "test_replace[flat-bfloat16]"),
 }
-# seconds between the request to end, which lets pytest print and save what it has, and the end
+# seconds between the request to end, on which pytest prints and saves its results, and the kill
 GRACE = 20
-# below that nothing comes of a part
+# the least seconds in which a part can give a result
 LEAST = GRACE + 15
 
 
 def run(name: str, command: list[str], seconds: float, out: Path, **environment: str) -> dict[str, object]:
-    """Run one part into `<out>/<name>.log`; how it ended and how long it took."""
+    """Run one part with its output in `<out>/<name>.log`; return how it ended and how long it took."""
     if seconds < LEAST:
         return {"exit": "no time left", "seconds": 0.0}
     start = time.perf_counter()
     with (out / f"{name}.log").open("w") as log:
         try:
-            # a session of its own: what a part leaves running would hold the device
+            # in a process session of its own, so that no child keeps the device busy afterwards
             child = subprocess.Popen(
                 command,
                 cwd=ROOT,
@@ -76,7 +76,7 @@ def run(name: str, command: list[str], seconds: float, out: Path, **environment:
 
 
 def ended(child: subprocess.Popen[bytes], seconds: float) -> int | str:
-    """How a child that leads its own session ended, asked to after so long; it and all it started are gone then."""
+    """Wait for a child, end its process session after `seconds`, and return its status."""
     code: int | str
     try:
         code = child.wait(seconds)
@@ -94,13 +94,13 @@ def ended(child: subprocess.Popen[bytes], seconds: float) -> int | str:
 
 
 def time_of(parts: list[str], left: float) -> float:
-    """Seconds of the first of the parts to come: its own, more in a long call, all where nothing else would begin."""
+    """Return the seconds for the next part: its own, more in a long call, all if no other part fits."""
     share = SECONDS[parts[0]] * max(1.0, left / sum(SECONDS[part] for part in parts))
     return left if left - share < LEAST else share
 
 
 def plan(parts: list[str], left: float, out: Path, workers: int) -> None:
-    """Print each part with the time that it may take, were every part to use up its own."""
+    """Print each part with its time limit, if every part uses its limit."""
     commands_ = commands(out, workers)
     for index, name in enumerate(parts):
         share = time_of(parts[index:], left)
@@ -133,12 +133,12 @@ def machine(commit: str) -> dict[str, object]:
 
 
 def marked() -> list[str]:
-    """Test files with tests for a GPU: the others need not be importable here."""
+    """Return the test files with tests for a GPU; other files need not be importable on this machine."""
     return [str(p.relative_to(ROOT)) for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text()]
 
 
 def build() -> list[str]:
-    """The native libraries in place, and the facts that say what they hold."""
+    """Return the command that builds the native libraries in place and prints what they contain."""
     return ["sh", "-c", f"{sys.executable} setup.py build_ext --inplace && {sys.executable} -m vmemory.info"]
 
 
@@ -153,7 +153,7 @@ def commands(out: Path, workers: int) -> dict[str, list[str]]:
     return {
         "build": build(),
         "tests": pytest("-m", "gpu", *side_by_side, *marked()),
-        # kernels of our own that decide something, on small inputs
+        # our kernels that make decisions, on small inputs
         "sanitizer": [
             sanitizer, "--error-exitcode", "3",
             *pytest("-m", "gpu and not slow", "-k", "native and not replay and not captured and not waits", "-x",
@@ -165,7 +165,7 @@ def commands(out: Path, workers: int) -> dict[str, list[str]]:
 
 
 def timings(part: str, out: Path) -> dict[str, list[str]]:
-    """Commands of a part that times: a process for each file of benchmarks."""
+    """Return the commands of a timing part: one process for each benchmark file."""
     stems = (
         list(FAMILIES) if part == "families" else sorted(file.stem for file in (ROOT / "benchmarks").glob("bench_*.py"))
     )
@@ -173,17 +173,17 @@ def timings(part: str, out: Path) -> dict[str, list[str]]:
     for stem in stems:
         file = f"benchmarks/{stem}.py"
         chosen = [f"{file}::{case}" for case in FAMILIES[stem]] if part == "families" else [file]
-        # a longer run over the same file replaces what the chosen cases gave
+        # a longer run of the same file replaces the results of the chosen cases
         made[stem] = pytest(*chosen, "--bench-device", "cuda", f"--benchmark-json={out / f'{stem}.json'}")
     return made
 
 
 def bench(part: str, seconds: float, out: Path) -> dict[str, object]:
-    """Run what `timings` names, then write a report of all that has left figures so far."""
+    """Run the commands of `timings`, then write a report of all results so far."""
     end = time.perf_counter() + seconds
     done: dict[str, object] = {}
     files = timings(part, out)
-    # compiling what each is compared with takes its time: better some whole than all begun
+    # compiling the peers takes time, and some complete results are better than all incomplete
     least = 30.0 if part == "families" else 90.0
     for index, (stem, command) in enumerate(files.items()):
         left = end - time.perf_counter()
@@ -214,7 +214,7 @@ def main() -> None:
         return
     if not torch.cuda.is_available():
         raise SystemExit("no CUDA device: the suite needs one")
-    # a shell that starts this in the background has it ignored, which children would inherit
+    # a shell ignores SIGINT for background jobs, and children would inherit this
     signal.signal(signal.SIGINT, signal.default_int_handler)
     out.mkdir(parents=True, exist_ok=True)
     end = time.perf_counter() + 60 * given.minutes
@@ -222,13 +222,13 @@ def main() -> None:
     environment = {
         "VMEMORY_CUDA": "1",
         "VMEMORY_CUDA_ARCHS": f"{major}{minor}-real",
-        # cmake, ninja and nvcc, wherever a shell would have found them
+        # the places of cmake, ninja and nvcc
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/local/cuda/bin"]),
         "PYTHONUNBUFFERED": "1",
     }
     alone = {
         "tests": {"OMP_NUM_THREADS": str(max(1, cores // workers))},
-        # an allocation each, so that what lies behind one is nobody's
+        # without the caching allocator, memory behind an allocation belongs to no other tensor
         "sanitizer": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     }
     state: dict[str, object] = {"machine": machine(given.commit), "parts": (done := {})}

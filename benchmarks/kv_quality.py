@@ -1,7 +1,7 @@
-"""`python -m benchmarks.kv_quality`: what a language model loses when its cache is bounded, policy by policy.
+"""Measure the quality of a language model with a bounded cache, per policy: `python -m benchmarks.kv_quality`.
 
-Each text is read once with its whole cache and, beside it, with every memory. A token counts once the memory has begun
-to forget. Writes JSON and Markdown after every text.
+Each text is read once with the full cache and once with every memory. Only tokens after the first eviction count.
+Writes JSON and Markdown after every text.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def _loaded() -> tuple[Any, Any]:
 
 
 class Score:
-    """Sums over the tokens of a text that come after a memory has begun to forget."""
+    """Sums over the tokens of a text after a memory's first eviction."""
 
     def __init__(self) -> None:
         self.tokens = self.agree = 0
         self.loss = self.full_loss = self.divergence = 0.0
 
     def add(self, logits: Tensor, full: Tensor, truth: Tensor) -> None:
-        """Log-probabilities `[N, V]` of memory and full cache, and the tokens that followed `[N]`."""
+        """Add log-probabilities `[N, V]` of memory and full cache, and the true next tokens `[N]`."""
         self.tokens += len(truth)
         self.agree += int((logits.argmax(-1) == full.argmax(-1)).sum())
         self.loss -= float(logits.gather(1, truth[:, None]).sum())
@@ -57,7 +57,7 @@ class Score:
 
 @torch.inference_mode()
 def measure(name: str, length: int, share: float, policies: Sequence[str], chunk: int) -> list[dict[str, Any]]:
-    """One text by several memories of the same budget."""
+    """Score one text with several memories of the same budget."""
     model, tokenizer = _loaded()
     text = next(t for t in texts() if t.name == name)
     ids = torch.tensor([tokenizer(text.text).input_ids[:length]])
@@ -92,7 +92,7 @@ def _select(rows: Iterable[dict[str, Any]], **wanted: Any) -> list[dict[str, Any
 
 
 def table(results: dict[str, Any]) -> str:
-    """The run as Markdown."""
+    """Return the run as Markdown."""
     info, rows = results["run"], results["rows"]
     count = len({row["text"] for row in rows})
     lines = [
@@ -146,7 +146,7 @@ def main() -> None:
 
     _, tokenizer = _loaded()
     names = [t.name for t in texts() if len(tokenizer(t.text).input_ids) >= given.length + 1][: given.texts]
-    # all policies on texts of both kinds: one in so many
+    # all policies on every `stride`-th text, so that both kinds of text are included
     stride = max(len(names) // max(given.broad, 1), 1)
     broad, policies = names[::stride][: given.broad], [*MAIN, *OTHERS]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -160,7 +160,7 @@ def main() -> None:
     }  # fmt: skip
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(given.jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        # what the tables are for comes first: an interrupted run is a smaller one
+        # the main policies come first, so that an interrupted run is a smaller complete one
         order = [(name, share, MAIN) for share in sorted(given.shares) for name in names]
         order += [(name, share, OTHERS) for share in sorted(given.shares) for name in broad]
         if given.resume:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.op_table [RESULTS.json]`: README's table of operators, from a committed run."""
+"""Print the table of operators from a committed run: `python -m benchmarks.op_table [RESULTS.json]`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PEERS = {
 
 
 class Row(NamedTuple):
-    """Operators measured together, what the row shows, the file that times it, and its group and case in the run."""
+    """One row: its operators, its description, the benchmark file, and the group and case in the run."""
 
     ops: tuple[str, ...]
     shown: str
@@ -151,7 +151,7 @@ ROWS = (
 
 
 def found(results: dict[str, Any], row: Row) -> dict[str, Any]:
-    """The figures of a row; KeyError where the run has no such case."""
+    """Return the figures of a row; KeyError if the run has no such case."""
     for entry in results["benchmarks"]:
         if entry["group"].startswith(row.group) and entry["extra_info"]["case"] == row.case:
             return dict(entry["extra_info"])
@@ -169,7 +169,7 @@ def _gradient(ops: tuple[str, ...]) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The table as Markdown."""
+    """Return the table as Markdown."""
     lines = [
         "| operator | case | floor | measured | beside it, ÷ ours | gradient | on a GPU | `pytest benchmarks/…` |",
         "|---|---|---:|---:|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.report RESULTS...`: the figures of a benchmark run, as JSON, Markdown tables and a roofline."""
+"""Write a benchmark run as JSON, Markdown tables and a roofline: `python -m benchmarks.report RESULTS...`."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _cell(value: Any) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The run as Markdown, one table an op."""
+    """Return the run as Markdown, one table per operator."""
     machine, rows = results["machine_info"], results["benchmarks"]
     lines = [
         f"{machine['device']}, {machine['threads']} threads, torch {machine['torch']}, vmemory {machine['vmemory']}, "
@@ -61,10 +61,10 @@ def table(results: dict[str, Any]) -> str:
 
 
 def roofline(results: dict[str, Any], target: Path) -> None:
-    """Each case by its arithmetic intensity, under the copy rate and the matrix-product rate of the run.
+    """Draw each case by its arithmetic intensity, below the copy rate and the matrix-product rate of the run.
 
-    Narrow dtypes may lie above the matrix-product rate, which is that of float32. Calls that are all overhead are left
-    out.
+    Narrow dtypes may be above the matrix-product rate, which is measured in float32. Calls that consist of overhead
+    only are left out.
     """
     import matplotlib
 
@@ -101,7 +101,7 @@ def roofline(results: dict[str, Any], target: Path) -> None:
 
 
 def merged(files: Sequence[Path]) -> dict[str, Any]:
-    """What several processes of one run wrote, without the single timings."""
+    """Merge the results of several processes of one run, without the single timings."""
     runs = [json.loads(file.read_text()) for file in files]
     rows = [
         {"group": row["group"], "extra_info": row["extra_info"], "commit": run["commit_info"].get("id", "unknown")}

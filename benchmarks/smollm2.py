@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct with its released weights, and long English texts that are installed anyway."""
+"""Load SmolLM2-135M-Instruct with its released weights, and long English texts from installed packages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKAGES = (
     "transformers", "accelerate", "huggingface_hub", "tokenizers", "tqdm", "regex", "sympy", "rich", "typer", "psutil",
     "ruff", "pathspec",
 )  # fmt: skip
-# what options were tried on, and is therefore measured nowhere
+# texts on which options were chosen, therefore excluded from all measurements
 TUNING = ("topic specialnames", "topic debugger", "topic execmodel", "package torch")
 
 
@@ -42,7 +42,7 @@ class Text(NamedTuple):
 
 
 def texts() -> list[Text]:
-    """The texts that this machine has, always in the same order."""
+    """Return the texts that this machine has, always in the same order."""
     found = [("topic " + name, "", topics[name]) for name in TOPICS if name in topics]
     for name in PACKAGES:
         try:
@@ -54,7 +54,7 @@ def texts() -> list[Text]:
 
 
 def load() -> tuple[Any, Any]:
-    """Model in float32 and tokenizer.
+    """Load the model in float32 and the tokenizer.
 
     Raises:
         AssetError: The weights are not installed or are not the expected ones.

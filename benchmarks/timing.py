@@ -1,4 +1,4 @@
-"""Interleaved, cold-cache timing, and the rates that give a figure its meaning."""
+"""Interleaved, cold-cache timing, and the copy and product rates for comparison."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Run = Callable[[Tensor], Any]
 
 
 def last_level_cache(device: torch.device) -> int:
-    """Bytes of the largest cache of the device the tensors live on."""
+    """Return the bytes of the device's largest cache."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [0]
@@ -27,7 +27,7 @@ def last_level_cache(device: torch.device) -> int:
 
 
 class Rotation:
-    """Copies of an input, together larger than five times the last-level cache; each use takes the next."""
+    """Copies of an input, together at least five times the last-level cache; each use takes the next copy."""
 
     def __init__(self, x: Tensor) -> None:
         size = max(1, x.numel() * x.element_size())
@@ -44,7 +44,7 @@ class Rotation:
 
 
 class Copy:
-    """A copy between two buffers that have been touched before: the rate every floor is drawn from."""
+    """A copy between two buffers whose pages are mapped; its rate defines the floors."""
 
     def __init__(self, device: torch.device) -> None:
         size = max(256 << 20, 5 * last_level_cache(device))
@@ -62,7 +62,7 @@ def _busy_ticks() -> int:
 
 
 def wait_for_quiet(seconds: float) -> bool:
-    """Wait until nothing else computes on this machine, at most so long; whether it became so."""
+    """Wait at most `seconds` until no other process computes on this machine; return whether this happened."""
     end = time.perf_counter() + seconds
     while True:
         before = _busy_ticks()
@@ -75,7 +75,7 @@ def wait_for_quiet(seconds: float) -> bool:
 
 
 def timed(run: Run, x: Tensor) -> float:
-    """Seconds of one call, device work included; the result is freed outside the time."""
+    """Return the seconds of one call, device work included; the result is freed outside the time."""
     if x.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -88,14 +88,14 @@ def timed(run: Run, x: Tensor) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype = torch.float32, n: int = 1536) -> float:
-    """FLOP/s of a square matrix product, the best of three."""
+    """Return the FLOP/s of a square matrix product, the best of three."""
     a = torch.randn(n, n, device=device, dtype=dtype)
     best = min(timed(lambda b: a @ b, a) for _ in range(4))
     return 2 * n**3 / best
 
 
 def peak_bytes(run: Run, x: Tensor) -> int:
-    """Most bytes that one call holds at once beyond what was allocated before it."""
+    """Return the peak bytes that one call allocates in addition to earlier allocations."""
     if x.is_cuda:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -114,7 +114,7 @@ def peak_bytes(run: Run, x: Tensor) -> int:
 
 
 def launches(run: Run, x: Tensor) -> int | None:
-    """Kernels that one call starts on a CUDA device; None on the CPU."""
+    """Return the number of kernels that one call starts on a CUDA device; None on the CPU."""
     if not x.is_cuda:
         return None
     run(x)
@@ -126,7 +126,7 @@ def launches(run: Run, x: Tensor) -> int | None:
 
 @dataclass
 class Race:
-    """Contestants timed in turn on cold inputs: all of them see the same state of the machine."""
+    """Contestants timed in turn on cold inputs, so that all of them see the same state of the machine."""
 
     contestants: dict[str, Run]
     inputs: Callable[[], Tensor]
@@ -138,8 +138,10 @@ class Race:
             self.seconds.setdefault(name, []).append(timed(self.contestants[name], self.inputs()))
 
     def warm_up(self, name: str) -> None:
-        """A call outside the time, on another input: after seconds of idleness some hypervisors have taken freed memory
-        back, and the next allocation would be charged with fetching it."""
+        """Call once outside the time, on another input.
+
+        After seconds of idleness some hypervisors take freed memory back, and the next allocation would pay for it.
+        """
         self.contestants[name](self.inputs())
 
     def median(self, name: str) -> float:

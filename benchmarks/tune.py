@@ -1,4 +1,4 @@
-"""Other warps and stages for the Triton kernels: `python -m benchmarks.tune --out tune.json`, on a CUDA device."""
+"""Try other warps and stages for the Triton kernels: `python -m benchmarks.tune --out tune.json`, on a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WARPS, STAGES = (2, 4, 8, 16), (1, 2, 3, 4)
 
 @contextmanager
 def launched_with(**options: Any) -> Iterator[None]:
-    """Within it, every Triton kernel is launched with these options instead of its own."""
+    """Launch every Triton kernel with these options instead of its own, within a context."""
     original = JITFunction.run
 
     def run(self: JITFunction, *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Working and episodic memory as Python lists of frames, the way ports of VLM² (arXiv 2511.20644) keep them.
+"""Working and episodic memory as Python lists of frames, as in ports of VLM² (arXiv 2511.20644).
 
 Every step reads the memory out with `torch.cat`; the most similar entry is found on the host.
 """
@@ -24,7 +24,7 @@ class WorkingMemory:
 
 
 class EpisodicMemory:
-    """`capacity` frames `[N, D]`; a new one takes the place of the most similar."""
+    """At most `capacity` frames `[N, D]`; a new frame replaces the most similar one."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.frames = capacity, []
@@ -41,7 +41,7 @@ class EpisodicMemory:
 
 
 def replace_(slots: Tensor, frame: Tensor, level: str) -> Tensor:
-    """The same on slots `[M, N, D]` that are full, without a loop or a read-back: the best eager form."""
+    """Replace the most similar of full slots `[M, N, D]`, without a loop or host copy: the best eager form."""
     rows, one = (slots.flatten(1), frame.flatten()) if level == "flat" else (slots.mean(1), frame.mean(0))
     place = F.cosine_similarity(rows, one[None], dim=-1).argmax(0, keepdim=True)
     slots.index_copy_(0, place, frame[None])

@@ -1,4 +1,4 @@
-"""A dual memory that keeps features and projects all of them to keys and values again for every frame.
+"""A dual memory that stores features and projects all of them to keys and values for every frame.
 
 Written from Algorithm 1 of VLM² (arXiv 2511.20644), with `nn.MultiheadAttention` over the stored features, as ports of
 it are written; slots are tensors and nothing is decided on the host, which is the best eager form.
@@ -26,7 +26,7 @@ class ReprojectingMemory(nn.Module):
         self.register_buffer("oldest", torch.zeros(1, dtype=torch.int64, device=working.device))
 
     def read(self, frame: Tensor) -> tuple[Tensor, Tensor]:
-        """What each memory answers to a frame `[N, D]`."""
+        """Return the reading of each memory for a frame `[N, D]`."""
         answers = []
         for attention, slots in (
             (self.working_attention, self.working),
@@ -38,7 +38,7 @@ class ReprojectingMemory(nn.Module):
 
     @torch.no_grad()
     def push(self, frame: Tensor) -> Tensor:
-        """M_t `[N, D]` of a frame; then the frame and M_t enter their memories."""
+        """Return M_t `[N, D]` of a frame, then store the frame and M_t in their memories."""
         working, episodic = self.read(frame)
         gate = self.gate(torch.cat([working, episodic], -1))
         fused = gate * working + (1 - gate) * episodic

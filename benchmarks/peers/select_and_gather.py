@@ -1,4 +1,4 @@
-"""Token selection as it is written with PyTorch's own operators: topk, sort and gather.
+"""Token selection with PyTorch's own operators: topk, sort and gather.
 
 `by_frame` is the loop over frames of VidCom2, without its read-back of the budgets; the whole-clip
 form is EVS's (vLLM, `evs.py`) with a partial selection instead of its full argsort.
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def select(scores: Tensor, budget: int) -> Tensor:
-    """Indices `[S, budget]`, ascending; of equal scores any."""
+    """Return indices `[S, budget]`, ascending; ties are broken arbitrarily."""
     return scores.topk(budget, dim=-1, sorted=False).indices.sort(dim=-1).values
 
 
 def by_frame(scores: Tensor, frames: int, budget: int) -> Tensor:
-    """`budget` tokens of each of `frames` equally long frames: indices `[S, frames * budget]`, ascending."""
+    """Return indices `[S, frames * budget]`, ascending: `budget` tokens of each of `frames` equal frames."""
     kept, first = [], 0
     for frame in scores.chunk(frames, dim=-1):
         kept.append(select(frame, budget) + first)
@@ -25,5 +25,5 @@ def by_frame(scores: Tensor, frames: int, budget: int) -> Tensor:
 
 
 def gather(tokens: Tensor, keep: Tensor) -> Tensor:
-    """Rows `keep [S, K]` of `tokens [S, N, D]`, all of them there."""
+    """Gather existing rows `keep [S, K]` of `tokens [S, N, D]`."""
     return tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))

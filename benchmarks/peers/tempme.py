@@ -1,4 +1,4 @@
-"""TempMe's merging with every score stored, the way its paper (ICLR 2025, arXiv 2409.01156, section 3) describes it.
+"""TempMe's merging with all scores stored, as its paper (ICLR 2025, arXiv 2409.01156, section 3) describes it.
 
 Written from the description, in its fastest eager form: clips are joined by a copy, class tokens cut off and put back;
 between them one batched product, a sort of the row maxima, gathers, and a `scatter_reduce` for tokens and for sizes.
@@ -15,7 +15,7 @@ from vmemory.compress import MergeStep
 
 
 def join(x: Tensor, clips: int, cls: int) -> Tensor:
-    """Neighbouring `clips` of `x [B, N, D]` as one sequence, the `cls` class tokens of each in front."""
+    """Join neighbouring `clips` of `x [B, N, D]` to one sequence, with the `cls` class tokens of each in front."""
     if clips == 1:
         return x
     x = x.unflatten(0, (-1, clips))
@@ -23,8 +23,8 @@ def join(x: Tensor, clips: int, cls: int) -> Tensor:
 
 
 def merge(metric: Tensor, x: Tensor, size: Tensor, r: int, cls: int) -> tuple[Tensor, Tensor]:
-    """`x [B, N, D]` with r of its patch tokens merged into others by `metric [B, N, E]`, and the sizes `[B, N', 1]`."""
-    # even places of the whole sequence merge into odd ones, the class tokens are counted but not asked
+    """Merge r patch tokens of `x [B, N, D]` by `metric [B, N, E]`; return tokens and sizes `[B, N', 1]`."""
+    # even positions of the whole sequence merge into odd ones; class tokens count as positions but do not merge
     evens, odds = slice(cls + cls % 2, None, 2), slice(cls + 1 - cls % 2, None, 2)
     unit = metric / metric.norm(dim=-1, keepdim=True)
     best, partner = (unit[:, evens] @ unit[:, odds].mT).max(dim=-1)
@@ -43,7 +43,7 @@ def merge(metric: Tensor, x: Tensor, size: Tensor, r: int, cls: int) -> tuple[Te
 
 
 def merge_steps(x: Tensor, steps: Sequence[MergeStep], width: int) -> tuple[Tensor, Tensor]:
-    """All merges of a tower, one after the other, on tokens `[clips, N, D]`; within clips by the first channels."""
+    """Run all merges of a tower on tokens `[clips, N, D]`; merges within clips compare the first channels."""
     size = torch.ones_like(x[..., :1])
     for step in steps:
         if step.join > 1:

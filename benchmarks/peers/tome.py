@@ -1,4 +1,4 @@
-"""Token merging with every score stored, the way ToMe (ICLR 2023, arXiv 2210.09461, section 3) describes it.
+"""Token merging with all scores stored, as ToMe (ICLR 2023, arXiv 2210.09461, section 3) describes it.
 
 Written from the description, in its fastest eager form: one batched product, a sort of the row maxima, gathers, and one
 `scatter_reduce` for tokens and one for sizes.
@@ -36,6 +36,6 @@ def _sum(x: Tensor, plan: Matching) -> Tensor:
 
 
 def merge(x: Tensor, plan: Matching, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Size-weighted means of `x [B, N, D]` and their sizes, `size [B, N, 1]`."""
+    """Return size-weighted means of `x [B, N, D]` and their sizes; `size [B, N, 1]`."""
     total = _sum(size, plan)
     return _sum(x * size, plan) / total, total
