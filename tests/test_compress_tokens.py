@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,7 +152,36 @@ def test_exact_counts_are_known_beforehand(by: str, budget: float) -> None:
     assert torch.equal(mask.flatten(1).nonzero()[:, 1].reshape(2, n), reduced.source)
 
 
-@pytest.mark.parametrize("arguments", [{"threshold": 0.2}, {"threshold": 0.2, "min_tokens": 2}, {"budget": 30}])
+@pytest.mark.parametrize("by", ["feature", "pixel"])
+@pytest.mark.parametrize("drop", [0, 0.05, 0.34, 0.6, 1.0])
+def test_each_frame_loses_its_share(by: str, drop: float) -> None:
+    tokens, pixels = still(clip(S=2)), random_tensor(2, 5, 3, 6, 8, seed=8).round()
+    tokens[0, 3, 0, 0] = torch.nan
+    valid = torch.rand(2, 5, 3, 4, generator=torch.Generator().manual_seed(1)) < 0.6
+    reducer = TokenDifference(by, drop=drop)
+    extra = {"pixels": pixels} if by == "pixel" else {}
+    for there in (None, valid):
+        difference = reducer.difference(tokens, valid=there, **extra)
+        exists = torch.ones(2, 5, 12, dtype=torch.bool) if there is None else there.flatten(2)
+        wanted = exists.clone()
+        for s in range(2):
+            for t in range(1, 5):
+                cells = [c for c in range(12) if exists[s, t, c] and exists[s, t - 1, c]]
+                # NaN differs most, and of equals the later goes
+                key = {c: (math.inf if math.isnan(d := float(difference[s, t, c])) else d, -c) for c in cells}
+                for c in sorted(cells, key=key.__getitem__)[: int(len(cells) * drop)]:
+                    wanted[s, t, c] = False
+        assert torch.equal(reducer.mask(tokens, valid=there, **extra).flatten(2), wanted)
+        reduced = reducer(tokens, valid=there, **extra)
+        assert reduced.count.tolist() == wanted.sum((1, 2)).tolist()
+        assert torch.equal(reduced.stream(1).source, wanted[1].flatten().nonzero().flatten())
+        if there is None:
+            assert reduced.count.tolist() == [reducer.count(5, 12)] * 2
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"threshold": 0.2}, {"threshold": 0.2, "min_tokens": 2}, {"budget": 30}, {"drop": 0.4}]
+)
 def test_cells_that_do_not_exist_never_stay(arguments: dict) -> None:
     tokens = still(clip(S=2))
     valid = torch.rand(2, 5, 3, 4, generator=torch.Generator().manual_seed(1)) < 0.6
@@ -284,8 +314,11 @@ def test_budgets_hold_for_any_shape(S: int, T: int, H: int, W: int, D: int, budg
 @pytest.mark.parametrize(
     ("error", "arguments", "words"),
     [
-        (ValueError, {}, "threshold: expected exactly one of threshold and budget"),
+        (ValueError, {}, "threshold: expected exactly one of threshold, budget and drop"),
         (ValueError, {"threshold": 0.1, "budget": 3}, "threshold: expected exactly one"),
+        (ValueError, {"threshold": 0.1, "drop": 0.3}, "threshold: expected exactly one"),
+        (ValueError, {"drop": 1.5}, r"drop: expected a share in \[0, 1\], got 1.5"),
+        (TypeError, {"drop": "half"}, "drop: expected a number, got str"),
         (ValueError, {"by": "sound", "budget": 3}, "by: expected one of 'feature', 'pixel'"),
         (TypeError, {"threshold": "low"}, "threshold: expected a number, got str"),
         (TypeError, {"budget": "3"}, "budget: expected an int, got str"),

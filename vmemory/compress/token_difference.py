@@ -15,7 +15,9 @@ from vmemory.ops.select_tokens import Selection, select_tokens
 
 
 class TokenDifference(nn.Module):
-    """Drop tokens that repeat the token at the same position of the previous frame, by threshold or exact count.
+    """Drop tokens that repeat the token at the same position of the previous frame.
+
+    What stays is set by a threshold, by an exact count, or by the share of each frame that goes.
 
     The difference of a token is 1 − cosine of the features, or the mean absolute difference of the pixels under the
     token in grey levels. In the first frame it is infinite. A difference of NaN counts as the largest, so such a token
@@ -27,14 +29,16 @@ class TokenDifference(nn.Module):
         budget: Keep exactly this number of tokens per clip: those that differ most, the earlier of equals. An int, or a
             fraction of the clip's tokens (a float in (0, 1], rounded down, but at least one frame's tokens). See
             `count`.
+        drop: Drop this share of each frame's tokens, rounded down: those that differ least, the later of equals. A
+            number in [0, 1]. Tokens without a token before them stay and do not count.
         min_tokens: With a threshold, a frame that would keep fewer tokens keeps its first `min_tokens` cells.
         key_dim: The cosine looks at the first `key_dim` channels; None = all.
 
     Raises:
-        TypeError, ValueError: Not exactly one of `threshold` and `budget` is given, or an argument does not fit.
+        TypeError, ValueError: Not one of `threshold`, `budget` and `drop` alone is given, or an argument does not fit.
 
     Source: TimeChat-Online (arXiv 2504.17343), differential token drop, which drops above a cosine of 0.5 (threshold
-    0.5 here); Efficient Video Sampling (arXiv 2510.14624), which keeps a fraction.
+    0.5 here; `drop` is its relative mode); Efficient Video Sampling (arXiv 2510.14624), which keeps a fraction.
     """
 
     def __init__(
@@ -43,15 +47,19 @@ class TokenDifference(nn.Module):
         *,
         threshold: float | None = None,
         budget: int | float | None = None,
+        drop: float | None = None,
         min_tokens: int = 0,
         key_dim: int | None = None,
     ) -> None:
         super().__init__()
         check_choice("by", by, ("feature", "pixel"))
-        if (threshold is None) == (budget is None):
-            raise ValueError("threshold: expected exactly one of threshold and budget")
-        if threshold is not None and (isinstance(threshold, bool) or not isinstance(threshold, (int, float))):
-            raise TypeError(f"threshold: expected a number, got {type(threshold).__name__}")
+        if [threshold, budget, drop].count(None) != 2:
+            raise ValueError("threshold: expected exactly one of threshold, budget and drop")
+        for name, number in (("threshold", threshold), ("drop", drop)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
+                raise TypeError(f"{name}: expected a number, got {type(number).__name__}")
+        if drop is not None and not 0 <= drop <= 1:
+            raise ValueError(f"drop: expected a share in [0, 1], got {drop}")
         if isinstance(budget, float):
             if not 0 < budget <= 1:
                 raise ValueError(f"budget: expected a fraction in (0, 1] or an int, got {budget}")
@@ -60,24 +68,27 @@ class TokenDifference(nn.Module):
         check_int("min_tokens", min_tokens, low=0)
         if key_dim is not None:
             check_int("key_dim", key_dim, low=1)
-        self.by, self.threshold, self.budget = by, threshold, budget
+        self.by, self.threshold, self.budget, self.drop = by, threshold, budget, drop
         self.min_tokens, self.key_dim = min_tokens, key_dim
 
     def extra_repr(self) -> str:
-        limit = f"threshold={self.threshold}" if self.budget is None else f"budget={self.budget}"
+        limits = {"threshold": self.threshold, "budget": self.budget, "drop": self.drop}
+        limit = next(f"{name}={value}" for name, value in limits.items() if value is not None)
         return f"{self.by!r}, {limit}, min_tokens={self.min_tokens}, key_dim={self.key_dim}"
 
     def count(self, frames: int, cells: int) -> int:
-        """Return the number of tokens kept of `frames` frames with `cells` tokens each; requires a budget.
+        """Return the number of tokens kept of `frames` frames with `cells` tokens each, before the clip is there.
 
         Raises:
             ValueError: This reducer has a threshold, so the number depends on the values.
         """
         check_int("frames", frames, low=0)
         check_int("cells", cells, low=1)
+        total = frames * cells
+        if self.drop is not None:
+            return total - max(frames - 1, 0) * int(cells * self.drop)
         if self.budget is None:
             raise ValueError("count: expected a reducer with a budget, a threshold keeps as many as the clip asks for")
-        total = frames * cells
         wanted = max(int(total * self.budget), cells) if isinstance(self.budget, float) else self.budget
         return min(wanted, total)
 
@@ -143,7 +154,7 @@ class TokenDifference(nn.Module):
         there = existing(valid, streams)
         difference = self.difference(tokens, pixels, valid, previous)
         if self.budget is None:
-            stay = self._above(difference, there)
+            stay = self._staying(difference, there, previous is None)
         else:
             source = self._best(difference, there).indices
             # the additional element takes the padding
@@ -152,7 +163,10 @@ class TokenDifference(nn.Module):
         stay = stay.reshape(S, T, H, W)
         return stay[0] if tokens.dim() == 4 else stay
 
-    def _above(self, difference: Tensor, there: Tensor | None) -> Tensor:
+    def _staying(self, difference: Tensor, there: Tensor | None, begins: bool) -> Tensor:
+        """`[S, T, N]` bool by threshold or share, where the stream `begins` with this clip or not."""
+        if self.drop is not None:
+            return self._but_the_least(self.drop, difference, there, begins)
         assert self.threshold is not None
         # negated, so that NaN stays
         stay = ~(difference <= self.threshold)
@@ -163,6 +177,16 @@ class TokenDifference(nn.Module):
             first = exists & (exists.cumsum(-1) <= self.min_tokens)
             stay |= first & (stay.sum(-1, keepdim=True) < self.min_tokens)
         return stay
+
+    def _but_the_least(self, drop: float, difference: Tensor, there: Tensor | None, begins: bool) -> Tensor:
+        exists = torch.ones_like(difference, dtype=torch.bool) if there is None else there
+        before = torch.cat([torch.full_like(exists[:, :1], not begins), exists[:, :-1]], 1)
+        compared = exists & before
+        n = compared.sum(-1, keepdim=True)
+        staying = n - (n.double() * drop).long()
+        # those that are not compared come last, so that a rank counts compared ones alone; NaN sorts as the largest
+        order = torch.where(compared, difference, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
+        return exists & (~compared | (order.argsort(-1) < staying))
 
     def _best(self, difference: Tensor, there: Tensor | None) -> Selection:
         S, T, N = difference.shape
@@ -207,7 +231,7 @@ class TokenDifference(nn.Module):
         there = existing(valid, streams)
         difference = self.difference(tokens, pixels, valid, previous)
         if self.budget is None:
-            stay = self._above(difference, there).flatten(1)
+            stay = self._staying(difference, there, previous is None).flatten(1)
             chosen = select_tokens(difference.flatten(1), [stay.shape[1]], torch.where(stay, 0, -1))
         else:
             chosen = self._best(difference, there)
