@@ -89,12 +89,19 @@ test-simt: $(VENV)/simt.stamp
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+# levels that are measured, torch held to each as well
+BENCH_LEVELS ?= $(filter x86-64-v4 x86-64-v3,$(LEVELS))
+# a sentence about the run that the page shall have, BENCH_NOTE="The machine was shared."
+BENCH_NOTE ?=
+
 # a process a file: what one leaves of the heap does not slow the next
 bench: $(VENV)/bench.stamp
-	rm -rf build/bench && mkdir -p build/bench
-	for file in benchmarks/bench_*.py; do \
-		$(BIN)/python -m pytest -q $$file --benchmark-json=build/bench/$$(basename $$file .py).json || exit 1; done
-	$(BIN)/python -m benchmarks.report build/bench/*.json
+	$(MAKE) native VMEMORY_CPU_ARCH="$(subst $() ,;,$(strip $(LEVELS)))"
+	rm -rf build/bench
+	for level in $(BENCH_LEVELS); do mkdir -p build/bench/$$level; for file in benchmarks/bench_*.py; do \
+		VMEMORY_CPU_ARCH=$$level $(BIN)/python -m pytest -q $$file \
+		--benchmark-json=build/bench/$$level/$$(basename $$file .py).json || exit 1; done; done
+	$(BIN)/python -m benchmarks.report build/bench/*/*.json --note "$(BENCH_NOTE)"
 
 test-matrix: $(RELEASES:%=matrix-%)
 

@@ -48,6 +48,7 @@ def calls(device: str = "cpu") -> dict[str, Call]:
     frames = random_tensor(1, 1, 2, 2, 8, device=device)
     maps, state = layout_maps(layout, frames), layout.new_state(1, device, torch.float32)
     plan, fixed = ops.bank_plan(frames, layout, maps=maps), layout.kernel_args
+    decided = state.norm, state.link, state.entry, state.order, state.counter
     planned = None, plan.pooled, plan.assign, plan.entry, maps
     merging, fewer = ops.bipartite_match(rows, 1), random_tensor(1, 3, 8, device=device)
     queries, kept = random_tensor(1, 4, 2, 8, device=device), random_tensor(1, 2, 4, 2, 8, device=device)
@@ -62,6 +63,11 @@ def calls(device: str = "cpu") -> dict[str, Call]:
             lambda x: native.attention_column_sums(x, queries, False),
             queries,
         ),
+        "bank_decide": Call(
+            lambda x: ops.bank_decide(state, layout),
+            lambda x: native.bank_decide(*decided, None, None, *fixed),
+            frames,
+        ),
         "bank_gather": Call(
             lambda x: ops.bank_gather(x, plan, layout, maps=maps),
             lambda x: native.bank_gather(x, *planned, *fixed),
@@ -69,12 +75,14 @@ def calls(device: str = "cpu") -> dict[str, Call]:
         ),
         "bank_plan": Call(
             lambda x: ops.bank_plan(x, layout, maps=maps),
-            lambda x: native.bank_plan(x, None, None, maps, *fixed, layout.descriptors, layout.key_dim),
+            lambda x: native.bank_plan(
+                x, None, None, maps, *fixed, layout.descriptors, layout.key_dim, layout.pooled_cells
+            ),
             frames,
         ),
         "bank_push_": Call(
             lambda x: ops.bank_push_(state, layout, x, maps=maps),
-            lambda x: native.bank_push_(*state, x, None, None, None, maps, *fixed),
+            lambda x: native.bank_push_(*state, x, None, None, None, None, maps, *fixed),
             frames,
         ),
         "bipartite_match": Call(
@@ -133,6 +141,7 @@ STATE = (
     "bipartite_match",
     "dequantize_slots",
     "quantize_slots",
+    "bank_decide",
     "bank_plan",
     "bank_push_",
     "ring_push_",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -14,14 +15,23 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.timing import Copy, Race, Rotation, Run, launches, matmul_rate, peak_bytes, wait_for_quiet
 from vmemory import __version__
+from vmemory.ops._native import STATUS
 from vmemory.testing import assert_within_budget
 
 OURS = "vmemory"
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
+# These variables hold torch and its matrix products to a level. They are read at the first computation.
+TORCH_LIMITS = {
+    "x86-64-v3": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "x86-64-v2": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+}
+
 
 def pytest_configure() -> None:
+    # Otherwise the operators of one level would race torch's for a better processor.
+    os.environ.update(TORCH_LIMITS.get(STATUS.level, {}))
     # Freed memory stays in the process, as on a GPU. Otherwise the operating system clears every output page by page,
     # and a virtual machine fetches it from its host again, and this would be timed.
     if sys.platform == "linux":
@@ -50,6 +60,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         "torch": torch.__version__,
         "vmemory": __version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "level": "" if device.type == "cuda" else STATUS.level,
         "matmul_rate": matmul_rate(device),
     }
 

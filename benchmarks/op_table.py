@@ -1,9 +1,11 @@
-"""Print the table of operators from a committed run: `python -m benchmarks.op_table [RESULTS.json]`."""
+"""Write the operators' tables into README.md and docs/benchmarks.md: `python -m benchmarks.op_table [RESULTS.json]`."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +13,9 @@ import vmemory.ops
 from vmemory.ops._registry import OPS
 
 RESULTS = Path(__file__).parent / "results"
-NOT_RUN = "compiled for sm_80/sm_90, not yet run on a GPU"
+README = Path(__file__).parents[1] / "README.md"
+PAGE = README.parent / "docs/benchmarks.md"
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 PEERS = {
     "compile": "compiled",
     "faiss": "faiss flat",
@@ -149,56 +153,82 @@ ROWS = (
     ),
 )
 
+# the rows that README shows
+SHORT = tuple(row for row in ROWS if row.shown in (
+    "256 × 16×16×1152 → 8×8", "1e5 × 384, 1 query", "match and merge 512 of 2,048 × 64", "729 × 1,152",
+    "196 queries, 10 of 40 slots of 196 × 896 valid", "one frame 16×16×1152 into 24/24/144",
+))  # fmt: skip
 
-def found(results: dict[str, Any], row: Row) -> dict[str, Any]:
-    """Return the figures of a row; KeyError if the run has no such case."""
+
+def found(results: dict[str, Any], row: Row) -> dict[str, dict[str, Any]]:
+    """Return the figures of a row by level; KeyError if the run has no such case."""
+    by_level: dict[str, dict[str, Any]] = {}
     for entry in results["benchmarks"]:
         if entry["group"].startswith(row.group) and entry["extra_info"]["case"] == row.case:
-            return dict(entry["extra_info"])
-    raise KeyError(f"{row.group}: no case {row.case!r} in this run")
+            # groups of one prefix, such as forward and backward, may have cases of one name: the first counts
+            by_level.setdefault(entry["extra_info"].get("level", ""), entry["extra_info"])
+    if not by_level:
+        raise KeyError(f"{row.group}: no case {row.case!r} in this run")
+    return by_level
 
 
-def _gpu(ops: tuple[str, ...]) -> str:
-    tables = [getattr(vmemory.ops, op).backends for op in ops]
-    kinds = ["Triton"] * all(table.triton for table in tables) + ["CUDA C++"] * all(table.cuda for table in tables)
-    return f"{' and '.join(kinds)}: {NOT_RUN}"
+def _beside(by_level: dict[str, dict[str, Any]]) -> str:
+    """Return the peers of a row with their time over ours, at the level where it is least."""
+    least: dict[str, float] = {}
+    for info in by_level.values():
+        for key, value in info.items():
+            if key.endswith("_over_ours"):
+                name = key.removesuffix("_over_ours")
+                least[name] = min(value, least.get(name, value))
+    return ", ".join(f"{PEERS.get(name, name)} {value:.2g}×" for name, value in least.items())
 
 
-def _gradient(ops: tuple[str, ...]) -> str:
-    return ", ".join("yes" if f"{op}_backward" in OPS else "–" for op in dict.fromkeys(ops))
+def _measured(info: dict[str, Any]) -> str:
+    return f"{info['ms']:.3g} ms, {info['ratio_to_floor']:.2f}×"
 
 
-def table(results: dict[str, Any]) -> str:
-    """Return the table as Markdown."""
+def table(results: dict[str, Any], rows: Sequence[Row] = ROWS) -> str:
+    """Return the table as Markdown, a column for each level that was measured, best first."""
+    levels = sorted({entry["extra_info"].get("level", "") for entry in results["benchmarks"]}, reverse=True)
+    heads = [f"{level}: time, × floor" if level else "time, × floor" for level in levels]
     lines = [
-        "| operator | case | floor | measured | beside it, ÷ ours | gradient | on a GPU | `pytest benchmarks/…` |",
-        "|---|---|---:|---:|---|---|---|---|",
+        f"| operator | case | {' | '.join(heads)} | others ÷ ours |",
+        f"|---|---|{'---:|' * len(levels)}---|",
     ]
-    for row in ROWS:
-        info = found(results, row)
-        beside = [
-            f"{PEERS.get(key.removesuffix('_over_ours'), key.removesuffix('_over_ours'))} {value:.2g}×"
-            for key, value in info.items()
-            if key.endswith("_over_ours")
-        ]
+    for row in rows:
+        by_level = found(results, row)
         cells = (
             ", ".join(f"`{op}`" for op in row.ops),
             row.shown,
-            f"{info['floor_ms']:.3g} ms",
-            f"{info['ms']:.3g} ms, {info['ratio_to_floor']:.2f}×",
-            ", ".join(beside),
-            _gradient(row.ops),
-            _gpu(row.ops),
-            f"`bench_{row.file}.py`",
+            *(_measured(by_level[level]) if level in by_level else "–" for level in levels),
+            _beside(by_level),
         )
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def kernels() -> str:
+    """Return, as Markdown, which kernels each operator has and where it is timed."""
+    lines = ["| operator | gradient | Triton | CUDA C++ | `benchmarks/…` |", "|---|---|---|---|---|"]
+    files = {op: row.file for row in ROWS for op in row.ops}
+    for op, file in sorted(files.items()):
+        backends = getattr(vmemory.ops, op).backends
+        has = ["yes" if there else "–" for there in (f"{op}_backward" in OPS, backends.triton, backends.cuda)]
+        lines.append(f"| `{op}` | {' | '.join(has)} | `bench_{file}.py` |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.op_table", description=__doc__)
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS / "cpu.json", help="a committed run")
-    print(table(json.loads(parser.parse_args().results.read_text())), end="")
+    results = json.loads(parser.parse_args().results.read_text())
+    for page, made in ((README, [table(results, SHORT)]), (PAGE, [table(results), kernels()])):
+        text = page.read_text()
+        tables = TABLE.findall(text)
+        kept = [found for found in tables if found.startswith("| operator |")]
+        for old, new in zip(kept, made, strict=True):
+            text = text.replace(old, new)
+        page.write_text(text)
 
 
 if __name__ == "__main__":

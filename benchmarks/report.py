@@ -11,6 +11,7 @@ from typing import Any
 
 COLUMNS = {
     "case": "case",
+    "level": "level",
     "ms": "ms, median",
     "best_ms": "best",
     "floor_ms": "floor",
@@ -46,6 +47,8 @@ def table(results: dict[str, Any]) -> str:
         "Floor: bytes read and written ÷ the copy rate measured between the calls, or operations ÷ the rate of a",
         "matrix product measured before and after, whichever takes longer. Cold cache, contestants in turn.",
     ]
+    if results.get("note"):
+        lines += ["", results["note"]]
     for (group, commit), members in groupby(rows, key=lambda row: (row["group"], row["commit"])):
         members = [row["extra_info"] for row in members]
         rates, products = (sorted(info[key] for info in members) for key in ("copy_gb_per_s", "matmul_gflop_per_s"))
@@ -103,11 +106,17 @@ def roofline(results: dict[str, Any], target: Path) -> None:
 def merged(files: Sequence[Path]) -> dict[str, Any]:
     """Merge the results of several processes of one run, without the single timings."""
     runs = [json.loads(file.read_text()) for file in files]
-    rows = [
-        {"group": row["group"], "extra_info": row["extra_info"], "commit": run["commit_info"].get("id", "unknown")}
-        for run in runs
-        for row in run["benchmarks"]
-    ]
+    rows = []
+    for run in runs:
+        level = {"level": run["machine_info"]["level"]} if run["machine_info"].get("level") else {}
+        commit = run["commit_info"].get("id", "unknown")
+        rows += [
+            {"group": x["group"], "extra_info": level | x["extra_info"], "commit": commit} for x in run["benchmarks"]
+        ]
+    # cases of one name side by side; the order of the files else
+    places = {key: i for i, key in enumerate(dict.fromkeys((x["group"], x["extra_info"]["case"]) for x in rows))}
+    groups = {key: i for i, key in enumerate(dict.fromkeys(x["group"] for x in rows))}
+    rows.sort(key=lambda x: (groups[x["group"]], places[x["group"], x["extra_info"]["case"]]))
     machine = {key: runs[0]["machine_info"][key] for key in MACHINE}
     machine["matmul_rate"] = max(run["machine_info"]["matmul_rate"] for run in runs)
     return {"machine_info": machine, "datetime": runs[0]["datetime"], "benchmarks": rows}
@@ -117,9 +126,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("results", type=Path, nargs="+", help="files written by --benchmark-json")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder to write into")
+    parser.add_argument("--note", default="", help="a sentence about the run, written above the tables")
     parser.add_argument("--name", default="latest", help="name of the files written, without ending")
     given = parser.parse_args()
-    results = merged(given.results)
+    results = merged(given.results) | ({"note": given.note} if given.note else {})
     given.out.mkdir(parents=True, exist_ok=True)
     text = table(results)
     (given.out / f"{given.name}.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
