@@ -15,7 +15,7 @@ from vmemory.ops._registry import OPS
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 PAGE = README.parent / "docs/benchmarks.md"
-TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
+TABLE = re.compile(r"^\| operator \|.*\n(?:^\|.*\n)+", re.MULTILINE)
 PEERS = {
     "compile": "compiled",
     "faiss": "faiss flat",
@@ -223,12 +223,8 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS / "cpu.json", help="a committed run")
     results = json.loads(parser.parse_args().results.read_text())
     for page, made in ((README, [table(results, SHORT)]), (PAGE, [table(results), kernels()])):
-        text = page.read_text()
-        tables = TABLE.findall(text)
-        kept = [found for found in tables if found.startswith("| operator |")]
-        for old, new in zip(kept, made, strict=True):
-            text = text.replace(old, new)
-        page.write_text(text)
+        given = iter(made)
+        page.write_text(TABLE.sub(lambda found, given=given: next(given), page.read_text()))
 
 
 if __name__ == "__main__":

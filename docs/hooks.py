@@ -1,8 +1,7 @@
-"""What pages take from elsewhere, so that it stands in one place.
+"""Fill in what pages take from the code, so that it stands in one place.
 
-`<!-- README: Memories -->` becomes what is under that heading of README, `<!-- code: examples/x.py -->` that file, and
-`<!-- public: vmemory/ops -->` the docstrings of all that the package gives names to, module by module, functions before
-what they return.
+`<!-- code: examples/x.py -->` becomes that file, and `<!-- public: vmemory/ops -->` the docstrings of all public names
+of the package, module by module, functions before the types that they return.
 """
 
 from __future__ import annotations
@@ -13,22 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-ASKED = re.compile(r"<!-- (README|public|code): (.+?) -->")
-# files outside docs/ are no pages of the site
-OUTSIDE = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|docs/|#)[^)]+\)")
-
-
-def section(heading: str) -> str:
-    """What stands in README between `## heading` and the next of that rank, with links as seen from docs/.
-
-    Raises:
-        ValueError: README has no such heading.
-    """
-    readme = (ROOT / "README.md").read_text()
-    found = re.search(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", readme, re.DOTALL | re.MULTILINE)
-    if found is None:
-        raise ValueError(f"README.md: expected a heading '## {heading}', which a page of docs/ takes over")
-    return OUTSIDE.sub(r"\1", found[1]).replace("](docs/", "](").strip()
+ASKED = re.compile(r"<!-- (public|code): (.+?) -->")
 
 
 def names(package: str) -> list[str]:
@@ -49,8 +33,6 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for each page."""
 
     def taken(asked: re.Match[str]) -> str:
-        if asked[1] == "README":
-            return section(asked[2])
         if asked[1] == "code":
             return f"```python\n{(ROOT / asked[2]).read_text()}```"
         return "\n\n".join(f"::: {name}" for name in names(asked[2]))
