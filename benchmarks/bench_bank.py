@@ -1,4 +1,4 @@
-"""The tiered memory: frames one by one, a clip at once, many streams in one call."""
+"""Time the tiered memory: frames one by one, a clip at once, many streams in one call."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def layout_of(frames: Tensor, capacities: tuple[int, ...] = CAPACITIES) -> BankL
 
 
 def peer_of(capacities: tuple[int, ...] = CAPACITIES) -> Run:
-    """Frames `[T, H, W, D]` one by one into the original bank, which wants channels first."""
+    """Return a function that pushes frames `[T, H, W, D]` one by one into the original bank, with channels first."""
 
     def run(frames: Tensor) -> HierarchicalMemoryBank:
         bank = HierarchicalMemoryBank(capacities, CELLS)
@@ -37,7 +37,7 @@ def peer_of(capacities: tuple[int, ...] = CAPACITIES) -> Run:
 
 
 def ours_of(layout: BankLayout, maps: Tensor, impl: str = "auto") -> Run:
-    """Frames `[T, H, W, D]` one by one into a fresh memory."""
+    """Return a function that pushes frames `[T, H, W, D]` one by one into a new memory."""
 
     def run(frames: Tensor) -> BankState:
         state = layout.new_state(1, frames.device, frames.dtype)
@@ -57,7 +57,7 @@ def listed(layout: BankLayout, state: BankState) -> list[list[int]]:
 
 
 def check_peer(frames: Tensor, capacities: tuple[int, ...], impl: str) -> None:
-    """Our memory and the original's hold the same frames, in the same order, with the same tokens to rounding."""
+    """Check that our memory and the original hold the same frames in order, with equal tokens up to rounding."""
     layout = layout_of(frames, capacities)
     state, bank = ours_of(layout, layout_maps(layout, frames), impl)(frames), peer_of(capacities)(frames)
     assert listed(layout, state) == [[entry["index"] for entry in group.entries] for group in bank.groups]
@@ -71,14 +71,14 @@ def check_peer(frames: Tensor, capacities: tuple[int, ...], impl: str) -> None:
 
 
 def video(frames: int, side: int, dim: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Frames `[T, side, side, dim]` that drift and now and then jump."""
+    """Return frames `[T, side, side, dim]` that drift and sometimes jump."""
     steps = random_tensor(frames, 1, 1, dim, device=device).cumsum(0) * 0.2
     scenes = random_tensor(frames // 50 + 1, side, side, dim, device=device, seed=1)
     return (steps + scenes[torch.arange(frames) // 50]).to(dtype)
 
 
 class Pieces:
-    """A long video, piece by piece and round again: each use takes the next, which no cache holds any more."""
+    """Consecutive pieces of a long video; each use takes the next piece, which is no longer in a cache."""
 
     def __init__(self, frames: Tensor, steps: int) -> None:
         self._pieces, self._at = frames.split(steps), -1
@@ -105,7 +105,7 @@ def test_one_by_one(measure, benchmark, device):
         for frame in x.permute(0, 3, 1, 2):
             bank.update_memory(frame[None], bank.groups[0].entries[-1]["index"] + 1)
 
-    # the new frame, its victim and the two below are read, and what they become is written
+    # the new frame, its victim and the two below are read, and their successors are written
     moved = size * (1 + 1 + 1 / 4 + 1 + 1 / 4)
     measure("24/24/144, 16×16×1152", ours, Pieces(frames, steps), moved, moved / 2, calls=steps, peer=peer)
     benchmark.extra_info["ratio_to_one_reading"] = benchmark.extra_info["ratio_to_floor"] * moved / size
@@ -114,7 +114,7 @@ def test_one_by_one(measure, benchmark, device):
 @pytest.mark.benchmark(group="bank: a clip at once, read once")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_compress(measure, device, dtype):
-    """Plan and gather; the floor is reading the clip once."""
+    """Time planning and gathering; the floor is reading the clip once."""
     frames = video(600, 16, 1152, device, dtype)
     layout = layout_of(frames)
     maps = layout_maps(layout, frames)

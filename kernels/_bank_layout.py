@@ -39,12 +39,12 @@ class Geometry(NamedTuple):
     intervals: tuple[int, ...]
     entries: tuple[int, ...]
     entered: tuple[int, ...]
-    # where weights begin in the table: [source][tier], then of each step down
+    # offsets of the weights in the table: [source][tier], then of each step down
     rows: tuple[tuple[int, ...], ...]
     columns: tuple[tuple[int, ...], ...]
     step_rows: tuple[int, ...]
     step_columns: tuple[int, ...]
-    # powers of two that hold a tier's slots, its sides and the other sizes
+    # powers of two that cover a tier's slots, its sides and the other sizes
     block: tuple[int, ...]
     block_h: tuple[int, ...]
     block_w: tuple[int, ...]
@@ -79,7 +79,7 @@ def geometry(
     R: int,
     K: int,
 ) -> Geometry:
-    """Of an operator's layout arguments, for frames `[H, W, D]` with R descriptors of K channels a slot."""
+    """Build the constant from an operator's layout arguments, for frames `[H, W, D]` with R descriptors per slot."""
     tiers, chosen = len(capacities), rule_of(rule)
     height, width = tuple(grids[::2]), tuple(grids[1::2])
     cells = [c * h * w for c, h, w in zip(capacities, height, width, strict=True)]

@@ -1,4 +1,4 @@
-"""One frame into every stream's memory: each level of the way down is a launch, so that no program waits."""
+"""Push one frame into every stream's memory, with one launch per tier, so that no program waits for another."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _decide_kernel(
 
 @triton.jit(do_not_specialize=["state_streams"])
 def _step_kernel(step, decided, streams, state_streams, g: tl.constexpr):
-    """Scratch of a step as the operator returns it: a head, then a slot and then a target for each tier."""
+    """Convert a step's scratch to the operator's result: a head, then each tier's slot, then each tier's target."""
     i = tl.program_id(0).to(tl.int64)
     s = stream_of(streams, i, state_streams)
     at = step + i * (HEAD + g.tiers * TIER)
@@ -66,7 +66,7 @@ def _demote_kernel(
     slots, mass, descriptor, norm, entry, clock, table, step, streams, state_streams, tier: tl.constexpr,
     g: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
-    """A tier's victim into the next one: an output cell and a block of channels a program."""
+    """Move a tier's victim to the next tier; a program handles one output cell and a block of channels."""
     i = tl.program_id(0).to(tl.int64)
     cell = tl.program_id(1)
     d = tl.program_id(2).to(tl.int64) * block_d + tl.arange(0, block_d)
@@ -101,7 +101,7 @@ def _demote_kernel(
 def _merge_kernel(
     slots, mass, descriptor, clock, step, streams, state_streams, g: tl.constexpr, block_d: tl.constexpr
 ):  # fmt: skip
-    """The victim into its neighbour: a token a program, the last one takes the descriptor."""
+    """Merge the victim into its neighbour; a program handles one token, the last program the descriptor."""
     i = tl.program_id(0).to(tl.int64)
     cell = tl.program_id(1)
     s = stream_of(streams, i, state_streams)
@@ -115,7 +115,7 @@ def _merge_kernel(
                 ma, mb = tl.load(mass + row_a), tl.load(mass + row_b)
                 if mb != 0:
                     blend(slots + row_a * g.D, slots + row_b * g.D, ma / (ma + mb), g.D, block_d)
-                    # every warp has read the mass
+                    # all warps must read the mass before it changes
                     tl.debug_barrier()
                     tl.store(mass + row_a, ma + mb)
             else:
@@ -144,7 +144,7 @@ def enter_cell(
 def _enter_kernel(
     slots, mass, table, step, frames, valid, streams, state_streams, t, T, g: tl.constexpr, block_d: tl.constexpr
 ):  # fmt: skip
-    """The new frame into its slot: an output cell and a block of channels a program."""
+    """Write the new frame to its slot; a program handles one output cell and a block of channels."""
     i = tl.program_id(0).to(tl.int64)
     cell = tl.program_id(1)
     d = tl.program_id(2).to(tl.int64) * block_d + tl.arange(0, block_d)
@@ -166,7 +166,7 @@ def _describe_slot_kernel(
     descriptor, table, step, frames, valid, streams, state_streams, t, T, g: tl.constexpr, block_c: tl.constexpr,
     block_d: tl.constexpr,
 ):  # fmt: skip
-    """The new frame's descriptors: a block of channels a program."""
+    """Write the new frame's descriptors; a program handles a block of channels."""
     i = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * block_d + tl.arange(0, block_d)
     s = stream_of(streams, i, state_streams)

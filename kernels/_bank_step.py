@@ -1,7 +1,7 @@
-"""What one frame does to a tiered memory, by one program a stream: decisions first, then lists, links and norms.
+"""The step of one frame in a tiered memory, one program per stream: decide first, then update lists, links and norms.
 
-`decide` reads the stream and writes scratch only, `commit` reads scratch and writes the stream: between kernels no
-barrier is needed, inside one there is one between the two.
+`decide` reads the stream and writes scratch only; `commit` reads scratch and writes the stream. In two kernels they
+need no barrier; within one kernel there is a barrier between them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REMOVED, SLOT, TARGET, INSERTED, INCOMING, BEFORE, TIER = (tl.constexpr(i) for i
 
 @triton.jit
 def entry_tier(frame, g: tl.constexpr):
-    """Tier that a frame number enters, -1 = none."""
+    """Return the tier that a frame number enters, -1 = none."""
     tier = frame * 0 - 1
     open_ = frame >= 0
     if len(g.intervals) == 0 and g.tiers > 0:
@@ -35,7 +35,7 @@ def entry_tier(frame, g: tl.constexpr):
 
 @triton.jit
 def first_largest(value, inside, k, none: tl.constexpr):
-    """The lowest of k with the largest value, NaN the largest of all; that value; whether it is NaN."""
+    """Return the lowest k with the largest value (NaN is the largest of all), the value, and whether it is NaN."""
     nan = inside & (value != value)
     is_nan = tl.max(nan.to(tl.int32), 0) > 0
     largest = tl.max(tl.where(inside & (value == value), value, float("-inf")), 0)
@@ -45,7 +45,7 @@ def first_largest(value, inside, k, none: tl.constexpr):
 
 @triton.jit
 def listed(order, place, inside, tier: tl.constexpr, g: tl.constexpr):
-    """The slots at places of a tier's list, inside the tier whatever a state that was handed in holds."""
+    """Load the slots at places of a tier's list, clamped to the tier, since a given state may contain any number."""
     slot0: tl.constexpr = g.slot0[tier]
     last: tl.constexpr = slot0 + g.capacity[tier] - 1
     return tl.minimum(tl.maximum(tl.load(order + slot0 + place, inside, other=slot0), slot0), last)
@@ -73,7 +73,7 @@ def closest_of_all(order, link, n, k, tier: tl.constexpr, g: tl.constexpr):
 
 @triton.jit
 def choose(order, link, entry, norm, n, frame, tier: tl.constexpr, g: tl.constexpr):
-    """List place that a full tier gives up, and the slot that is folded into, -1 = none."""
+    """Return the list place that a full tier gives up, and the slot it is merged into, -1 = none."""
     k = tl.arange(0, g.block[tier]).to(tl.int64)
     place, merged = n * 0, n * 0 - 1
     inside = (k >= 1) & (k < n)
@@ -111,14 +111,14 @@ def choose(order, link, entry, norm, n, frame, tier: tl.constexpr, g: tl.constex
 
 @triton.jit
 def named(order, norm, wanted, n, place, merged, tier: tl.constexpr, g: tl.constexpr):
-    """A caller's choice instead of the rule's `place` and `merged`, where the tier holds the slot `wanted`."""
+    """Replace the rule's `place` and `merged` by the caller's slot `wanted`, if the tier holds it."""
     k = tl.arange(0, g.block[tier]).to(tl.int64)
     inside = k < n
     at = tl.min(tl.where((listed(order, k, inside, tier, g) == wanted) & inside, k, g.block[tier]), 0)
     held = (wanted >= 0) & (at < n)
     partner = n * 0 - 1
     if g.rule.merge and g.capacity[tier] > 1:
-        # the first of a list has no older neighbour, so that the next is folded into it
+        # the first of a list has no older neighbour, so the next one is merged into it
         newer = tl.maximum(at, 1)
         a, b = listed(order, newer - 1, held, tier, g), listed(order, newer, held, tier, g)
         merges = held
@@ -133,7 +133,7 @@ def named(order, norm, wanted, n, place, merged, tier: tl.constexpr, g: tl.const
 
 @triton.jit
 def decide(order, counter, link, entry, norm, victim, step, lists, shifted, g: tl.constexpr):
-    """Into `step`, `lists [M]` and `shifted [P]`: what the next frame does, the new lists, the links that stay."""
+    """Write the next frame's decision to `step`, the new lists to `lists [M]` and the kept links to `shifted [P]`."""
     frame = tl.load(counter + SEEN)
     first = entry_tier(frame, g)
     merged, fresh, drops, above = frame * 0 - 1, frame * 0 - 1, frame * 0, frame * 0
@@ -142,7 +142,7 @@ def decide(order, counter, link, entry, norm, victim, step, lists, shifted, g: t
     for tier in tl.static_range(tl.constexpr(g.tiers)):
         slot0, capacity = g.slot0[tier], g.capacity[tier]
         at = step + HEAD + tier * TIER
-        # lists end inside their tiers, whatever a state that was handed in says
+        # clamped to the tier, since a given state may contain any number
         n = tl.minimum(tl.maximum(tl.load(counter + LENGTH + tier), 0), capacity)
         here = going & (first <= tier)
         taken = here & (n == capacity)
@@ -151,7 +151,7 @@ def decide(order, counter, link, entry, norm, victim, step, lists, shifted, g: t
             place, partner = named(order, norm, tl.load(victim + tier), n, place, partner, tier, g)
         slot = tl.where(taken, listed(order, place, taken, tier, g), -1)
         offered = tl.where(taken, slot, tl.where(here, slot0 + n, -1))
-        # what comes from above keeps its number; the new frame has the highest
+        # an entry from above keeps its number; the new frame has the highest
         number = tl.where(depth > 0, above, frame)
         above = tl.load(entry + slot * 4 + FRAME, taken, other=0)
         fresh = tl.where(here & (depth == 0), offered, fresh)
@@ -209,7 +209,7 @@ def move_entry(entry, clock, norm, source, target, g: tl.constexpr):
 
 @triton.jit
 def row_of(descriptor, entry, slot, r, g: tl.constexpr, BY_FRAME: tl.constexpr):
-    """A slot's r-th descriptor: its own row or, while a video is replayed, its first frame's."""
+    """Return a slot's r-th descriptor: its own row or, in the replay of a video, its first frame's."""
     at = tl.load(entry + slot * 4 + FRAME) if BY_FRAME else slot
     return descriptor + (at * g.R + r) * g.K
 
@@ -227,7 +227,7 @@ def dot(x, y, g: tl.constexpr):
 
 @triton.jit
 def merged_share(clock, step):
-    """Weight of the slot that stays when two are merged, by their masses."""
+    """Return the weight of the remaining slot in a merge of two, by their masses."""
     a = tl.load(clock + tl.load(step + STEP_MERGED) * 4 + MASS)
     b = tl.load(clock + tl.load(step + HEAD + SLOT) * 4 + MASS)
     return tl.where(a + b > 0, a / tl.where(a + b > 0, a + b, 1.0), 0.5).to(tl.float32)
@@ -253,13 +253,13 @@ def cosine(
     na = tl.where(a == fresh, fresh_norm, tl.where(a == merged, merged_norm, na))
     nb = tl.where(b == fresh, fresh_norm, tl.where(b == merged, merged_norm, nb))
     product = dot(row_of(descriptor, entry, a, r, g, BY_FRAME), row_of(descriptor, entry, b, r, g, BY_FRAME), g)
-    # written so that a NaN norm stays NaN
+    # in this form a NaN norm stays NaN
     return product / (tl.where(na < 1e-8, 1e-8, na) * tl.where(nb < 1e-8, 1e-8, nb))
 
 
 @triton.jit
 def enter_entry(entry, clock, step, frame, time, mass, g: tl.constexpr):
-    """The new frame's entry, and the one it is merged with."""
+    """Write the new frame's entry, and update the entry that two merge into."""
     fresh, merged = tl.load(step + STEP_FRESH), tl.load(step + STEP_MERGED)
     if g.rule.merge:  # noqa: SIM102  the outer one is decided while compiling
         if merged >= 0:
@@ -274,7 +274,7 @@ def enter_entry(entry, clock, step, frame, time, mass, g: tl.constexpr):
 def commit(
     descriptor, norm, link, entry, order, counter, step, lists, shifted, g: tl.constexpr, BY_FRAME: tl.constexpr
 ):  # fmt: skip
-    """Lists, links, norms and counters after the step; entries have moved and the new descriptor is there."""
+    """Update lists, links, norms and counters, after entries have moved and the new descriptor is written."""
     first, fresh, merged = tl.load(step + STEP_FIRST), tl.load(step + STEP_FRESH), tl.load(step + STEP_MERGED)
     seen, skipped, dropped = tl.load(counter + SEEN), tl.load(counter + SKIPPED), tl.load(counter + DROPPED)
     drops = tl.load(step + STEP_DROPS)
@@ -298,7 +298,7 @@ def commit(
             if g.rule.choose == "adjacent":
                 links = tl.load(shifted + g.link0[tier] + k, k < g.capacity[tier], other=0.0)
                 for which in tl.static_range(4 if g.rule.merge else 3):
-                    # beside the new entry, where the removal joined two, and before the merged one
+                    # links beside the new entry, at the removed entry's place, and before the merged entry
                     place = inserted + which
                     if which >= 2:
                         place = removed + 2 - which
@@ -317,7 +317,7 @@ def commit(
                         links = tl.where(k == place, value, links)
                 tl.store(link + g.link0[tier] + k, links, k < g.capacity[tier])
             if g.rule.choose == "all":
-                # appended, so that every other entry comes before
+                # the entry is appended, so every other entry precedes it
                 a = tl.load(at + INCOMING)
                 for i in range(0, inserted):
                     b = tl.load(lists + g.slot0[tier] + i)

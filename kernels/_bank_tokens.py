@@ -1,4 +1,4 @@
-"""One frame's tokens: reduced, described and merged. Weights come from one table, see `BankLayout.packed_maps`."""
+"""Pool, describe and merge the tokens of one frame, with the weights of `BankLayout.packed_maps`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def pooled(
     source, mass, valid, rows, columns, i, j, d, n: tl.constexpr, m: tl.constexpr, D: tl.constexpr,
     block_n: tl.constexpr, block_m: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sum of the `n * m` source cells of output cell (i, j), channels d, and the sum of its weights.
+    """Return the weighted sum of the `n * m` source cells of output cell (i, j), channels d, and the sum of weights.
 
-    `mass` and `valid` may be None. Cells without weight are not read.
+    `mass` and `valid` may be None. Cells of weight 0 are not read.
     """
     total, held = tl.zeros((block_d,), tl.float32), tl.zeros((), tl.float32)
     rows += i * n
@@ -58,7 +58,7 @@ def mean_weight(weights, at, there, n: tl.constexpr, m: tl.constexpr):
 def describe(
     frame, valid, table, out, d, source: tl.constexpr, g: tl.constexpr, block_c: tl.constexpr, block_d: tl.constexpr
 ):  # fmt: skip
-    """Descriptors `[R, K]` of a frame that enters at tier `source`, channels d."""
+    """Write descriptors `[R, K]` of a frame that enters at tier `source`, channels d."""
     for r in tl.static_range(tl.constexpr(g.R)):
         if g.R == 1 or r >= source:
             total, weights = tl.zeros((block_d,), tl.float32), tl.zeros((), tl.float32)
@@ -102,6 +102,6 @@ def count_cells(valid, g: tl.constexpr, block: tl.constexpr):
 
 @triton.jit
 def stream_of(streams, i, state_streams):
-    """The stream of the state that row i goes to, -1 = none."""
+    """Return the stream of the state for row i, -1 = none."""
     at = i if streams is None else tl.load(streams + i)
     return tl.where(at < state_streams, at, -1)

@@ -1,4 +1,4 @@
-"""A whole video: descriptors of every frame, the steps replayed on them, and each survivor reduced once."""
+"""Compress a whole video: describe every frame, replay the steps on descriptors, pool each survivor once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _describe_kernel(
 
 @triton.jit
 def _pool_last_kernel(frames, valid, table, out, g: tl.constexpr, block_d: tl.constexpr):
-    """Every frame at the last tier's size; all enter the first tier."""
+    """Pool every frame to the last tier's size; all frames enter the first tier."""
     f = tl.program_id(0).to(tl.int64)
     cell = tl.program_id(1)
     d = tl.program_id(2).to(tl.int64) * block_d + tl.arange(0, block_d)
@@ -66,7 +66,7 @@ def _pool_last_kernel(frames, valid, table, out, g: tl.constexpr, block_d: tl.co
 
 @triton.jit
 def relabel(entry, step, assign, frame, g: tl.constexpr, block: tl.constexpr):
-    """The slot each frame is in after the step; the entries are those before it."""
+    """Update the slot of each frame after a step; `entry` is the state before the step."""
     merged = tl.load(step + STEP_MERGED)
     for tier in tl.static_range(tl.constexpr(g.tiers)):
         at = step + HEAD + tier * TIER
@@ -79,7 +79,7 @@ def relabel(entry, step, assign, frame, g: tl.constexpr, block: tl.constexpr):
                 k = start + tl.arange(0, block)
                 there = (k <= last) & (tl.load(assign + k, k <= last, other=-1) == slot)
                 tl.store(assign + k, tl.zeros((block,), tl.int64) + target, there)
-            # the next tier looks at other slots, whose frames may lie in between
+            # frames of the next tier's slots may lie in the same range, handled by other threads
             tl.debug_barrier()
     tl.store(assign + frame, tl.load(step + STEP_FRESH))
 
@@ -89,7 +89,7 @@ def _replay_kernel(
     seen, norm, link, entry, clock, order, counter, assign, step, lists, shifted, time, valid, T, g: tl.constexpr,
     block_c: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
-    """The steps of a stream on descriptors `seen [T, R, K]`, where a merged slot keeps its first frame's place."""
+    """Replay the steps of a stream on descriptors `seen [T, R, K]`; a merged slot uses its first frame's row."""
     s = tl.program_id(0).to(tl.int64)
     seen += s * T * g.R * g.K
     norm += s * g.M * g.R
@@ -113,7 +113,7 @@ def _replay_kernel(
                 blend(to, source, merged_share(clock, step), g.K, block_d)
         tl.debug_barrier()
         for below in tl.static_range(tl.constexpr(g.tiers)):
-            # deepest first
+            # the deepest tier moves first, so that no slot is overwritten before it is read
             at = step + HEAD + (g.tiers - 1 - below) * TIER
             source, target = tl.load(at + SLOT), tl.load(at + TARGET)
             if (source >= 0) & (target >= 0):
@@ -134,7 +134,7 @@ def _replay_kernel(
 
 @triton.jit
 def _take_rows_kernel(seen, entry, descriptor, T, g: tl.constexpr, block_d: tl.constexpr):
-    """Descriptors of the slots out of those of the frames; free slots have zeros."""
+    """Copy the frames' descriptors to their slots; free slots get zeros."""
     slot = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * block_d + tl.arange(0, block_d)
     frame = tl.load(entry + slot * 4 + FRAME)
@@ -148,8 +148,8 @@ def _gather_kernel(
     frames, valid, small, assign, entry, table, slots, mass, T, tier: tl.constexpr, POOLED: tl.constexpr,
     g: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
-    """An output cell of a slot of one tier and a block of channels a program."""
-    # divided as 32-bit numbers: the 64-bit division is a call
+    """Pool survivors to their slots; a program handles one output cell of a tier and a block of channels."""
+    # divided as 32-bit numbers, because a 64-bit division is a function call
     s = (tl.program_id(0) // g.capacity[tier]).to(tl.int64)
     slot = (g.slot0[tier] + tl.program_id(0) % g.capacity[tier]).to(tl.int64)
     cell = tl.program_id(1)
@@ -170,7 +170,7 @@ def _gather_kernel(
             for k in tl.static_range(len(g.entered)):
                 if g.entered[k] <= tier:  # noqa: SIM102  the outer one is decided while compiling
                     if source == g.entered[k]:
-                        # where the frame is there at this size already, only the weights are summed
+                        # if the frame is already pooled to this size, only the weights are summed
                         more, weight = pooled(
                             frames + f * g.H * g.W * g.D, None, there, table + g.rows[g.entered[k]][tier],
                             table + g.columns[g.entered[k]][tier], cell // width, cell % width, d, g.H, g.W,
@@ -191,7 +191,7 @@ def _gather_kernel(
 def _gather_backward_kernel(
     grad, mass, valid, assign, table, out, T, g: tl.constexpr, block_d: tl.constexpr
 ):  # fmt: skip
-    """An input cell and a block of channels a program."""
+    """Compute the frames' gradient; a program handles one input cell and a block of channels."""
     s, t = (tl.program_id(0) // T).to(tl.int64), (tl.program_id(0) % T).to(tl.int64)
     f = s * T + t
     cell = tl.program_id(1)

@@ -27,12 +27,12 @@ from vmemory.kernels._bank_video import (
 )
 from vmemory.kernels._launch import channel_block, device_of, power_of_two
 
-# of both kernels that sum dot products: streaming and replaying decide alike
+# the same for both kernels that sum dot products, so that streaming and replaying decide identically
 COMMIT_WARPS = 8
 
 
 def _scratch(rows: int, g: Geometry, order: Tensor, link: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What a step is to do: head and tiers, the new lists, the links that stay."""
+    """Allocate the scratch of a step: head and tiers, the new lists, the kept links."""
     size = HEAD.value + g.tiers * TIER.value
     return order.new_empty((rows, size)), order.new_empty((rows, g.M)), link.new_empty((rows, g.P))
 

@@ -41,7 +41,7 @@ class HierarchicalMemoryBank:
 
     @staticmethod
     def most_similar(group: Group) -> int:
-        """List index of the earlier one of the closest neighbours."""
+        """Return the list index of the earlier one of the closest neighbours."""
         means = torch.cat([entry["tokens"].mean(dim=(2, 3)) for entry in group.entries], dim=0)
         return int(F.cosine_similarity(means[1:], means[:-1], dim=-1).argmax().item())
 
@@ -49,7 +49,7 @@ class HierarchicalMemoryBank:
         if len(group.entries) >= group.capacity > 0:
             at = self.most_similar(group)
             if below is not None:
-                # what the next group gives up for it is lost: no group is handed on
+                # the victim of the next group is dropped, because no further group is passed
                 entry = group.entries[at]
                 self.update_group(below, self.reduce(entry["tokens"], below.reduced_size), entry["index"], None)
             group.entries.pop(at)
@@ -71,7 +71,7 @@ class HierarchicalMemoryBank:
         raise NotImplementedError(f"tokens: no group has frames of {cells} tokens")
 
     def output_by_time_order(self) -> tuple[list[Tensor], list[int]]:
-        """Entries `[1, h * w, C]` and their frame numbers, by time."""
+        """Return entries `[1, h * w, C]` and their frame numbers, by time."""
         entries = sorted((e for group in self.groups for e in group.entries), key=lambda entry: entry["index"])
         tokens = [entry["tokens"].flatten(2).transpose(1, 2) for entry in entries]
         return tokens, [entry["index"] for entry in entries]

@@ -168,7 +168,7 @@ class TempMe(nn.Module):
         return MergedVideo(frames, last.tokens.reshape(B, M, -1), size.reshape(B, M, 1), source)
 
     def inside(self, model: nn.Module, positions: nn.Module) -> TempMe:
-        """The same merging with the tower of `model`, a replica on another device, and its embeddings of clips."""
+        """Return this module with the tower of `model`, a replica on another device, and its clip embeddings."""
         tower, projection = vision_tower(model)
         if getattr(tower, "visual", tower) is getattr(self.tower, "visual", self.tower):
             return self

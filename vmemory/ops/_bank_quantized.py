@@ -1,4 +1,4 @@
-"""Tokens in 8 or 4 bits, moved as a step says, on devices whose kernels hold floating tokens alone."""
+"""Move tokens in 8 or 4 bits by a step, on devices whose kernels support floating tokens only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vmemory.reference.bank_layout import RULES, BankLayout, BankState, Step
 
 
 def move_tier(state: BankState, layout: BankLayout, tier: int, step: Step, frame: Tensor, fed: Tensor) -> None:
-    """Bring the rows of one tier's victim to where the step sends them, then those of a frame that enters the tier."""
+    """Move the rows of one tier's victim to the step's target, then write the rows of a frame that enters the tier."""
     leaves, target, (h, w) = step.leaves[:, tier], step.target[:, tier], layout.grids[tier]
     if RULES[layout.rule].victim == "both":
         into, out = (_rows_of(layout, tier, slot) for slot in (step.merged, leaves))
@@ -38,19 +38,19 @@ def _demote(layout: BankLayout) -> Literal["area", "bilinear"]:
 
 
 def _rows_of(layout: BankLayout, tier: int, slot: Tensor) -> Tensor:
-    """Token rows `[S, n]` of slot `[S]` of a tier; those of its first slot where there is none."""
+    """Return token rows `[S, n]` of slots `[S]` of a tier; of the first slot where there is none."""
     cells, first = layout.cells[tier], layout.first_slot[tier]
     at = (slot - first).clamp(0, layout.capacities[tier] - 1)
     return layout.first_row[tier] + at[:, None] * cells + torch.arange(cells, device=slot.device)
 
 
 def _read(state: BankState, rows: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Mass `[S, n]` and tokens `[S, n, D]` float32 of rows `[S, n]`."""
+    """Return mass `[S, n]` and tokens `[S, n, D]` float32 of rows `[S, n]`."""
     return state.mass.gather(1, rows), dequantize_slots(state.slots, state.scale, rows=rows, dim=dim)
 
 
 def _write(state: BankState, rows: Tensor, there: Tensor, tokens: Tensor, mass: Tensor) -> None:
-    """Round `tokens [S, n, D]` into rows `[S, n]` of the streams that are `there [S]`; the others stay."""
+    """Quantise `tokens [S, n, D]` to rows `[S, n]` of the streams marked in `there [S]`; others do not change."""
     values, scale = quantize_slots(tokens, 8 if state.slots.dtype == torch.int8 else 4)
     flat = (rows + state.mass.shape[1] * torch.arange(len(rows), device=rows.device)[:, None]).flatten()
     for buffer, new in ((state.slots, values), (state.scale, scale), (state.mass, mass)):

@@ -1,4 +1,4 @@
-"""The tiered memory update: one frame a launch, or a whole video decided first and moved once."""
+"""Update a tiered memory: frame by frame, or a whole video whose decisions come first and whose tokens move once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LAYOUT = "int[] capacities, int[] grids, int[] intervals, int[] entries, int[] 
 
 
 class BankPlan(NamedTuple):
-    """A video's decisions: the state a fresh memory ends in, without its tokens.
+    """The decisions for a video: the final state of a new memory, without its tokens.
 
     `assign [S, T]` int64 names the slot each frame ends in, −1 = none; `pooled [S, T, cells, D]` holds every frame at
     the smallest tier's size, or nothing (cells = 0). The other fields are those of `BankState`.
@@ -52,7 +52,7 @@ class BankPlan(NamedTuple):
 
 
 class BankTokens(NamedTuple):
-    """Tokens of a planned memory: slots `[S, L, D]` and mass `[S, L]` float32, as `BankState` holds them."""
+    """Tokens of a planned memory: slots `[S, L, D]` and mass `[S, L]` float32, as in `BankState`."""
 
     slots: Tensor
     mass: Tensor
@@ -138,13 +138,13 @@ _gather_backward = Op(
 
 
 def layout_maps(layout: BankLayout, like: Tensor) -> Tensor:
-    """The layout's weight table on `like`'s device, in the dtype sums are kept in. Banks keep it; ops make it anew."""
+    """Return the layout's weight table on `like`'s device, in the dtype of accumulation; banks keep it for reuse."""
     wide = torch.promote_types(like.dtype, torch.float32)
     return layout.packed_maps.to(device=like.device, dtype=wide)
 
 
 def check_frames(frames: Tensor, layout: BankLayout, time: Tensor | None, valid: Tensor | None) -> None:
-    """Frames, times and valid cells fit the layout and each other."""
+    """Check that frames, times and valid cells fit the layout and each other."""
     check_tensor("frames", frames, "[S, T, H, W, D]")
     check_floating("frames", frames)
     if tuple(frames.shape[2:]) != (*layout.grid, layout.dim):
@@ -169,7 +169,7 @@ def check_push(
     streams: Tensor | None,
     victim: Tensor | None = None,
 ) -> None:
-    """What `check_frames` checks, and that frames, streams and victims fit the state."""
+    """Check what `check_frames` checks, and that frames, streams and victims fit the state."""
     check_frames(frames, layout, time, valid)
     if state.quantized:
         check_device("frames", frames, "the bank", state.slots)
@@ -200,17 +200,17 @@ def bank_decide(
     victim: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Step:
-    """Decide what the next frame of each stream does to a tiered memory, and change nothing.
+    """Decide what the next frame of each stream changes in a tiered memory, without changing it.
 
-    What a frame shows has no part in the choice, so that no frame is needed. `bank_push_` decides alike, and takes
-    `Step.leaves[:, None]` as its `victim`.
+    The content of the frame has no part in the choice, so no frame is needed. `bank_push_` makes the same decision, and
+    accepts `Step.leaves[:, None]` as its `victim`.
 
     Args:
         state: Tensors of `layout.state_shapes`.
         layout: Tiers, grids and rule.
         streams: `[S]` int64, the stream of each row; −1 skips the row.
-        victim: `[S, tiers]` int64, the slot that a tier gives up if it is full; one that it does not hold, such as −1,
-            leaves the choice to the rule. A rule that merges folds it into its older neighbour.
+        victim: `[S, tiers]` int64, the slot that a tier gives up if it is full. A slot that the tier does not hold,
+            such as −1, leaves the choice to the rule. A rule that merges folds the victim into its older neighbour.
         impl: Which implementation to run.
 
     Raises:
@@ -242,10 +242,10 @@ def bank_push_(
     maps: Tensor | None = None,
     impl: Impl = "auto",
 ) -> None:
-    """Take frames into a tiered memory, in place: evict, reduce, insert and re-link without leaving the device.
+    """Push frames into a tiered memory, in place: evict, pool, insert and re-link without host synchronisation.
 
-    Decisions need only the frames' means: cosines of list neighbours are kept and three of them change a step. Tokens
-    in 8 or 4 bits are brought back to float32 where they are reduced or merged, and rounded again.
+    Decisions need the frames' means only: the cosines of list neighbours are stored, and three of them change per step.
+    Tokens in 8 or 4 bits are dequantised to float32 to be pooled or merged, and quantised again.
 
     Args:
         state: Tensors of `layout.state_shapes`, changed in place.
@@ -253,14 +253,14 @@ def bank_push_(
         frames: `[S, T, H, W, D]`, taken in order of T, on the device of `state.slots` and of its dtype, or of any
             floating dtype where tokens are stored in 8 or 4 bits.
         time: `[S, T]` float64 seconds, strictly increasing along T; omitted = NaN.
-        valid: `[S, T, H, W]` bool, cells that exist; reductions and means see those alone.
-        streams: `[S]` int64, the stream of the state each row goes to; −1 skips the row. No stream twice.
+        valid: `[S, T, H, W]` bool, True where a cell exists; pooling and means use these cells only.
+        streams: `[S]` int64, the stream of each row, without repetition; −1 skips the row.
         victim: `[S, T, tiers]` int64, the slots that full tiers give up to each frame, as in `bank_decide`.
-        maps: `layout_maps(layout, frames)` kept by the caller; omitted = made for this call.
+        maps: `layout_maps(layout, frames)` stored by the caller; omitted = computed for this call.
         impl: Which implementation to run.
 
     Raises:
-        ValueError: A shape, dtype or device does not fit; nothing has changed then.
+        ValueError: A shape, dtype or device does not fit; nothing has changed.
 
     Source: VideoChat-Online's memory bank (arXiv 2501.00584), and the rules of `vmemory.reference.bank_layout.RULES`.
     """
@@ -269,7 +269,7 @@ def bank_push_(
         return
     frames = frames.detach()
     if state.quantized and frames.dtype == torch.float64:
-        # what is stored has no more digits
+        # the stored values have no more digits
         frames = frames.float()
     picked = _PUSH.pick(frames, impl)
     if picked == "reference":
@@ -291,13 +291,13 @@ def _push_quantized_(
     victim: Tensor | None,
     picked: str,
 ) -> None:
-    """Take frames into a memory in 8 or 4 bits with the operators of a device that has no kernel for it.
+    """Push frames into a memory in 8 or 4 bits on a device without a kernel for this dtype.
 
-    The step is decided first. Tokens move by it, and a memory of the frames' means takes it over.
+    The step is decided first. Tokens move by it, and a memory of the frames' means repeats it.
     """
     S, means = state.counter.shape[0], grid_pool(frames[..., : layout.key_dim], 1, stats=True).mean
     means = means.to(state.descriptor.dtype)[:, :, None, None]
-    # tokens move stream by stream, so that no two rows write to one place
+    # tokens move stream by stream, so that no two rows write to the same address
     row = torch.arange(S, device=frames.device) if streams is None else _rows_of_streams(streams, S)
     fed, row = row >= 0, row.clamp_min(0)
     decider = layout.of_means
@@ -317,8 +317,8 @@ def _push_quantized_(
 
 
 def _rows_of_streams(streams: Tensor, S: int) -> Tensor:
-    """The row `[S]` that feeds each stream, −1 = none, from the stream of each row."""
-    # one place more for the rows that are skipped
+    """Return the row `[S]` for each stream, −1 = none, from the stream of each row."""
+    # the additional element takes the rows that are skipped
     there = torch.where((streams >= 0) & (streams < S), streams, S)
     rows = torch.full((S + 1,), -1, dtype=torch.int64, device=streams.device)
     return rows.scatter(0, there, torch.arange(streams.shape[0], device=streams.device))[:-1]
@@ -334,7 +334,7 @@ def bank_plan(
     maps: Tensor | None = None,
     impl: Impl = "auto",
 ) -> BankPlan:
-    """Decide what a fresh memory would keep of a whole video, reading its tokens once and moving none.
+    """Decide what a new memory would keep of a whole video; reads its tokens once and moves none.
 
     Args:
         frames: `[S, T, H, W, D]`.
@@ -392,15 +392,15 @@ def bank_gather(
     maps: Tensor | None = None,
     impl: Impl = "auto",
 ) -> BankTokens:
-    """Reduce each planned survivor straight to the size it ends with. Gradients reach `frames`.
+    """Pool each survivor of a plan directly to its final size; differentiable in `frames`.
 
     Args:
-        frames: `[S, T, H, W, D]`, those of `plan`.
-        plan: What `bank_plan` decided on them.
+        frames: `[S, T, H, W, D]`, the frames of `plan`.
+        plan: The result of `bank_plan` for these frames.
         layout, valid, maps, impl: As in `bank_push_`.
 
     Returns:
-        `BankTokens(slots [S, L, D], mass [S, L] float32)`, equal to streaming's to rounding; free rows are zero.
+        `BankTokens(slots [S, L, D], mass [S, L] float32)`, equal to pushing frame by frame up to rounding; free rows 0.
 
     Raises:
         ValueError: A shape, dtype or device does not fit.

@@ -1,4 +1,4 @@
-"""The tiered memory update in plain PyTorch: one frame at a time, host decisions, nothing fused."""
+"""Update a tiered memory in plain PyTorch: one frame at a time, with decisions on the host."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _EPS = 1e-8
 
 
 def describe(frame: Tensor, mass: Tensor, layout: BankLayout, source: int) -> Tensor:
-    """Descriptors `[R, K]` of a frame `[H, W, D]` with cell masses `[H, W]`.
+    """Return descriptors `[R, K]` of a frame `[H, W, D]` with cell masses `[H, W]`.
 
-    R = 1: the mean of its cells, which every reduction of the layout keeps. Else its mean as each tier will see it.
+    R = 1: the mean of its cells, if every reduction of the layout preserves it. Otherwise the mean in each tier.
     """
     wide = torch.promote_types(frame.dtype, torch.float32)
     out = frame.new_zeros(layout.descriptors, layout.key_dim, dtype=wide)
@@ -50,9 +50,9 @@ def describe(frame: Tensor, mass: Tensor, layout: BankLayout, source: int) -> Te
 
 
 def pool(tokens: Tensor, mass: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Reduce `tokens [H, W, D]` by axis weights `[h, H]`, `[w, W]`; cells of mass 0 do not count.
+    """Pool `tokens [H, W, D]` by axis weights `[h, H]`, `[w, W]`; cells of mass 0 do not count.
 
-    Returns tokens `[h, w, D]` and mass `[h, w]`, the number of source cells each stands for.
+    Returns tokens `[h, w, D]` and mass `[h, w]`, the number of source cells in each token.
     """
     wide = torch.promote_types(tokens.dtype, torch.float32)
     rows, columns = rows.to(tokens.device, wide), columns.to(tokens.device, wide)
@@ -65,10 +65,11 @@ def pool(tokens: Tensor, mass: Tensor, rows: Tensor, columns: Tensor) -> tuple[T
 
 
 class Decision(NamedTuple):
-    """What one frame does to a stream.
+    """The changes of one frame in a stream.
 
-    `first` is the tier it enters, −1 = none; `chain` the slots that full tiers give up on its way down; `free` the slot
-    where that chain ends inside the memory, −1 = nowhere; `merged` the slot the only victim is folded into, if any.
+    `first` is the tier that the frame enters, −1 = none; `chain` the slots that full tiers give up, from there down;
+    `free` the slot in which the chain ends, −1 = it leaves the memory; `merged` the slot that the only victim is merged
+    into, if any.
     """
 
     first: int
@@ -89,7 +90,7 @@ class Decision(NamedTuple):
 
 
 class Stream:
-    """One stream's part of a state, with the tokens' movements left to `move`."""
+    """One stream's part of a state; `move` moves its tokens."""
 
     def __init__(self, state: BankState, s: int, layout: BankLayout) -> None:
         self.layout, self.rule = layout, RULES[layout.rule]
@@ -115,7 +116,7 @@ class Stream:
         return float((x * y).sum() / norms)
 
     def closest(self, tier: int, pairs: list[tuple[int, int]]) -> tuple[int, int]:
-        """The pair of slots with the largest cosine; the first of equals; NaN is the largest."""
+        """Return the pair of slots with the largest cosine, the first of equals; NaN is the largest."""
         best, chosen = -math.inf, pairs[0]
         for a, b in pairs:
             c = self.cosine(tier, a, b)
@@ -128,13 +129,13 @@ class Stream:
     def leaving(self, tier: int, frame: int, wanted: int) -> tuple[int, int | None]:
         """Return the slot that a full tier gives up, and the slot it is merged into, if any.
 
-        `wanted` is the slot a caller chose; one that the tier does not hold leaves the choice to the rule.
+        `wanted` is the caller's choice; a slot that the tier does not hold leaves the choice to the rule.
         """
         slots = self.listed(tier)
         if wanted in slots:
             if self.rule.victim != "both" or len(slots) == 1:
                 return wanted, None
-            # the first of a list has no older neighbour, so that the next is merged into it
+            # the first of a list has no older neighbour, so the next one is merged into it
             place = max(slots.index(wanted), 1)
             pair = slots[place - 1 : place + 1]
             r = tier if self.layout.descriptors > 1 else 0
@@ -172,7 +173,7 @@ class Stream:
             t[target] = t[source]
 
     def merge_entry(self, a: int, b: int) -> None:
-        """Fold slot b, the newer neighbour, into slot a."""
+        """Merge slot b, the newer neighbour, into slot a."""
         entry, clock = self.state.entry, self.state.clock
         wa, wb = clock[a, MASS].clone(), clock[b, MASS].clone()
         share = (wa / (wa + wb)).to(self.state.descriptor.dtype) if wa + wb > 0 else torch.tensor(0.5)
@@ -208,7 +209,7 @@ class Stream:
         tokens: Tokens | None,
         victim: Sequence[int] | None = None,
     ) -> list[tuple[int, int]]:
-        """Take one frame in. Returns the slot relabellings (from, to), `to` −1 = left, in the order they happen."""
+        """Push one frame; return the moves (from, to) of slots in their order, `to` −1 = left the memory."""
         counter = self.state.counter
         frame = int(counter[SEEN])
         decision = self.decide(victim)
@@ -247,7 +248,7 @@ class Stream:
 
 
 class Tokens:
-    """Token rows of one stream while one frame is taken in; rows in 8 or 4 bits are rounded anew as they move."""
+    """Token rows of one stream during a push; rows in 8 or 4 bits are quantised again when they are pooled."""
 
     def __init__(self, state: BankState, layout: BankLayout, frame: Tensor, mass: Tensor) -> None:
         self.state, self.layout, self.frame, self.mass = state, layout, frame, mass
@@ -312,7 +313,7 @@ def bank_push_(
     streams: Tensor | None,
     victim: Tensor | None = None,
 ) -> None:
-    """Take `frames [S, T, H, W, D]` into `state`, in place; `victim [S, T, tiers]` slots stand before the rule."""
+    """Push `frames [S, T, H, W, D]` into `state`, in place; slots in `victim [S, T, tiers]` override the rule."""
     for i in range(frames.shape[0]):
         s = i if streams is None else int(streams[i])
         if not 0 <= s < state.counter.shape[0]:
@@ -330,7 +331,7 @@ def bank_push_(
 def bank_plan(
     frames: Tensor, layout: BankLayout, time: Tensor | None, valid: Tensor | None
 ) -> tuple[BankState, Tensor]:
-    """Replay every decision of a fresh memory over `frames [S, T, H, W, D]` on descriptors alone.
+    """Replay every decision of a new memory for `frames [S, T, H, W, D]` on descriptors alone.
 
     Returns the state without tokens (slots and mass empty) and `assign [S, T]` int64, the slot each frame ends in
     (−1 = none).
@@ -355,9 +356,9 @@ def bank_plan(
 
 
 def bank_gather(frames: Tensor, assign: Tensor, layout: BankLayout, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Pool each surviving frame of `frames [S, T, H, W, D]` straight to the size it ends with; differentiable.
+    """Pool each surviving frame of `frames [S, T, H, W, D]` directly to its final size; differentiable.
 
-    Returns slots `[S, L, D]` and mass `[S, L]` as streaming would have left them, to rounding.
+    Returns slots `[S, L, D]` and mass `[S, L]`, equal to pushing frame by frame up to rounding.
     """
     S, T = frames.shape[:2]
     wide = torch.promote_types(frames.dtype, torch.float32)

@@ -9,22 +9,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# kernels know a choice and a victim by their place in these
+# kernels receive a choice and a victim as positions in these tuples
 CHOICES = ("adjacent", "all", "gap", "oldest")
 VICTIMS = ("older", "newer", "both")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What happens when a frame meets a full tier. The incoming frame never takes part in the choice.
+    """The choice of a victim in a full tier, and its fate. The incoming frame never takes part in the choice.
 
     Attributes:
-        choose: What the victim is chosen by: the closest `"adjacent"` pair of the list, the closest of `"all"` pairs,
-            the smallest `"gap"` its removal leaves, or the `"oldest"`.
-        victim: Which member of the closest pair leaves, `"older"` or `"newer"` in list order; `"both"` merges them.
-        by_time: Demoted frames are inserted by time, else appended.
-        cascade: A demoted frame pushes on through every tier, else what the second tier evicts is dropped.
-        demote: How tokens are reduced on the way down, `"area"` or `"bilinear"`.
+        choose: Criterion for the victim: the closest `"adjacent"` pair of the list, the closest of `"all"` pairs, the
+            smallest `"gap"` that its removal leaves, or the `"oldest"`.
+        victim: The member of the closest pair that leaves, `"older"` or `"newer"` in list order; `"both"` merges them.
+        by_time: Insert demoted frames by time; otherwise append them.
+        cascade: Demote through all tiers; otherwise drop the victim of the second tier.
+        demote: Pooling of demoted tokens, `"area"` or `"bilinear"`.
         nan_first: A frame with a non-finite descriptor leaves before any other.
     """
 
@@ -56,12 +56,12 @@ MAX_TIERS = 8
 FRAME, FIRST, LAST, FRAMES = range(4)
 TIME, START, STOP, MASS = range(4)
 SEEN, SKIPPED, DROPPED, LENGTH = range(4)
-# columns of a step: these, then for each tier the slot it gives up, then for each tier where that goes
+# columns of a step: these, then the slot that each tier gives up, then the target of each such slot
 STEP_TIER, STEP_FRESH, STEP_MERGED, STEP_HEAD = range(4)
 
 
 class BankState(NamedTuple):
-    """Everything a memory holds, as device tensors of fixed shape (see `BankLayout.state_shapes`).
+    """The state of a memory as device tensors of fixed shape (see `BankLayout.state_shapes`).
 
     slots `[S, L, D]` tokens; mass `[S, L]` float32 source cells each token stands for, 0 = no token there;
     descriptor `[S, M, R, K]` frame means; norm `[S, M, R]`; link `[S, P]` cosines of list neighbours;
@@ -91,12 +91,11 @@ class BankState(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What the next frame of each stream does to its memory, decided and not yet done.
+    """The decision for the next frame of each stream, before it is applied.
 
-    tier `[S]` int64 the tier that the frame enters, −1 = none; fresh `[S]` the slot it takes; merged `[S]` the slot
-    that the only victim is folded into; leaves `[S, tiers]` the slot that each tier gives up; target `[S, tiers]` the
-    slot of the next tier that it goes to. −1 = none: a victim without target leaves the memory, or is the newer of two
-    that are merged.
+    tier `[S]` int64: the tier that the frame enters, −1 = none. fresh `[S]`: the frame's slot. merged `[S]`: the slot
+    that the only victim is merged into. leaves `[S, tiers]`: the slot that each tier gives up. target `[S, tiers]`: its
+    new slot in the next tier. −1 = none: a victim without a target leaves the memory, or is the newer one of a merge.
     """
 
     tier: Tensor
@@ -113,7 +112,7 @@ class Step(NamedTuple):
 
 
 def axis_map(n: int, m: int, mode: str) -> Tensor:
-    """Weights `[m, n]` float64 that reduce n cells to m along one axis; rows sum to 1.
+    """Return weights `[m, n]` float64 that pool n cells to m along one axis; rows sum to 1.
 
     `"area"` has `adaptive_avg_pool2d`'s windows, `"bilinear"` the taps of `interpolate(align_corners=False)`.
     """
@@ -137,7 +136,7 @@ class BankLayout:
     Attributes:
         grid: Token grid (H, W) of the incoming frames.
         dim: Channels D.
-        key_dim: Channels that similarity looks at, the first K of D.
+        key_dim: Number of leading channels K of D that similarity uses.
         capacities: Slots of each tier.
         grids: Token grid of each tier.
         rule: A key of `RULES`.
@@ -161,7 +160,7 @@ class BankLayout:
             raise ValueError(f"capacities: expected at most {MAX_TIERS} tiers, got {self.tiers}")
         if RULES[self.rule].victim == "both" and self.tiers > 1:
             raise ValueError(f"capacities: rule {self.rule!r} has one tier, got {self.tiers}")
-        # made here: a compiler that traces a push cannot enter the lock of a cached property
+        # computed here, because a compiler that traces a push cannot enter the lock of a cached property
         self.kernel_args  # noqa: B018
 
     @property
@@ -208,12 +207,12 @@ class BankLayout:
         return tuple(tier for tier, capacity in enumerate(self.capacities) for _ in range(capacity))
 
     def row_of(self, slot: int) -> int:
-        """First token row of a slot."""
+        """Return the first token row of a slot."""
         tier = self.tier_of[slot]
         return self.first_row[tier] + (slot - self.first_slot[tier]) * self.cells[tier]
 
     def entry_tier(self, frame: int) -> int:
-        """Tier that a frame number enters, −1 = none."""
+        """Return the tier that a frame number enters, −1 = none."""
         if not self.intervals:
             return 0 if self.tiers else -1
         for interval, tier in zip(self.intervals, self.entries, strict=True):
@@ -235,7 +234,7 @@ class BankLayout:
         return tuple(sorted({last if RULES[self.rule].cascade else min(tier + 1, last) for tier in self.entered}))
 
     def maps(self, source: int, tier: int) -> tuple[Tensor, Tensor]:
-        """Row and column weights that take an input frame, entered at tier `source`, to `tier`'s grid."""
+        """Return row and column weights that pool an input frame, entered at tier `source`, to `tier`'s grid."""
         composed = []
         for axis in (0, 1):
             weights = axis_map(self.grid[axis], self.grids[source][axis], "area")
@@ -245,12 +244,12 @@ class BankLayout:
         return composed[0], composed[1]
 
     def step(self, tier: int, axis: int) -> Tensor:
-        """Weights of the reduction from `tier` to the next, along one axis."""
+        """Return the weights that pool `tier`'s grid to the next tier's, along one axis."""
         return axis_map(self.grids[tier][axis], self.grids[tier + 1][axis], RULES[self.rule].demote)
 
     @cached_property
     def descriptors(self) -> int:
-        """R: 1 for one tier or when every reduction keeps a frame's mean, else one descriptor a tier."""
+        """R: 1 for one tier or if every reduction preserves a frame's mean, otherwise one descriptor per tier."""
         for source in self.entered:
             for tier in range(source, self.tiers):
                 for weights in self.maps(source, tier):
@@ -261,7 +260,7 @@ class BankLayout:
 
     @cached_property
     def packed_maps(self) -> Tensor:
-        """All weights in one float64 table, as the kernels read it.
+        """Return all weights in one float64 table, as the kernels read it.
 
         For each source <= tier the composed row and column weights, then for each tier but the last its step.
         """
@@ -278,9 +277,9 @@ class BankLayout:
 
     @cached_property
     def pooled_cells(self) -> int:
-        """Return the cells a frame that planning pools to the last tier's grid while it reads the video, 0 = none.
+        """Return the cells per frame to which planning pools while it reads the video, 0 = none.
 
-        Where the last tier is not much smaller than a frame, a second read of the survivors is no dearer.
+        If the last tier is not much smaller than a frame, reading the survivors a second time costs no more.
         """
         last, (H, W) = self.cells[-1] if self.tiers else 0, self.grid
         pools = self.tiers > 1 and not self.intervals and RULES[self.rule].victim != "both"
@@ -288,7 +287,7 @@ class BankLayout:
 
     @cached_property
     def of_means(self) -> BankLayout:
-        """The layout of a memory of these frames' means, one token each, which decides alike."""
+        """Return the layout of a memory of these frames' means, one token each, which makes the same decisions."""
         ones, K = ((1, 1),) * self.tiers, self.key_dim
         return BankLayout((1, 1), K, K, self.capacities, ones, self.rule, self.intervals, self.entries)
 
@@ -312,7 +311,7 @@ class BankLayout:
         }
 
     def new_state(self, streams: int, device: torch.device | str, dtype: torch.dtype) -> BankState:
-        """An empty memory."""
+        """Return the state of an empty memory."""
         made = {
             name: torch.zeros(shape, dtype=kind, device=device)
             for name, (shape, kind) in self.state_shapes(streams, dtype).items()

@@ -1,0 +1,75 @@
+"""First lines of docstrings say in the imperative what a function does (PEP 257)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = (
+    "vmemory/compress", "vmemory/ops", "vmemory/reference", "vmemory/encoders", "kernels", "benchmarks"
+)  # fmt: skip
+FILES = ("setup.py", "vmemory/_cpu.py", "vmemory/_files.py", "vmemory/info.py", "vmemory/testing.py")
+# the verbs in use: add one here if a docstring needs it
+VERBS = set(
+    """
+    add allocate apply assert attach attend blend build call check commit compile compute configure convert copy
+    count create decide dequantise do draw explain fill find fold gather join launch load make match measure merge
+    move pack pool prepend print provide push quantise read remove replace replay return round run score select
+    spread subtract sum take time track turn unpack update wait write yield
+    """.split()  # noqa: SIM905  one a line would take a page
+)
+# questions and pronouns instead of the thing itself
+VAGUE = {"what", "which", "how", "where", "when", "it", "these", "those", "this", "that", "everything"}
+
+
+def docstrings(path: Path) -> Iterator[tuple[int, ast.AST, str]]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield getattr(node, "lineno", 1), node, text.splitlines()[0]
+
+
+def describes(node: ast.AST) -> bool:
+    """A module, class or property is a thing, which a noun names."""
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return True
+    return any("property" in ast.unparse(decorator) for decorator in node.decorator_list)
+
+
+def wrong(path: Path) -> list[str]:
+    out = []
+    for line, node, first in docstrings(path):
+        word = first.split()[0].strip(",:;.").lower()
+        if word in VAGUE or not (describes(node) or word in VERBS):
+            out.append(f"{path.relative_to(ROOT)}:{line}: {first}")
+    return out
+
+
+def python_files() -> list[Path]:
+    return [*(ROOT / name for name in FILES), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+
+
+def test_first_lines_are_imperative():
+    assert not [line for path in python_files() for line in wrong(path)]
+
+
+@pytest.mark.parametrize(
+    ("source", "accepted"),
+    [
+        ('def f():\n    """Return the slot."""', True),
+        ('def f():\n    """The slot that leaves."""', False),
+        ('class A:\n    """The slot that leaves."""', True),
+        ('class A:\n    """What leaves."""', False),
+        ('@property\ndef f(self):\n    """The slot that leaves."""', True),
+    ],
+)
+def test_nouns_name_things_and_verbs_name_functions(source, accepted, tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    path = tmp_path / "module.py"
+    path.write_text(source)
+    assert (not wrong(path)) == accepted
