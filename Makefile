@@ -22,7 +22,7 @@ LEVELS = $(shell $(PYTHON) vmemory/_cpu.py)
 # releases of transformers that `make test-matrix` runs, each in an environment of its own under build/matrix
 RELEASES ?= 5.18.0 newest
 
-.PHONY: demo test test-all test-levels test-dist test-cuda simt test-simt test-matrix sanitize style types unit docs bench wheel native clean
+.PHONY: demo test test-all test-levels test-dist test-cuda simt test-simt test-matrix sanitize style types unit unit-all docs bench wheel native clean
 .PRECIOUS: build/matrix/%.stamp
 
 demo: $(VENV)/stream.stamp
@@ -30,7 +30,7 @@ demo: $(VENV)/stream.stamp
 
 test: style types unit docs
 
-test-all: test test-levels test-dist test-cuda simt test-simt test-matrix sanitize
+test-all: style types unit-all docs test-levels test-dist test-cuda simt test-simt test-matrix sanitize
 
 style: $(VENV)/test.stamp
 	$(BIN)/ruff check .
@@ -41,13 +41,17 @@ types: $(VENV)/test.stamp
 	$(BIN)/mypy
 
 unit: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# every case, where `unit` runs a part of each test's parameters in which all pairs stand
+unit-all: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n 2 --dist worksteal --all
 
 # what `make test` ran at the highest level is not run again; a level that is not there is an error of the import
 test-levels: $(VENV)/test.stamp
 	$(MAKE) native VMEMORY_CPU_ARCH="$(subst $() ,;,$(strip $(LEVELS)))"
 	for level in $(filter-out $(lastword $(LEVELS)),$(LEVELS)); do echo "== $$level"; \
-		VMEMORY_CPU_ARCH=$$level $(BIN)/python -m pytest -q -n 2 --dist loadfile -m level || exit 1; done
+		VMEMORY_CPU_ARCH=$$level $(BIN)/python -m pytest -q -n 2 --dist worksteal -m level || exit 1; done
 
 # in a tree of its own, so that nobody else loads these libraries; the runtimes come first in a python that has none, and
 # what torch keeps until the end is no leak
@@ -83,7 +87,7 @@ simt: $(VENV)/simt.stamp
 test-simt: $(VENV)/simt.stamp
 	$(BIN)/python -m tests.simt_build checked
 	for seed in $(SIMT_SEEDS); do OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.simt --simt-seed $$seed \
-		--simt build/simt/checked/libsimt.so -q -n 2 $(SIMT_TESTS) || exit 1; done
+		--simt build/simt/checked/libsimt.so -q -n 2 --all $(SIMT_TESTS) || exit 1; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/simt_mutants.py
 
 docs: $(VENV)/docs.stamp

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,9 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.children import end_with_this_process, running
 from tests.matrix import MatrixTable
+from tests.pairwise import without_new_pairs
 from vmemory.ops._native import STATUS
-from vmemory.testing import TritonInterpreter
+from vmemory.testing import TritonInterpreter, end_with_parent
 
 # files whose tests run the compiled operators: once at each level of the instruction set
 LEVEL_FILES = (
@@ -29,12 +32,16 @@ OTHER_BACKENDS = {"interpreter", "triton_compiler", "resources"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="the whole product of parameters, not a part with every pair")
     parser.addoption("--matrix", action="store_true", help="every model family with every policy, not a part of them")
     parser.addoption("--distribution", action="store_true", help="build and install distributions, with network")
     parser.addoption("--matrix-table", type=Path, help="with --matrix: write there, as Markdown, what passed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    end_with_this_process()
+    if hasattr(config, "workerinput"):
+        end_with_parent(os.getppid())
     path = config.getoption("--matrix-table")
     if path is None or hasattr(config, "workerinput"):
         return
@@ -43,22 +50,33 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(MatrixTable(path))
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    told = [] if torch.cuda.is_available() else ["torch sees no CUDA device: tests marked gpu are left out"]
+    return told if config.getoption("--all") else [*told, "each test on a part of its parameters; --all: on all"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     for option in ("matrix", "distribution"):
         if not config.getoption(f"--{option}"):
-            left_out = [item for item in items if item.get_closest_marker(option)]
-            if left_out:
-                config.hook.pytest_deselected(items=left_out)
-                items[:] = [item for item in items if not item.get_closest_marker(option)]
+            leave_out(config, items, {item for item in items if item.get_closest_marker(option)})
     for item in items:
         of_level = item.path.stem.removeprefix("test_").startswith(LEVEL_FILES)
         if of_level and not OTHER_BACKENDS.intersection(item.fixturenames) and not item.get_closest_marker("gpu"):
             item.add_marker("level")
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+    # here `-m` and `-k` choose; the case that they name runs whether or not it would be among the pairs
+    yield
+    no_device = not torch.cuda.is_available()
+    leave_out(config, items, {item for item in items if no_device and item.get_closest_marker("gpu")})
+    if not config.getoption("--all"):
+        leave_out(config, items, {item for item in items if item.get_closest_marker("slow")})
+        leave_out(config, items, without_new_pairs(items))
+
+
+def leave_out(config: pytest.Config, items: list[pytest.Item], those: set[pytest.Item]) -> None:
+    if those:
+        config.hook.pytest_deselected(items=[item for item in items if item in those])
+        items[:] = [item for item in items if item not in those]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -74,6 +92,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
                 os._exit(3)
             item.session.shouldfail = f"{item.nodeid} left the CUDA context unusable: {error}"
     return done
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_child_is_left() -> Iterator[None]:
+    """What a file's tests start ends with them; a child that is just ending has a moment."""
+    yield
+    deadline = time.monotonic() + 2
+    while (left := list(running())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
 
 
 @pytest.fixture(scope="session")

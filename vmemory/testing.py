@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -118,6 +120,17 @@ def poisoned() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent(parent: int) -> None:
+    """Have this process killed when its parent, process `parent`, ends in any way. A child calls it."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _dot(_: Any, a: Any, b: Any, c: Any, *options: Any) -> Any:
     """Return a b + c, summed in the same order for every row and column, as on a GPU, and rounded once.
 
@@ -152,7 +165,7 @@ class TritonInterpreter:
         os.environ["TRITON_INTERPRET"] = "1"
         try:
             # spawned, because a forked child would inherit an already imported triton
-            self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+            self._pool = ProcessPoolExecutor(1, get_context("spawn"), end_with_parent, (os.getpid(),))
             self._pool.submit(import_module, "triton").exception()
         finally:
             if before is None:

@@ -1,0 +1,54 @@
+"""A selection of a test's parameters in which every two values still meet.
+
+A test with three or more independent parameters runs on the product of their values. Faults hang on one value or on
+two that meet, hardly ever on three, so a part of the product in which every pair stands finds nearly all of them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import combinations
+
+import pytest
+
+
+def pairs_of(case: Mapping[str, Hashable]) -> set[Hashable]:
+    """The pairs of values that meet in a case, or its only value."""
+    values = sorted(case.items(), key=lambda item: item[0])
+    return set(combinations(values, 2)) or set(values)
+
+
+def pairwise(cases: Sequence[Mapping[str, Hashable]]) -> list[int]:
+    """Places of a part of `cases` in which every pair stands that stands in `cases`; the same part every time.
+
+    The case with most pairs that are still missing is taken next, of equals the first.
+    """
+    pairs = [pairs_of(case) for case in cases]
+    missing: set[Hashable] = set().union(*pairs)
+    # what a case adds only shrinks, so a case that still adds as much as when it was looked at last is the best
+    waiting = [(-len(found), place) for place, found in enumerate(pairs)]
+    heapq.heapify(waiting)
+    chosen = []
+    while missing:
+        before, place = heapq.heappop(waiting)
+        adds = pairs[place] & missing
+        if len(adds) == -before:
+            chosen.append(place)
+            missing -= adds
+        elif adds:
+            heapq.heappush(waiting, (-len(adds), place))
+    return sorted(chosen)
+
+
+def without_new_pairs(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """Of each test function the cases that add no pair."""
+    tests: dict[Hashable, list[pytest.Function]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            tests.setdefault((item.parent, item.originalname), []).append(item)
+    out: set[pytest.Item] = set()
+    for cases in tests.values():
+        chosen = set(pairwise([case.callspec.indices for case in cases]))
+        out.update(case for place, case in enumerate(cases) if place not in chosen)
+    return out
