@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ pytest.importorskip("transformers", minversion="5.18")
 
 from tests.tiny_vlms import tiny
 from vmemory import attach
-from vmemory.models.rewrite import rewrite
+from vmemory.models import prompt
 
 FRAMES, SETTINGS = 256, {"memory_capacities": [24, 24, 144]}
 
@@ -22,23 +23,23 @@ FRAMES, SETTINGS = 256, {"memory_capacities": [24, 24, 144]}
 def test_rewrite(measure, family):
     model, inputs = tiny(family, T=FRAMES)
     with attach(model, config=SETTINGS) as handle:
-        adapter = copy.copy(handle.adapter)
+        adapter = copy.copy(handle._prompts.adapter)
         encoded = adapter.encode(model, inputs)
         # tower, memory and the model's own positions are measured in other benchmarks
-        kept = [handle.remember(iter([clip])) for clip in encoded.clips]
+        kept = [handle._prompts.compress_video(iter([clip])) for clip in encoded.clips]
         located = adapter.positions(model, inputs)
         adapter.encode = lambda *_: encoded
         adapter.positions = lambda *_: located
 
         def ours(ids):
             left = iter(kept)
-            return rewrite(
-                model, adapter, {**inputs, "input_ids": ids}, lambda _: next(left), chunk=None, generating=True
-            )
+            with mock.patch.object(prompt, "compress_video", lambda *_: next(left)):
+                given = {**inputs, "input_ids": ids}
+                return prompt.compress_prompt(model, adapter, given, handle.config, None, generating=True)
 
         length = inputs["input_ids"].numel()
         whole = ours(inputs["input_ids"]).inputs
-        assert whole["input_ids"].numel() == int(handle.rewritten(dict(inputs), True).keep.sum())
+        assert whole["input_ids"].numel() == int(handle._prompts.compress_prompt(dict(inputs), True).keep.sum())
         # ids, mask, types and three rows of positions in and out, as int64
         measure(f"{family}, {length} tokens", ours, lambda: inputs["input_ids"], 8 * 6 * 2 * length, 0)
 

@@ -23,9 +23,9 @@ def main(given: list[str] | None = None) -> dict[int, int]:
             out = model.generate(**inputs, max_new_tokens=12, do_sample=False)
             # the caller's own prompt comes back, so this line is the one it was without a memory
             answer = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            (kept,) = handle.kept
-            held[frames] = kept.tokens
-            print(f"{frames} frames: {kept.placeholders} visual tokens became {kept.tokens}; answer {answer!r}")
+            (kept,) = handle.last_prompt
+            held[frames] = kept.tokens_after
+            print(f"{frames} frames: {kept.tokens_before} visual tokens became {kept.tokens_after}; answer {answer!r}")
         with handle.disabled():
             model.generate(**prompt(processor, whole[:8], "What happened?"), max_new_tokens=1)
     print("attached:", vmemory.attached(model))

@@ -41,10 +41,10 @@ def main(given: list[str] | None = None) -> tuple[bool, int, int]:
         same = torch.equal(model(**inputs).logits, plain)
     with vmemory.attach(model, config={"memory_capacities": [2, 2, 2]}) as handle:
         model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        (kept,) = handle.kept
+        (kept,) = handle.last_prompt
     print(f"a memory that holds everything changes nothing: {same}")
-    print(f"{kept.placeholders} visual tokens became {kept.tokens}")
-    return same, kept.placeholders, kept.tokens
+    print(f"{kept.tokens_before} visual tokens became {kept.tokens_after}")
+    return same, kept.tokens_before, kept.tokens_after
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main(given: list[str] | None = None) -> list[int]:
     inputs = prompt(processor, film(args.video), "What happened?")
     with vmemory.attach(model, SceneStarts(3)) as handle:
         model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        (kept,) = handle.kept
+        (kept,) = handle.last_prompt
     frames = (kept.source // (kept.grid[1] * kept.grid[2])).unique().tolist()
     print(f"of {kept.grid[0]} frames these were kept: {frames}")
     return frames

@@ -13,9 +13,9 @@ from vmemory.banks import MemoryConfig
 from vmemory.compress import TempMe
 from vmemory.compress.tempme_tower import vision_tower
 from vmemory.models.adapter import Clip, Inputs, dtype_of
-from vmemory.models.inside import InsideAdapter, handle_of
+from vmemory.models.compress_video import KeptVideo
 from vmemory.models.registry import register_adapter
-from vmemory.models.remember import Kept
+from vmemory.models.remote_code import RemoteCodeAdapter, prompt_memory_of
 from vmemory.ops._checks import check_device, check_tensor, shape_of
 
 
@@ -49,18 +49,18 @@ def encode_video(model: Any, pixel_values: Tensor, mask: Tensor | None = None) -
             raise ValueError(f"mask: expected bool [{B}, {T}], got {mask.dtype} of shape {shape_of(mask)}")
         check_device("mask", mask, "pixel_values", pixel_values)
         pixel_values = pixel_values.masked_fill(~mask[:, :, None, None, None], 0)
-    handle = handle_of(model)
-    if not handle.enabled or isinstance(handle.given, AllFrames):
+    prompts = prompt_memory_of(model)
+    if not prompts.enabled or isinstance(prompts.given, AllFrames):
         return _mean(_embedded(model, pixel_values), mask)
-    if isinstance(handle.given, TempMe):
-        merging = handle.given.inside(model, getattr(model, "vmemory", handle.given.positions))
+    if isinstance(prompts.given, TempMe):
+        merging = prompts.given.inside(model, getattr(model, "vmemory", prompts.given.positions))
         return _mean(merging(pixel_values, mask).frames, mask)
-    if _reduces_frames(handle.given):
-        made = handle.memory(pixel_values, mask)
+    if _reduces_frames(prompts.given):
+        made = prompts.memory(pixel_values, mask)
         return _mean(_embedded(model, made.frames), made.mask)
     exists = torch.ones(B, T, dtype=torch.bool, device=pixel_values.device) if mask is None else mask
-    kept = _remembered(model, handle, pixel_values, exists)
-    handle.record([k for k in kept if k is not None])
+    kept = _remembered(model, prompts, pixel_values, exists)
+    prompts.record([k for k in kept if k is not None])
     D = model.config.projection_dim
     zeros = torch.zeros(D, dtype=dtype_of(model), device=pixel_values.device)
     return torch.stack([zeros if k is None else _mean(k.tokens[None])[0] for k in kept])
@@ -69,7 +69,7 @@ def encode_video(model: Any, pixel_values: Tensor, mask: Tensor | None = None) -
 def _embedded(model: Any, frames: Tensor) -> Tensor:
     """Embeddings `[B, T, D]` of frames `[B, T, 3, H, W]`, `memory_chunk_frames` at a time."""
     flat = frames.flatten(0, 1)
-    chunk = handle_of(model).config.memory_chunk_frames or len(flat)
+    chunk = prompt_memory_of(model).config.memory_chunk_frames or len(flat)
     made = [model.get_image_features(part.contiguous()).pooler_output for part in flat.split(max(chunk, 1))]
     embedded: Tensor = torch.cat(made) if len(made) > 1 else made[0]
     return embedded.unflatten(0, frames.shape[:2])
@@ -86,19 +86,19 @@ def _mean(frames: Tensor, mask: Tensor | None = None) -> Tensor:
     return F.normalize(total, dim=-1).to(frames.dtype)
 
 
-def _remembered(model: Any, handle: Any, pixel_values: Tensor, exists: Tensor) -> list[Kept | None]:
+def _remembered(model: Any, prompts: Any, pixel_values: Tensor, exists: Tensor) -> list[KeptVideo | None]:
     """What the memory leaves of each video's embeddings; None of a video without frames."""
-    chunk = handle.config.memory_chunk_frames
+    chunk = prompts.config.memory_chunk_frames
     whole = _embedded(model, pixel_values) if chunk is None else None
-    kept: list[Kept | None] = []
+    kept: list[KeptVideo | None] = []
     for video, there in enumerate(exists):
         held = int(there.sum())
         if held == 0:
             kept.append(None)
         elif whole is not None:
-            kept.append(handle.remember(iter([_clip(whole[video][there])])))
+            kept.append(prompts.compress_video(iter([_clip(whole[video][there])])))
         else:
-            kept.append(handle.remember(_pieces(model, pixel_values[video][there], chunk)))
+            kept.append(prompts.compress_video(_pieces(model, pixel_values[video][there], chunk)))
     return kept
 
 
@@ -116,17 +116,17 @@ def _reduces_frames(memory: Any) -> bool:
 
 
 @register_adapter("clip")
-class ClipVideos(InsideAdapter):
+class ClipVideos(RemoteCodeAdapter):
     """`encode_video` beside `get_image_features`, which stays as it is; a memory sees frames of 1 × 1 tokens."""
 
     pixels = "pixel_values"
     methods = ("get_image_features",)
     added: ClassVar = {"encode_video": encode_video}
 
-    def width(self, model: Any) -> int:
+    def hidden_size(self, model: Any) -> int:
         return int(model.config.projection_dim)
 
-    def take(self, model: nn.Module, memory: Any, settings: MemoryConfig) -> Any:
+    def resolve_memory(self, model: nn.Module, memory: Any, settings: MemoryConfig) -> Any:
         if memory is None and settings == MemoryConfig():
             return AllFrames()
         if isinstance(memory, TempMe):
@@ -134,10 +134,10 @@ class ClipVideos(InsideAdapter):
             if own is not memory.tower or memory.projection is None:
                 raise ValueError("memory: expected a TempMe of the model's own tower, TempMe(model)")
             return memory
-        return memory if _reduces_frames(memory) else super().take(model, memory, settings)
+        return memory if _reduces_frames(memory) else super().resolve_memory(model, memory, settings)
 
-    def learned(self, memory: Any) -> nn.Module | None:
-        return super().learned(memory.positions if isinstance(memory, TempMe) else memory)
+    def trainable_module(self, memory: Any) -> nn.Module | None:
+        return super().trainable_module(memory.positions if isinstance(memory, TempMe) else memory)
 
     def encode(self, model: nn.Module, inputs: Inputs) -> NoReturn:
         raise ValueError("model: expected one with a prompt that shrinks, got CLIP; see its encode_video")

@@ -24,14 +24,14 @@ class Llava(Adapter):
     def frame_size(self, model: nn.Module, size: tuple[int, int], tokens: int) -> tuple[int, int]:
         return square_size(model)
 
-    def prepare(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+    def preprocess(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
         return {"pixel_values": scaled(frames, size, *normalisation(processor, CLIP_MEAN, CLIP_STD))}
 
     def video_text(self, frames: Sequence[tuple[float, int]], token: str, tail: int) -> str:
         return "\n".join(token * count for _, count in frames)
 
     def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
-        get = self.owner(model).get_image_features
+        get = self.feature_module(model).get_image_features
         output = get(**known_arguments(get, inputs), return_dict=True)
         tokens = torch.stack(list(output.pooler_output))
         N, C = tokens.shape[1:]
@@ -48,14 +48,14 @@ class Llava(Adapter):
         ids, total = inputs.get("input_ids"), len(inputs["pixel_values"])
         if ids is None:
             return [total]
-        places = (ids == self.placeholder(model)).sum(-1)
+        places = (ids == self.placeholder_id(model)).sum(-1)
         each = int(places.sum()) // max(total, 1)
         pictures: list[int] = (places // max(each, 1)).tolist()
         if sum(pictures) != total or bool((places % max(each, 1)).any()):
             raise ValueError(f"input_ids: expected places for {total} pictures, got {places.tolist()} in its rows")
         return pictures
 
-    def pieces(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
+    def iter_chunks(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
         for row in inputs["pixel_values"].split(self._pictures(model, inputs)):
             if len(row):
                 yield ({"pixel_values": row[first : first + chunk]} for first in range(0, len(row), chunk))

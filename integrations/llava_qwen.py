@@ -10,35 +10,35 @@ from torch import Tensor, nn
 
 from vmemory.banks import DualMemory, MemoryConfig
 from vmemory.models.adapter import Clip
+from vmemory.models.compress_video import KeptVideo, compress_video
 from vmemory.models.geometry import GeometryFusion
-from vmemory.models.hook import original
-from vmemory.models.inside import InsideAdapter, arguments_of, handle_of
+from vmemory.models.hooks import original
 from vmemory.models.registry import register_adapter
-from vmemory.models.remember import Kept, remember
+from vmemory.models.remote_code import RemoteCodeAdapter, arguments_of, prompt_memory_of
 
 # on tokens that a memory left: the place of each in the flattened T·H·W grid, and the side of the grid
 _SOURCE = "vmemory_source"
 
 
-def memory_of(handle: Any) -> Any:
+def memory_of(prompts: Any) -> Any:
     """The memory proper."""
-    return handle.memory.memory if isinstance(handle.given, GeometryFusion) else handle.memory
+    return prompts.memory.memory if isinstance(prompts.given, GeometryFusion) else prompts.memory
 
 
 def prepare_inputs_labels_for_multimodal(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's own."""
     name = "prepare_inputs_labels_for_multimodal"
-    handle, prepare = handle_of(model), original(model, name)
+    prompts, prepare = prompt_memory_of(model), original(model, name)
     given = arguments_of(model, name, args, kwargs)
     kinds = given["modalities"] or ()
     kinds = [kinds] if isinstance(kinds, str) else kinds
-    if not handle.enabled or given["images"] is None or given["input_ids"].shape[1] == 1 or "video" not in kinds:
+    if not prompts.enabled or given["images"] is None or given["input_ids"].shape[1] == 1 or "video" not in kinds:
         return prepare(*args, **kwargs)
-    handle.check_cache("past_key_values", given["past_key_values"])
-    handle.adapter.kept = []
+    prompts.check_cache("past_key_values", given["past_key_values"])
+    prompts.adapter.kept = []
     made = prepare(*args, **kwargs)
-    handle.record(handle.adapter.kept)
-    handle.adapter.kept = []
+    prompts.record(prompts.adapter.kept)
+    prompts.adapter.kept = []
     return made
 
 
@@ -47,16 +47,16 @@ def encode_images(model: Any, images: Tensor, *args: Any, **kwargs: Any) -> Tens
 
     What forks hand over beside the images belongs to all of them, which then are encoded at once.
     """
-    handle, encode = handle_of(model), original(model, "encode_images")
-    if not handle.enabled:
+    prompts, encode = prompt_memory_of(model), original(model, "encode_images")
+    if not prompts.enabled:
         plain: Tensor = encode(images, *args, **kwargs)
         return plain
-    chunk = None if args or kwargs else handle.config.memory_chunk_frames
+    chunk = None if args or kwargs else prompts.config.memory_chunk_frames
     chunk = chunk or max(len(images), 1)
     made = []
     for frames in images.split(chunk):
         tokens = encode(frames, *args, **kwargs)
-        made.append(handle.memory(tokens, frames) if isinstance(handle.given, GeometryFusion) else tokens)
+        made.append(prompts.memory(tokens, frames) if isinstance(prompts.given, GeometryFusion) else tokens)
     return made[0] if len(made) == 1 else torch.cat(made)
 
 
@@ -65,16 +65,16 @@ def get_2dPool(model: Any, image_feature: Tensor, *args: Any, **kwargs: Any) -> 
 
     Where a memory leaves fewer they come as `[1, N, D]`.
     """
-    handle, pool = handle_of(model), original(model, "get_2dPool")
-    if not handle.enabled:
+    prompts, pool = prompt_memory_of(model), original(model, "get_2dPool")
+    if not prompts.enabled:
         plain: Tensor = pool(image_feature, *args, **kwargs)
         return plain
-    if getattr(memory_of(handle), "one_to_one", False):
-        whole = _remembered(handle, image_feature).tokens.view_as(image_feature)
+    if getattr(memory_of(prompts), "one_to_one", False):
+        whole = _remembered(prompts, image_feature).tokens.view_as(image_feature)
         fused: Tensor = pool(whole, *args, **kwargs)
         return fused
     pooled: Tensor = pool(image_feature, *args, **kwargs)
-    kept = _remembered(handle, pooled)
+    kept = _remembered(prompts, pooled)
     if len(kept.tokens) == pooled.shape[0] * pooled.shape[1]:
         return kept.tokens.view_as(pooled)
     tokens = kept.tokens[None]
@@ -82,11 +82,11 @@ def get_2dPool(model: Any, image_feature: Tensor, *args: Any, **kwargs: Any) -> 
     return tokens
 
 
-def _remembered(handle: Any, tokens: Tensor) -> Kept:
+def _remembered(prompts: Any, tokens: Tensor) -> KeptVideo:
     T, n, D = tokens.shape
     side = math.isqrt(n)
-    kept = remember(iter([Clip(tokens.reshape(T, side, side, D), D)]), handle.config, memory_of(handle))
-    handle.adapter.kept.append(kept)
+    kept = compress_video(iter([Clip(tokens.reshape(T, side, side, D), D)]), prompts.config, memory_of(prompts))
+    prompts.adapter.kept.append(kept)
     return kept
 
 
@@ -120,7 +120,7 @@ def _with_newlines(tokens: Tensor, newline: Tensor, group: Tensor) -> Tensor:
 
 
 @register_adapter("llava_qwen", detect=lambda model: LlavaQwen.fits(model))
-class LlavaQwen(InsideAdapter):
+class LlavaQwen(RemoteCodeAdapter):
     """No placeholders to count: each video has its own tokens, and each row of a batch its own videos."""
 
     pixels = "images"
@@ -133,7 +133,7 @@ class LlavaQwen(InsideAdapter):
     }  # fmt: skip
 
     def __init__(self) -> None:
-        self.kept: list[Kept] = []
+        self.kept: list[KeptVideo] = []
 
     def check(self, model: nn.Module) -> None:
         super().check(model)
@@ -142,13 +142,13 @@ class LlavaQwen(InsideAdapter):
                 "model: expected add_faster_video off in its config, got it on; it takes a whole video, pooled twice"
             )
 
-    def take(self, model: nn.Module, memory: Any, settings: MemoryConfig) -> Any:
+    def resolve_memory(self, model: nn.Module, memory: Any, settings: MemoryConfig) -> Any:
         if not isinstance(memory, GeometryFusion):
-            return super().take(model, memory, settings)
+            return super().resolve_memory(model, memory, settings)
         if memory.memory is None and settings.memory_policy == DualMemory.policy:
             raise ValueError("memory: expected a DualMemory inside GeometryFusion for the policy 'dual', got none")
-        super().take(model, memory.memory, settings)
+        super().resolve_memory(model, memory.memory, settings)
         return memory
 
-    def width(self, model: nn.Module) -> int:
+    def hidden_size(self, model: nn.Module) -> int:
         return int(model.config.hidden_size)  # type: ignore[arg-type, union-attr]

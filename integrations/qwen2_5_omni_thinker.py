@@ -15,13 +15,13 @@ from vmemory.models.registry import register_adapter
 class Qwen25OmniThinker(PatchRowAdapter):
     """Attach to `model.thinker`; what it says is text, since speech is made from the prompt as it was."""
 
-    three_rows = True
-    speaks = True
+    uses_mrope = True
+    generates_audio = True
 
     def temporal_position(self, model: Any, frame: int, seconds: float) -> int:
         return int(seconds * model.config.position_id_per_seconds)
 
-    def seconds(self, inputs: Inputs, video: int) -> float | None:
+    def seconds_per_frame(self, inputs: Inputs, video: int) -> float | None:
         steps = inputs.get("video_second_per_grid")
         return None if steps is None else float(steps[video])
 

@@ -16,6 +16,6 @@ class Qwen25VL(Qwen2VL):
     def temporal_position(self, model: Any, frame: int, seconds: float) -> int:
         return int(seconds * model.config.vision_config.tokens_per_second)
 
-    def seconds(self, inputs: Inputs, video: int) -> float | None:
+    def seconds_per_frame(self, inputs: Inputs, video: int) -> float | None:
         steps = inputs.get("second_per_grid_ts")
         return None if steps is None else float(steps[video])

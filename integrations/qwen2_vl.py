@@ -15,12 +15,12 @@ from vmemory.models.registry import register_adapter
 class Qwen2VL(PatchRowAdapter):
     """A frame of the memory is a pair of the video's: `temporal_patch_size` is 2."""
 
-    three_rows = True
+    uses_mrope = True
 
     def temporal_position(self, model: Any, frame: int, seconds: float) -> int:
         return frame
 
     def positions(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
-        locate = self.owner(model).get_rope_index
+        locate = self.feature_module(model).get_rope_index
         located: tuple[Tensor, Tensor] = locate(**known_arguments(locate, inputs))
         return located

@@ -20,18 +20,18 @@ class VideoLlama3(PatchRowAdapter):
     frame_text = True
     mean = std = (0.5, 0.5, 0.5)
 
-    def prepare(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
-        inputs = super().prepare(model, frames, processor, size)
+    def preprocess(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+        inputs = super().preprocess(model, frames, processor, size)
         return {**inputs, "video_merge_sizes": torch.tensor([self.side])}
 
     def video_text(self, frames: Sequence[tuple[float, int]], token: str, tail: int) -> str:
         return ",".join(f"Time {t:.1f}s:{token * n}" for t, n in frames)
 
-    def merge(self, model: Any, inputs: Inputs, video: int) -> int:
+    def merge_size(self, model: Any, inputs: Inputs, video: int) -> int:
         return int(inputs["video_merge_sizes"][video])
 
     def features(self, model: nn.Module, inputs: Inputs) -> Any:
-        return self.owner(model).get_video_features(
+        return self.feature_module(model).get_video_features(
             inputs["pixel_values_videos"], inputs["video_grid_thw"], inputs["video_merge_sizes"], return_dict=True
         )
 

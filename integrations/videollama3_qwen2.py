@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from vmemory.models.adapter import Clip
+from vmemory.models.compress_video import KeptVideo
 from vmemory.models.frame_text import dead_spans
-from vmemory.models.hook import original
-from vmemory.models.inside import InsideAdapter, arguments_of, handle_of
+from vmemory.models.hooks import original
 from vmemory.models.registry import register_adapter
-from vmemory.models.remember import Kept
+from vmemory.models.remote_code import RemoteCodeAdapter, arguments_of, prompt_memory_of
 
 
 class Visual(NamedTuple):
@@ -59,26 +59,26 @@ def visuals_of(grid_sizes: Tensor, merge_sizes: Tensor, modals: Sequence[str] | 
 def prepare_inputs_labels_for_multimodal(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's own, on its way through the branch that drops tokens."""
     name = "prepare_inputs_labels_for_multimodal"
-    handle, prepare = handle_of(model), original(model, name)
+    prompts, prepare = prompt_memory_of(model), original(model, name)
     given = arguments_of(model, name, args, kwargs)
     ids, modals = given["input_ids"], given["modals"]
-    silent = not handle.enabled or given["pixel_values"] is None or ids.shape[1] == 1
+    silent = not prompts.enabled or given["pixel_values"] is None or ids.shape[1] == 1
     if silent or "video" not in (modals or ()):
         return prepare(*args, **kwargs)
-    handle.check_cache("past_key_values", given["past_key_values"])
+    prompts.check_cache("past_key_values", given["past_key_values"])
     if ids.shape[0] != 1:
         raise ValueError(
             f"input_ids: expected one row [1, L], into which several prompts are packed, got {list(ids.shape)}; this "
             "model's prompts shrink in rows of one"
         )
     own = bool(model.config.use_token_compression)
-    handle.adapter.call = Call(visuals_of(given["grid_sizes"], given["merge_sizes"], modals), own)
+    prompts.adapter.call = Call(visuals_of(given["grid_sizes"], given["merge_sizes"], modals), own)
     model.config.use_token_compression = True
     try:
         return prepare(*args, **kwargs)
     finally:
         model.config.use_token_compression = own
-        handle.adapter.call = None
+        prompts.adapter.call = None
 
 
 def encode_images(model: Any, pixel_values: Tensor, grid_sizes: Tensor, merge_sizes: Tensor) -> Tensor:
@@ -89,9 +89,9 @@ def encode_images(model: Any, pixel_values: Tensor, grid_sizes: Tensor, merge_si
     Raises:
         ValueError: There is more than one piece for a tower with eager attention.
     """
-    handle, encode = handle_of(model), original(model, "encode_images")
-    chunk = handle.config.memory_chunk_frames
-    if chunk is None or not handle.enabled:
+    prompts, encode = prompt_memory_of(model), original(model, "encode_images")
+    chunk = prompts.config.memory_chunk_frames
+    if chunk is None or not prompts.enabled:
         tokens: Tensor = encode(pixel_values, grid_sizes, merge_sizes)
         return tokens
     pieces = sum(-(-t // chunk) for t in grid_sizes[:, 0].tolist())
@@ -119,13 +119,13 @@ def _sees_all_frames(model: Any) -> bool:
 def _get_compression_mask(model: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The model's own where it drops tokens anyway, else all."""
     mask: Tensor = original(model, "_get_compression_mask")(*args, **kwargs)
-    call = handle_of(model).adapter.call
+    call = prompt_memory_of(model).adapter.call
     return mask if call is None or call.own else torch.ones_like(mask)
 
 
 def _maybe_truncate_visual_tokens(model: Any, features: Tensor, mask: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The model's own, which is asked which tokens stay."""
-    truncate, call = original(model, "_maybe_truncate_visual_tokens"), handle_of(model).adapter.call
+    truncate, call = original(model, "_maybe_truncate_visual_tokens"), prompt_memory_of(model).adapter.call
     if call is None:
         return truncate(features, mask, *args, **kwargs)
     call.here, mask = truncate(torch.arange(len(features), device=features.device), mask, *args, **kwargs)
@@ -142,8 +142,8 @@ def _compress_visual_tokens(
     labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Features `[N, D]` and what goes with them `[L]`, of which the memory keeps fewer."""
-    handle = handle_of(model)
-    call: Call | None = handle.adapter.call
+    prompts = prompt_memory_of(model)
+    call: Call | None = prompts.adapter.call
     if call is None:
         compress = original(model, "_compress_visual_tokens")
         made: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None] = compress(
@@ -164,14 +164,14 @@ def _compress_visual_tokens(
     for visual in call.visuals:
         span = slice(visual.first, visual.first + visual.tokens)
         if visual.video:
-            k = handle.remember(iter([_clip(features[span], visual, valid[span])]))
+            k = prompts.compress_video(iter([_clip(features[span], visual, valid[span])]))
             held[visual.first + k.source] = True
             kept.append(k)
             tokens.append(k.tokens)
         else:
             held[span] = valid[span]
             tokens.append(features[span][valid[span]])
-    handle.record(kept)
+    prompts.record(kept)
 
     keep = torch.ones_like(input_ids, dtype=torch.bool)
     keep[places] = held[here]
@@ -211,7 +211,7 @@ def encode_images_with_memory(
 ) -> Tensor:
     """Visual tokens `[N, D]` as `encode_images` gives them, fewer where a video went through the memory.
 
-    `handle.kept` tells where each comes from, and `get_memory_bank` afterwards holds the last video.
+    `MemoryHandle.last_prompt` tells where each comes from, and `get_memory_bank` afterwards holds the last video.
 
     Args:
         model: With a memory attached.
@@ -222,7 +222,7 @@ def encode_images_with_memory(
     Raises:
         ValueError: Times do not fit the frames or do not increase within a video.
     """
-    handle = handle_of(model)
+    prompts = prompt_memory_of(model)
     features = model.encode_images(pixel_values, grid_sizes, merge_sizes)
     visuals = visuals_of(grid_sizes, merge_sizes, modals)
     frames = [visual.grid[0] for visual in visuals if visual.video]
@@ -233,27 +233,27 @@ def encode_images_with_memory(
             raise ValueError(f"timestamps: expected [{sum(frames)}] seconds, got shape {list(seconds.shape)}")
         times = iter(seconds.split(frames))
     tokens: list[Tensor] = []
-    kept: list[Kept] = []
+    kept: list[KeptVideo] = []
     for visual in visuals:
         own = features[visual.first : visual.first + visual.tokens]
-        if not (visual.video and handle.enabled):
+        if not (visual.video and prompts.enabled):
             tokens.append(own)
             continue
         clip = _clip(own, visual, time=next(times))
-        kept.append(handle.remember(iter([clip])))
+        kept.append(prompts.compress_video(iter([clip])))
         tokens.append(kept[-1].tokens)
-        handle.adapter.bank = _holding(handle, clip)
-    handle.record(kept)
+        prompts.adapter.bank = _holding(prompts, clip)
+    prompts.record(kept)
     return torch.cat(tokens) if tokens else features
 
 
-def _holding(handle: Any, clip: Clip) -> Any:
+def _holding(prompts: Any, clip: Clip) -> Any:
     """A bank that holds a video; None where the memory holds nothing."""
     (H, W), C = clip.frames.shape[1:3], clip.frames.shape[3]
     like = {"key_dim": clip.key_dim, "device": clip.frames.device, "dtype": clip.frames.dtype}
-    bank = handle.memory
+    bank = prompts.memory
     if bank is None:
-        bank = handle.config.make(C, (H, W), **like)
+        bank = prompts.config.build(C, (H, W), **like)
     elif not hasattr(bank, "compress"):
         bank = bank(dim=C, grid=(H, W), **like)
     if not hasattr(bank, "push"):
@@ -265,18 +265,18 @@ def _holding(handle: Any, clip: Clip) -> Any:
 
 def get_memory_bank(model: Any) -> Any:
     """The bank that holds the last video of `encode_images_with_memory`; before, the memory given to `attach`."""
-    handle = handle_of(model)
-    given = handle.memory if hasattr(handle.memory, "compress") else None
-    return given if handle.adapter.bank is None else handle.adapter.bank
+    prompts = prompt_memory_of(model)
+    given = prompts.memory if hasattr(prompts.memory, "compress") else None
+    return given if prompts.adapter.bank is None else prompts.adapter.bank
 
 
 def has_memory_bank(model: Any) -> bool:
     """Whether videos go through a memory now."""
-    return bool(handle_of(model).enabled)
+    return bool(prompt_memory_of(model).enabled)
 
 
 @register_adapter("videollama3_qwen2", detect=lambda model: Videollama3Qwen2.fits(model))
-class Videollama3Qwen2(InsideAdapter):
+class Videollama3Qwen2(RemoteCodeAdapter):
     """Real placeholders, times as text in front of frames, plain positions, prompts packed into one row.
 
     The class is written for transformers 4.46 and is known by its methods alone.
@@ -301,5 +301,5 @@ class Videollama3Qwen2(InsideAdapter):
         self.call: Call | None = None
         self.bank: Any = None
 
-    def width(self, model: nn.Module) -> int:
+    def hidden_size(self, model: nn.Module) -> int:
         return int(model.config.hidden_size)  # type: ignore[arg-type, union-attr]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny_vlms import SIDE, Inputs
-from vmemory._attach import Handle
+from vmemory._attach import MemoryHandle
 
 # merged and fused tokens are no tokens of the model's own; linear attention cannot mask
 MIXES, RECURRENT = ("merging", "dual"), ("qwen3_5", "qwen3_5_moe")
@@ -41,11 +41,11 @@ def generated(model: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
     return out.sequences, torch.stack(out.logits)
 
 
-def masked_inputs(model: Any, handle: Handle, inputs: Inputs, keep: Tensor) -> Inputs:
+def masked_inputs(model: Any, handle: MemoryHandle, inputs: Inputs, keep: Tensor) -> Inputs:
     """The whole prompt, dropped tokens masked, and the positions that the kept ones must have."""
     mask = inputs["attention_mask"] * keep.long()
     compact = (mask.cumsum(-1) - 1).clamp(min=0)
-    located = handle.adapter.positions(model, inputs)
+    located = handle._prompts.adapter.positions(model, inputs)
     if located is None:
         return {**inputs, "attention_mask": mask, "position_ids": compact}
     rows = torch.zeros_like(located[0])
@@ -54,16 +54,16 @@ def masked_inputs(model: Any, handle: Handle, inputs: Inputs, keep: Tensor) -> I
     return {**inputs, "attention_mask": mask, "position_ids": torch.cat([compact[None].to(rows), rows])}
 
 
-def _positions(model: Any, handle: Handle, inputs: Inputs, kept: Tensor, b: int, full: Tensor) -> Tensor:
+def _positions(model: Any, handle: MemoryHandle, inputs: Inputs, kept: Tensor, b: int, full: Tensor) -> Tensor:
     """True positions; where text tells the time, those that the model gives the compact prompt of whole frames."""
-    if not handle.adapter.frame_text:
+    if not handle._prompts.adapter.frame_text:
         return full[:, b, kept]
     ids = inputs["input_ids"][b][kept][None]
-    visual = ids == handle.adapter.placeholder(model)
+    visual = ids == handle._prompts.adapter.placeholder_id(model)
     prompt = {
         "input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": visual.int() * 2,
         "video_grid_thw": torch.tensor([[int(visual.sum()) // SIDE**2, 2 * SIDE, 2 * SIDE]]),
     }  # fmt: skip
-    located = handle.adapter.positions(model, prompt)
+    located = handle._prompts.adapter.positions(model, prompt)
     assert located is not None
     return located[0][:, 0]

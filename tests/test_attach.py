@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from tests.attach_oracle import MIXES, RECURRENT, double, generated, logits_of, masked_inputs
 from tests.tiny_vlms import FAMILIES, SIDE, tiny
 from vmemory import attach, attached, compress_inputs
-from vmemory._attach import Handle
+from vmemory._attach import MemoryHandle
 from vmemory.banks import POLICIES
 
 # the first family runs with every policy, every family with the first three
@@ -58,7 +58,7 @@ def test_a_memory_that_holds_everything_changes_nothing_to_the_bit(family, polic
         spoken = generated(model, inputs) if left else None
         with attach(model, config=everything(policy)) as handle:
             assert torch.equal(logits_of(model, inputs), plain)
-            assert len(handle.kept) == B
+            assert len(handle.last_prompt) == B
             if left:
                 for own, ours in zip(spoken, generated(model, inputs), strict=True):
                     assert torch.equal(own, ours)
@@ -75,10 +75,10 @@ def test_a_memory_that_selects_equals_masking_the_rest(family, policy):
         bound = 10 * FLOAT32 if experts else FLOAT32
         with attach(model, config=selecting(policy)) as handle:
             ours = logits_of(model, inputs)
-            new = handle.rewritten(dict(inputs), False)
+            new = handle._prompts.compress_prompt(dict(inputs), False)
             spoken = generated(model, inputs) if left else None
             wanted = masked_inputs(model, handle, inputs, new.keep)
-        assert all(0 < len(k.source) < k.placeholders for k in new.kept)
+        assert all(0 < len(k.source) < k.tokens_before for k in new.videos)
         theirs = logits_of(model, wanted)
         torch.testing.assert_close(ours[new.keep], theirs[new.keep], rtol=0, atol=bound)
         if left:
@@ -133,7 +133,7 @@ def test_detach_leaves_no_trace(family, policy):
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
     assert torch.equal(logits_of(model, inputs), plain)
-    assert isinstance(attached(twin), Handle)
+    assert isinstance(attached(twin), MemoryHandle)
     attached(twin).detach()
     assert torch.equal(logits_of(twin, inputs), plain)
 

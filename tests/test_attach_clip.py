@@ -119,7 +119,7 @@ def test_merging_happens_inside_the_tower():
         assert all(w.grad.abs().sum() > 0 for w in model.vmemory.values())
         other = copy.deepcopy(model)
         assert torch.equal(other.encode_video(pixels), model.encode_video(pixels))
-        assert vmemory.attached(other).given.tower is other.vision_model
+        assert vmemory.attached(other)._prompts.given.tower is other.vision_model
     assert [*model.state_dict()] == before
     with vmemory.attach(model):
         plain = model.encode_video(pixels)
@@ -136,7 +136,7 @@ def test_a_memory_stands_behind_the_tower(policy):
         plain = model.encode_video(pixels, PADDED)
     with vmemory.attach(model, policy) as handle, torch.no_grad():
         torch.testing.assert_close(model.encode_video(pixels, PADDED), plain)
-        assert [k.grid for k in handle.kept] == [(6, 1, 1), (3, 1, 1)]
+        assert [k.grid for k in handle.last_prompt] == [(6, 1, 1), (3, 1, 1)]
         assert torch.equal(model.encode_video(pixels, torch.zeros_like(PADDED)), torch.zeros(2, 24))
 
 
@@ -148,7 +148,7 @@ def test_a_small_memory_keeps_what_its_policy_says():
         last = torch.zeros_like(PADDED)
         last[0, 4:] = last[1, [1, 3]] = True
         torch.testing.assert_close(got, by_hand(model, pixels, last))
-        assert [k.source.tolist() for k in handle.kept] == [[4, 5], [1, 2]]
+        assert [k.source.tolist() for k in handle.last_prompt] == [[4, 5], [1, 2]]
         got[:, 0].sum().backward()
         assert model.visual_projection.weight.grad.abs().sum() > 0
     with vmemory.attach(model, config={**settings, "memory_chunk_frames": 2}), torch.no_grad():

@@ -62,7 +62,7 @@ def test_a_replica_has_a_memory_and_weights_of_its_own(memory):
     own = vmemory.attached(other)
     assert own.model is other
     assert own is not handle
-    assert own.kept
+    assert own.last_prompt
     with own.disabled():
         assert other(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
 

@@ -17,7 +17,7 @@ from tests.attaching import SMALL
 from tests.tiny_vlms import FAMILIES, IMAGE, VIDEO, tiny, with_types
 from vmemory.banks import RingBank
 from vmemory.models.adapter import _copies_entry_by_entry
-from vmemory.models.remember import placed
+from vmemory.models.compress_video import placed
 from vmemory.models.turn import cache_argument, cache_in
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("one_thread")]

@@ -62,7 +62,7 @@ def test_what_changes_nothing_changes_nothing_to_the_bit(newline, memory):
         assert torch.equal(same.logits, plain.logits)
         assert torch.equal(same.loss, plain.loss)
         assert torch.equal(answered(model, inputs), answer)
-        assert [k.grid[0] for k in handle.kept] == [8, 11]
+        assert [k.grid[0] for k in handle.last_prompt] == [8, 11]
     with vmemory.attach(model, config=SMALL) as handle, handle.disabled():
         assert torch.equal(model(**inputs).logits, plain.logits)
 
@@ -79,13 +79,13 @@ def test_every_newline_mode_marks_what_is_left(newline):
     model, inputs = llava_qwen(T=8, B=2, newline=newline)
     with vmemory.attach(model, config=SMALL) as handle:
         _, _, mask, _, embeds, _ = prepared(model, inputs)
-    assert [k.grid for k in handle.kept] == [(8, 4, 4), (11, 4, 4)]
-    for row, k in enumerate(handle.kept):
+    assert [k.grid for k in handle.last_prompt] == [(8, 4, 4), (11, 4, 4)]
+    for row, k in enumerate(handle.last_prompt):
         assert 0 < len(k.source) < k.grid[0] * 16
         body = embeds[row][mask[row].bool()][4:-5]
         assert len(body) == len(k.source) + rows_of(k.source, newline)
         is_newline = (body == model.model.image_newline).all(-1)
-        assert int((~is_newline).sum()) == k.tokens
+        assert int((~is_newline).sum()) == k.tokens_after
         if newline in ("grid", "frame"):
             group = k.source // (4 if newline == "grid" else 16)
             ends = (group != torch.cat([group[1:], group[:1] - 1])).nonzero().flatten()
@@ -124,7 +124,7 @@ def test_the_dual_memory_sees_frames_before_they_are_pooled():
     plain = model(**inputs).logits
     with vmemory.attach(model, DualMemory(32, (8, 8), (2, 3), heads=4, residual=True)) as handle:
         model(**inputs)
-        assert handle.kept[0].grid == (8, 8, 8)
+        assert handle.last_prompt[0].grid == (8, 8, 8)
         nn.init.ones_(model.vmemory.alpha)
         trained = model(**inputs).logits
         assert trained.shape == plain.shape
@@ -186,7 +186,7 @@ def test_geometry_stands_before_the_memory(inner):
         assert not torch.equal(out.logits, plain)
         out.loss.backward()
         assert model.vmemory.encoder.linear.weight.grad.abs().sum() > 0
-        assert handle.kept[0].tokens == {"dual": 8 * 64, "recent": 3 * 16}.get(inner, 2 * 16 + 2 * 4 + 1)
+        assert handle.last_prompt[0].tokens_after == {"dual": 8 * 64, "recent": 3 * 16}.get(inner, 2 * 16 + 2 * 4 + 1)
     assert [*model.state_dict()] == before
 
 
@@ -253,7 +253,7 @@ def test_pictures_beside_a_video_stay_whole():
     with vmemory.attach(model, config=SMALL) as handle:
         embeds = prepared(model, inputs)[4]
         torch.testing.assert_close(embeds[0, 1 : 1 + 64], picture)
-        assert len(handle.kept) == 1
+        assert len(handle.last_prompt) == 1
 
 
 def test_detached_it_leaves_no_trace_and_a_copy_has_its_own():

@@ -139,8 +139,8 @@ def test_two_videos_a_row_in_an_uneven_batch(family, left):
             assert torch.equal(model(**both).logits, plain)
         with vmemory.attach(model, config=SMALL) as handle:
             short = model(**both).logits
-            assert [k.grid[0] for k in handle.kept] == [8, 11, 11]
-            assert torch.equal(handle.kept[1].source, handle.kept[2].source)
+            assert [k.grid[0] for k in handle.last_prompt] == [8, 11, 11]
+            assert torch.equal(handle.last_prompt[1].source, handle.last_prompt[2].source)
             new = vmemory.compress_inputs(model, both, generating=False)
             assert new["input_ids"].shape[1] < short.shape[1] == plain.shape[1]
             # a row does not notice what else is in the batch

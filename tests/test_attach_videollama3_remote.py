@@ -57,7 +57,7 @@ def test_the_model_s_own_config_switches_it():
     model.config.max_frames_before_compression = 7
     with vmemory.attach(model) as handle:
         assert length(model, inputs) < plain.shape[1]
-        assert handle.kept[0].tokens == 2 * 16 + 2 * 4 + 1
+        assert handle.last_prompt[0].tokens_after == 2 * 16 + 2 * 4 + 1
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -72,7 +72,7 @@ def test_what_fits_changes_nothing_to_the_bit(own, prompts, picture):
         assert torch.equal(same.logits, plain.logits)
         assert torch.equal(same.loss, plain.loss)
         assert torch.equal(model.generate(**{k: v for k, v in inputs.items() if k != "labels"}, **GREEDY), answer)
-        assert len(handle.kept) == prompts
+        assert len(handle.last_prompt) == prompts
         assert model.config.use_token_compression is own
     with vmemory.attach(model, config=SMALL) as handle, handle.disabled():
         assert torch.equal(model(**inputs).logits, plain.logits)
@@ -115,7 +115,7 @@ def test_packed_prompts_shrink_each_by_itself_with_their_positions_and_labels():
         assert len(starts) == 2
         assert positions[0].tolist() == [*range(starts[1]), *range(positions.shape[1] - starts[1])]
         assert mask.shape == positions.shape == labels.shape == embeds.shape[:2]
-        kept = sum(len(k.source) for k in handle.kept)
+        kept = sum(len(k.source) for k in handle.last_prompt)
         assert int((labels == PLACE).sum()) == kept + 2 * 4
 
 
@@ -134,7 +134,7 @@ def test_samples_without_a_picture_bring_pixels_that_are_nothing():
         assert torch.equal(model(**inputs).logits, plain)
     with vmemory.attach(model, config=SMALL) as handle:
         short = length(model, inputs)
-        gone = 8 * 16 - len(handle.kept[0].source)
+        gone = 8 * 16 - len(handle.last_prompt[0].source)
         assert 0 < gone <= plain.shape[1] - short
         assert model.encode_images_with_memory(*(inputs[k] for k in ARGUMENTS)).shape[0] == 8 * 16 - gone
 
@@ -146,7 +146,7 @@ def test_prompts_cut_in_training_lose_the_tokens_that_have_no_place():
     plain = model(**short).logits
     with vmemory.attach(model, config=FITS) as handle:
         assert torch.equal(model(**short).logits, plain)
-        assert handle.kept[0].placeholders == int((short["input_ids"] == PLACE).sum())
+        assert handle.last_prompt[0].tokens_before == int((short["input_ids"] == PLACE).sum())
     with vmemory.attach(model, config={"memory_policy": "recent", "memory_capacities": (2,)}):
         # of the last two frames that the tower saw nothing has a place
         assert length(model, short) == int((short["input_ids"] != PLACE).sum())
@@ -202,7 +202,7 @@ def test_the_accessors_that_the_sources_promise():
     assert model.get_memory_bank() is None
     with torch.no_grad():
         tokens = model.encode_images_with_memory(*arguments, timestamps=torch.arange(8) * 0.5)
-    kept = handle.kept[0]
+    kept = handle.last_prompt[0]
     assert tokens.shape == (4 + len(kept.source), 32)
     assert torch.equal(tokens[:4], everything[:4])
     bank = model.get_memory_bank()

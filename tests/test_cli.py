@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from tests.commands import Run, clip, colours, expect_error, run
 from vmemory.cli import app
 from vmemory.cli.common import timecode
 from vmemory.encoders import assets
+from vmemory.testing import python
 
 __all__ = ["clip", "colours", "run"]
 
@@ -44,3 +46,14 @@ def test_timecode() -> None:
     assert [timecode(t) for t in (0.0, 59.9, 60.0, 3599.0, 3600.0, 36061.0)] == [
         "0:00", "0:59", "1:00", "59:59", "1:00:00", "10:01:01",
     ]  # fmt: skip
+
+
+def test_the_summaries_of_the_commands_are_those_of_their_functions() -> None:
+    for name, summary in app.COMMANDS.items():
+        command = getattr(import_module(f"vmemory.cli.{name}"), name)
+        assert command.__doc__.strip().splitlines()[0] == summary
+
+
+def test_help_does_without_torch() -> None:
+    out = python("import sys; sys.modules['torch'] = None\nfrom vmemory.cli import main\nmain(['--help'])")
+    assert all(name in out for name in app.COMMANDS)

@@ -26,7 +26,7 @@ from vmemory.cli.errors import UserError
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.terminal import clean, one_line, open_page
 from vmemory.search.presets import video_bank
-from vmemory.search.video_search import MemoryStream
+from vmemory.search.video_search import VideoSearch
 
 __all__ = ["clip", "colours", "run"]
 
@@ -40,7 +40,7 @@ UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]")
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     """A memory of nine frames, with thumbnails and an origin."""
-    stream = MemoryStream(Colours(), video_bank("merging", 9, 4, entries=4), origin=torch.zeros(4))
+    stream = VideoSearch(Colours(), video_bank("merging", 9, 4, entries=4), origin=torch.zeros(4))
     stream.push(frames_of([(200, 0, 0)] * 3 + [(0, 200, 0)] * 3 + [(0, 0, 200)] * 3))
     stream.facts = {"video": "clip.mp4", "fps": 1.0, "budget": "1MiB", "duration": 9.0}
     stream.save(tmp_path / "a.vmem")
@@ -214,7 +214,7 @@ def _refused_or_fine(run: Run, saved: Path, tmp_path: Path, message: str) -> int
     """No value ends in a traceback: it is named in a line, or a report is made of it. Returns the exit code."""
     refused = None
     try:
-        MemoryStream.load(saved, lambda name: Colours())
+        VideoSearch.load(saved, lambda name: Colours())
     # whoever reads a file makes lines of these and of no others
     except BankFileError as error:
         refused = str(error)
@@ -227,14 +227,14 @@ def _refused_or_fine(run: Run, saved: Path, tmp_path: Path, message: str) -> int
 
 
 def test_a_memory_that_saw_nothing(run: Run, tmp_path: Path) -> None:
-    MemoryStream(Colours(), video_bank("merging", 9, 4, entries=4)).save(tmp_path / "a.vmem")
+    VideoSearch(Colours(), video_bank("merging", 9, 4, entries=4)).save(tmp_path / "a.vmem")
     code, _, err = run("inspect", tmp_path / "a.vmem", "--no-open")
     assert (code, err) == (1, "vmemory: no report: the memory has seen no frame\n")
     assert run("ask", tmp_path / "a.vmem", "red")[0] == 0
 
 
 def test_a_single_frame_has_a_report(tmp_path: Path) -> None:
-    stream = MemoryStream(Colours(), video_bank("merging", 9, 4, entries=4))
+    stream = VideoSearch(Colours(), video_bank("merging", 9, 4, entries=4))
     stream.push(frames_of([(200, 0, 0)]))
     write_report(tmp_path, Report(stream))
     assert "0:00" in check_page(tmp_path)
@@ -248,7 +248,7 @@ def test_empty_questions_are_refused(run: Run, clip: Path, saved: Path, empty: s
 
 
 def test_an_empty_sentence_is_refused() -> None:
-    stream = MemoryStream(Colours(), video_bank("merging", 9, 4, entries=4))
+    stream = VideoSearch(Colours(), video_bank("merging", 9, 4, entries=4))
     with pytest.raises(ValueError, match="text: expected a sentence, got ' '"):
         stream.ask(" ")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.colours import RED, Colours, write_clip
 from tests.commands import check_page
-from vmemory.search.video_search import MemoryStream
+from vmemory.search.video_search import VideoSearch
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,7 +60,7 @@ def test_an_interrupt_keeps_what_was_seen(tmp_path: Path) -> None:
     assert seen
     assert 12 <= int(seen[1]) < 400
     assert text.startswith(f"{seen[1]} frames to ")
-    assert MemoryStream.load(saved, lambda name: Colours()).bank.counts()["seen"] == int(seen[1])
+    assert VideoSearch.load(saved, lambda name: Colours()).bank.counts()["seen"] == int(seen[1])
     check_page(out)
 
 

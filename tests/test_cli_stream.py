@@ -16,7 +16,7 @@ from tests.clips import served, write_clip_at
 from tests.colours import BLUE, GREEN, RED, Colours, write_clip
 from tests.commands import Run, check_page, clip, colours, expect_error, run
 from vmemory.banks import POLICIES, BankFile
-from vmemory.search.video_search import MemoryStream
+from vmemory.search.video_search import VideoSearch
 
 __all__ = ["clip", "colours", "run"]
 
@@ -51,7 +51,7 @@ def test_stream_answers_saves_and_reports(run: Run, clip: Path, tmp_path: Path) 
     page = check_page(out)
     assert "“blue”" in page
     assert "What 64 KiB remembers of clip.mp4" in page
-    memory = MemoryStream.load(saved, lambda name: Colours())
+    memory = VideoSearch.load(saved, lambda name: Colours())
     assert memory.bank.nbytes <= 64 * 1024
     assert memory.bank.counts()["seen"] == 36
     assert memory.facts == {"video": "clip.mp4", "fps": 2.0, "budget": "64KiB", "duration": pytest.approx(18.0)}
@@ -84,7 +84,7 @@ def test_the_dual_memory_answers_from_its_slots(run: Run, clip: Path, tmp_path: 
     assert code == 0
     # the last six frames are blue, and of what was held before the working memory's three untrained slots say the same
     assert re.search(r"^ *0:1[2-7] .* [12]  blue", text, re.M)
-    memory = MemoryStream.load(saved, lambda name: Colours())
+    memory = VideoSearch.load(saved, lambda name: Colours())
     assert memory.bank.capacities == (3, 12)
     assert memory.bank.config()["rule"] == "bridged"
     assert memory.bytes_in_use <= memory.bank.nbytes
@@ -108,7 +108,7 @@ def test_help_names_every_policy(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 def test_tokens_that_an_entry_keeps(run: Run, clip: Path, tmp_path: Path) -> None:
     for options, grid in (([], (3, 3)), (["--keep", 9], (9, 9)), (["--keep", 1], (1, 1))):
         assert run("stream", clip, "--entries", 4, *options, "--save", tmp_path / "a.vmem")[0] == 0
-        memory = MemoryStream.load(tmp_path / "a.vmem", lambda name: Colours())
+        memory = VideoSearch.load(tmp_path / "a.vmem", lambda name: Colours())
         assert (memory.bank.policy, memory.bank.layout.grids) == ("merging", (grid,))
 
 
@@ -270,4 +270,4 @@ def test_a_camera_that_goes_away_leaves_what_it_gave(
     assert re.match(r"vmemory: warning: .*tcp://127\.0\.0\.1:\d+: not a live video \(Connection refused\)\n", err)
     seen = re.match(r"(\d+) frames to 0:00", out)
     assert seen
-    assert MemoryStream.load(saved, lambda name: Colours()).bank.counts()["seen"] == int(seen[1]) > 0
+    assert VideoSearch.load(saved, lambda name: Colours()).bank.counts()["seen"] == int(seen[1]) > 0

@@ -10,10 +10,10 @@ from vmemory.banks import POLICIES, MemoryConfig
 
 
 def test_the_names_of_the_port_mean_what_they_did():
-    config = MemoryConfig.of(
+    config = MemoryConfig.from_dict(
         {"use_memory_bank": True, "memory_capacities": [8, 4, 1], "memory_reduced_sizes": [144, 64, 36]}
     )
-    bank = config.make(32, (16, 16))
+    bank = config.build(32, (16, 16))
     assert bank.policy == "hierarchical"
     assert bank.layout.rule == "paper"
     assert bank.layout.capacities == (8, 4, 1)
@@ -21,21 +21,54 @@ def test_the_names_of_the_port_mean_what_they_did():
 
 
 def test_sizes_above_the_grid_mean_the_grid():
-    bank = MemoryConfig.of({"memory_capacities": (2, 2), "memory_reduced_sizes": (256, 16)}).make(8, (5, 9))
+    bank = MemoryConfig.from_dict({"memory_capacities": (2, 2), "memory_reduced_sizes": (256, 16)}).build(8, (5, 9))
     assert bank.layout.grids == ((5, 9), (4, 4))
 
 
-def test_nothing_said_means_a_native_first_tier_and_halves():
-    bank = MemoryConfig().make(8, (9, 16))
+def test_a_hierarchical_memory_has_a_native_first_tier_and_halves():
+    bank = MemoryConfig(memory_policy="hierarchical").build(8, (9, 16))
     assert bank.layout.capacities == (24, 24, 144)
     assert bank.layout.grids == ((9, 16), (4, 8), (2, 4))
 
 
+def test_the_default_memory_merges_a_third_of_each_side_and_leaves_short_videos_alone():
+    default = MemoryConfig()
+    bank = default.build(8, (9, 16))
+    assert (bank.policy, bank.capacity, bank.layout.grids) == ("merging", 192, ((3, 5),))
+    assert default.short_video() == 24
+    assert default.short_video(given=True) == 0
+    assert MemoryConfig(max_frames_before_compression=7).short_video(given=True) == 7
+    for settings in ({"memory_capacities": 9}, {"memory_budget": "1MiB"}):
+        sized = MemoryConfig.from_dict(settings)
+        assert (sized.policy, sized.short_video()) == ("merging", 0)
+        assert sized.build(8, (9, 16)).layout.grids == ((3, 5),)
+    sized = MemoryConfig.from_dict({"memory_capacities": 9, "memory_reduced_sizes": 16})
+    assert sized.build(8, (9, 16)).layout.grids == ((4, 4),)
+    named = MemoryConfig.from_dict(None, memory_policy="merging")
+    assert (named.short_video(), named.build(8, (9, 16)).layout.grids) == (0, ((9, 16),))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"memory_capacities": [3, 2]},
+        {"memory_downsample_ratios": [1, 2, 4]},
+        {"memory_reduced_sizes": [None, 4, 1]},
+        {"memory_rule": "all-pairs"},
+    ],
+)
+def test_tiers_and_rules_are_those_of_the_hierarchical_memory(settings):
+    config = MemoryConfig.from_dict(settings)
+    assert (config.policy, config.short_video()) == ("hierarchical", 0)
+    assert config.build(8, (9, 16)).policy == "hierarchical"
+    assert MemoryConfig.from_dict(config, memory_policy="recent").policy == "recent"
+
+
 def test_ratios_and_intervals():
-    config = MemoryConfig.of(
+    config = MemoryConfig.from_dict(
         {"memory_intervals": [8, 4, 1], "memory_downsample_ratios": [1, 2, 4], "memory_capacities": [2, 2, 2]}
     )
-    bank = config.make(8, (16, 16))
+    bank = config.build(8, (16, 16))
     assert bank.layout.grids == ((16, 16), (8, 8), (4, 4))
     assert bank.layout.intervals == (8, 4, 1)
 
@@ -45,30 +78,32 @@ def test_every_policy_by_name(policy):
     capacities = {"hierarchical": (2, 1), "dual": (2, 1)}.get(policy, 3)
     options = {"heads": 2} if policy == "dual" else {}
     sizes = {"memory_reduced_sizes": (16, 4)} if policy == "hierarchical" else {}
-    config = MemoryConfig.of(
+    config = MemoryConfig.from_dict(
         {"memory_policy": policy, "memory_capacities": capacities, "memory_options": options, **sizes}
     )
-    bank = config.make(8, (4, 4), dtype=torch.float64 if policy == "dual" else torch.float32)
+    bank = config.build(8, (4, 4), dtype=torch.float64 if policy == "dual" else torch.float32)
     assert bank.policy == policy
     assert bank.capacity == 3
     budget = MemoryConfig(memory_policy=policy, memory_budget="64KiB", memory_options=options)
-    assert budget.make(8, (4, 4)).nbytes <= 65536 + (policy == "dual") * 65536
+    assert budget.build(8, (4, 4)).nbytes <= 65536 + (policy == "dual") * 65536
 
 
 @pytest.mark.parametrize(
     ("strategy", "policy"), [("similarity", "hierarchical"), ("uniform", "uniform"), ("random", "reservoir")]
 )
 def test_strategies_of_the_port(strategy, policy):
-    assert MemoryConfig.of({"compression_strategy": strategy}).memory_policy == policy
-    chosen = MemoryConfig.of({"compression_strategy": strategy, "memory_policy": "merging"})
+    assert MemoryConfig.from_dict({"compression_strategy": strategy}).memory_policy == policy
+    chosen = MemoryConfig.from_dict({"compression_strategy": strategy, "memory_policy": "merging"})
     assert chosen.memory_policy == "merging"
 
 
 def test_what_is_written_can_be_read_from_any_object():
-    config = MemoryConfig.of({"memory_capacities": [3, 2], "memory_reduced_sizes": [None, 4], "memory_chunk_frames": 8})
-    written = json.loads(json.dumps(config.written()))
-    assert MemoryConfig.of(SimpleNamespace(**written, hidden_size=64)) == config
-    assert MemoryConfig().written() == {"enable_memory_bank": True}
+    config = MemoryConfig.from_dict(
+        {"memory_capacities": [3, 2], "memory_reduced_sizes": [None, 4], "memory_chunk_frames": 8}
+    )
+    written = json.loads(json.dumps(config.to_dict()))
+    assert MemoryConfig.from_dict(SimpleNamespace(**written, hidden_size=64)) == config
+    assert MemoryConfig().to_dict() == {"enable_memory_bank": True}
 
 
 @pytest.mark.parametrize(
@@ -87,10 +122,10 @@ def test_what_is_written_can_be_read_from_any_object():
 )
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises(ValueError, match=message):
-        MemoryConfig.of(settings)
+        MemoryConfig.from_dict(settings)
 
 
 def test_settings_that_do_not_fit_the_policy():
-    config = MemoryConfig.of({"memory_capacities": [2, 2], "memory_reduced_sizes": [16]})
+    config = MemoryConfig.from_dict({"memory_capacities": [2, 2], "memory_reduced_sizes": [16]})
     with pytest.raises(ValueError, match="grids: expected one per capacity"):
-        config.make(8, (4, 4))
+        config.build(8, (4, 4))

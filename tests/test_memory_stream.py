@@ -17,17 +17,17 @@ from vmemory.search.presets import video_bank
 from vmemory.search.similar import Found, centred_search, spread
 from vmemory.search.thumbnails import Thumbnails, nearest
 from vmemory.search.trace import Trace
-from vmemory.search.video_search import MemoryStream
+from vmemory.search.video_search import VideoSearch
 from vmemory.sources import Frame
 
 FILM = [RED] * 10 + [GREEN] * 10 + [BLUE] * 10
 
 
-def _stream(policy: str = "uniform", entries: int = 12, **options: object) -> MemoryStream:
-    return MemoryStream(Colours(), video_bank(policy, 9, 4, entries=entries), **options)  # type: ignore[arg-type]
+def _stream(policy: str = "uniform", entries: int = 12, **options: object) -> VideoSearch:
+    return VideoSearch(Colours(), video_bank(policy, 9, 4, entries=entries), **options)  # type: ignore[arg-type]
 
 
-def _watch(stream: MemoryStream, frames: list[Frame], batch: int = 4) -> MemoryStream:
+def _watch(stream: VideoSearch, frames: list[Frame], batch: int = 4) -> VideoSearch:
     for i in range(0, len(frames), batch):
         stream.push(frames[i : i + batch])
     return stream
@@ -145,7 +145,7 @@ def test_a_saved_stream_answers_the_same_and_goes_on(tmp_path: Path, policy: str
         names.append(name)
         return Colours()
 
-    again = MemoryStream.load(path, encoder)
+    again = VideoSearch.load(path, encoder)
     assert names == ["colours"]
     assert again.facts == {"video": "noise"}
     assert again.latency == stream.latency
@@ -162,7 +162,7 @@ def test_a_saved_stream_answers_the_same_and_goes_on(tmp_path: Path, policy: str
 def test_a_memory_without_a_stream_is_refused(tmp_path: Path) -> None:
     video_bank("merging", 9, 4, entries=3).save(tmp_path / "bare.vmem")
     with pytest.raises(BankFileError, match=r"bare\.vmem: a memory without a video stream"):
-        MemoryStream.load(tmp_path / "bare.vmem", lambda name: Colours())
+        VideoSearch.load(tmp_path / "bare.vmem", lambda name: Colours())
 
 
 def test_a_failed_push_changes_nothing() -> None:
@@ -194,13 +194,13 @@ def test_calibration_moves_nothing_but_the_origin() -> None:
 
 def test_constructor_arguments() -> None:
     with pytest.raises(ValueError, match="bank: expected one stream, got 2"):
-        MemoryStream(Colours(), MergingBank(4, (9, 9), 3, streams=2))
+        VideoSearch(Colours(), MergingBank(4, (9, 9), 3, streams=2))
     with pytest.raises(ValueError, match="bank: expected key_dim = dim = 4, got 3"):
-        MemoryStream(Colours(), MergingBank(4, (9, 9), 3, key_dim=3))
+        VideoSearch(Colours(), MergingBank(4, (9, 9), 3, key_dim=3))
     with pytest.raises(ValueError, match="bank: expected key_dim = dim = 4, got 2"):
-        MemoryStream(Colours(), DualMemory(4, (9, 9), (1, 2), heads=2, key_dim=2))
+        VideoSearch(Colours(), DualMemory(4, (9, 9), (1, 2), heads=2, key_dim=2))
     with pytest.raises(ValueError, match=r"origin: expected shape \[4\], got \[5\]"):
-        MemoryStream(Colours(), MergingBank(4, (9, 9), 3), origin=torch.zeros(5))
+        VideoSearch(Colours(), MergingBank(4, (9, 9), 3), origin=torch.zeros(5))
 
 
 def test_video_bank() -> None:

@@ -75,7 +75,7 @@ def test_a_frame_that_waits_for_its_pair_is_seen_as_if_it_came_twice(words, fami
     new = {"memory": memory, "config": {"max_frames_before_compression": 2}}
     frames = film(11)
     asked, never = VideoSession(model, words, **new), VideoSession(model, words, **new)
-    together = asked.adapter.frames_together(model)
+    together = asked.adapter.temporal_patch_size(model)
     for n in range(11):
         asked.push(frames[n], float(n))
         never.push(frames[n], float(n))

@@ -57,7 +57,7 @@ def test_a_session_holds_what_the_memory_in_the_model_makes(family, learned):
         memory = trained(model, inputs) if learned else model.vmemory
         # what the model was trained with, frame by frame
         with torch.no_grad():
-            whole = handle.remember(iter(adapter_of(model).encode(model, inputs).clips)).tokens
+            whole = handle._prompts.compress_video(iter(adapter_of(model).encode(model, inputs).clips)).tokens
         for n in (1, 5, T):
             session, frames = watched(model, inputs, n)
             assert (frames.shape[-1] > memory.key_dim) == (family == "qwen3_vl")
@@ -160,5 +160,5 @@ def test_the_copy_that_peft_trains_is_what_watches():
     with torch.no_grad():
         handle.memory.alpha.fill_(0.75)
     session, _ = watched(outer, inputs, T)
-    assert handle.given.alpha == 0
+    assert handle._prompts.given.alpha == 0
     assert session.memory.alpha == 0.75

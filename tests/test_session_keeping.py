@@ -64,7 +64,11 @@ def test_nothing_of_an_erased_span_is_left(family):
     session.erase(2.5, 3.0)
     # the prompt's cache, too, was made of these frames
     assert session.nbytes == session.memory.nbytes + session._short_stream.nbytes
-    gone = torch.tensor([2.0, 2.5, 3.0, 3.5]) if session.adapter.frames_together(model) == 2 else torch.tensor([2.5, 3])
+    gone = (
+        torch.tensor([2.0, 2.5, 3.0, 3.5])
+        if session.adapter.temporal_patch_size(model) == 2
+        else torch.tensor([2.5, 3])
+    )
     if family == "qwen3_vl":
         gone = torch.tensor([2.25, 3.25])
     left = ~torch.isin(before.time, gone.double())
@@ -72,7 +76,7 @@ def test_nothing_of_an_erased_span_is_left(family):
     assert torch.equal(session.held.tokens, before.tokens[left])
     assert set(session.memory.read().time.tolist()).isdisjoint(gone.tolist())
     assert isinstance(session.ask("what happens?", **GREEDY), str)
-    assert len(session._waiting) == (13 % session.adapter.frames_together(model))
+    assert len(session._waiting) == (13 % session.adapter.temporal_patch_size(model))
     session.erase(5.9, 6.1)
     assert not session._waiting
     assert not bool((session.held.time > 5.5).any())

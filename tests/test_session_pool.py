@@ -230,7 +230,7 @@ def test_frames_come_in_while_a_session_is_saved_asked_and_erased(open_session, 
         except BaseException as error:
             failed.append(error)
 
-    ids = torch.tensor([[3, 4, session.adapter.placeholder(session.model), 5]])
+    ids = torch.tensor([[3, 4, session.adapter.placeholder_id(session.model), 5]])
     calls = (
         lambda: session.push(film(2)), lambda: session.push(film(2)),
         lambda: (session.save(path), open_session().resume(path)),

@@ -43,7 +43,7 @@ def test_a_question_in_words(words, family):
         session.push(film(16)[first : first + 3])
     answer = session.ask("what happens?", **GREEDY)
     assert isinstance(answer, str)
-    placeholders = session.prompt("what happens?")["input_ids"] == adapter_of(model).placeholder(model)
+    placeholders = session.prompt("what happens?")["input_ids"] == adapter_of(model).placeholder_id(model)
     assert session.num_tokens == int(placeholders.sum())
     assert "".join(session.stream_generate("what happens?", **GREEDY)) == answer
 
@@ -78,7 +78,7 @@ def test_frames_in_every_form_are_the_same_frames(words):
 def test_times_are_written_as_the_installed_processor_writes_them(family, processor):
     model, _ = tiny(family)
     adapter, fps, n = adapter_of(model), 2.0, 16
-    together = adapter.frames_together(model)
+    together = adapter.temporal_patch_size(model)
     metadata = SimpleNamespace(fps=fps, frames_indices=list(range(n)), timestamps=[i / fps for i in range(n)])
     own = SimpleNamespace(
         video_token="<|video_pad|>", vision_start_token="<|vision_start|>", vision_end_token="<|vision_end|>",

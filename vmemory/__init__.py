@@ -1,26 +1,60 @@
 """Memory for streaming video models: fused kernels, bounded memory banks, drop-in integrations."""
 
-import importlib
-from typing import Any
+from __future__ import annotations
 
-from vmemory import banks, compress, ops
-from vmemory._attach import attach, attached, compress_inputs
-from vmemory.models.registry import register_adapter
-from vmemory.ops._select import explain
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vmemory import banks, compress, eval, kv, ops, search, session, sources
+    from vmemory._attach import MemoryHandle, attach, attached, compress_inputs
+    from vmemory.banks import MemoryConfig
+    from vmemory.kv import KVMemory
+    from vmemory.models.registry import register_adapter
+    from vmemory.ops._select import explain
+    from vmemory.session import SessionPool, VideoSession
+    from vmemory.sources import FrameSource, LiveSource
 
 __version__ = "0.1.0"
 
+# imported when they are first asked for: torch takes seconds, and what reads video comes with an extra
+_ROOMS = ("banks", "compress", "eval", "kv", "ops", "search", "session", "sources")
+_NAMES = {
+    "FrameSource": "sources",
+    "KVMemory": "kv",
+    "LiveSource": "sources",
+    "MemoryConfig": "banks",
+    "MemoryHandle": "_attach",
+    "SessionPool": "session",
+    "VideoSession": "session",
+    "attach": "_attach",
+    "attached": "_attach",
+    "compress_inputs": "_attach",
+    "explain": "ops._select",
+    "register_adapter": "models.registry",
+}
+
 
 def __getattr__(name: str) -> Any:
-    # what reads video comes with an extra, and only when it is asked for
-    if name in ("session", "sources", "search", "kv"):
-        return importlib.import_module(f"vmemory.{name}")
-    if name == "VideoSession":
-        return importlib.import_module("vmemory.session").VideoSession
-    raise AttributeError(f"module 'vmemory' has no attribute {name!r}")
+    if name in _ROOMS:
+        return import_module(f"vmemory.{name}")
+    if name not in _NAMES:
+        raise AttributeError(f"module 'vmemory' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(f"vmemory.{_NAMES[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 __all__ = [
+    "FrameSource",
+    "KVMemory",
+    "LiveSource",
+    "MemoryConfig",
+    "MemoryHandle",
+    "SessionPool",
     "VideoSession",
     "__version__",
     "attach",
@@ -28,7 +62,12 @@ __all__ = [
     "banks",
     "compress",
     "compress_inputs",
+    "eval",
     "explain",
+    "kv",
     "ops",
     "register_adapter",
+    "search",
+    "session",
+    "sources",
 ]

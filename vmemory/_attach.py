@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
@@ -13,37 +12,24 @@ from typing import Any
 from torch import nn
 
 import vmemory.integrations
-from vmemory.banks import MemoryConfig
-from vmemory.models.adapter import Adapter, Clip, Inputs, check_copies
-from vmemory.models.hook import HANDLE
+from vmemory.banks.config import ConfigLike, MemoryConfig
+from vmemory.models.adapter import Adapter, Inputs
+from vmemory.models.compress_video import VideoTokens
+from vmemory.models.hooks import IN_MODEL
+from vmemory.models.memories import MemoryLike
+from vmemory.models.prompt_memory import PromptMemory
 from vmemory.models.registry import find_adapter, supported_types
-from vmemory.models.remember import Kept, Provenance, remember
-from vmemory.models.rewrite import Rewritten, rewrite
-from vmemory.models.turn import Turn, cache_in, tokens_in
 
 _ABSENT = "(absent)"
 
 
-class Handle:
-    """A memory in a model; as a context manager it detaches at the end.
+class MemoryHandle:
+    """A memory in a model, as `attach` returns it; as a context manager it detaches at the end."""
 
-    Attributes:
-        model: The model it is in.
-        adapter: What is known of the model's family.
-        given: What reduces videos; None = a memory that `config` makes for each video's grid.
-        config: The settings.
-        enabled: Off lets everything pass untouched.
-        kept: What became of each video of the last prompt: sources, and tokens before and after.
-    """
+    def __init__(self, prompts: PromptMemory) -> None:
+        self._prompts = prompts
 
-    def __init__(self, model: nn.Module, adapter: Adapter, memory: Any, config: MemoryConfig) -> None:
-        self.model, self.adapter, self.config = model, adapter, config
-        self.given = memory
-        self.enabled = config.enable_memory_bank
-        self.kept: list[Provenance] = []
-        self.undo: list[Callable[[nn.Module], None]] = []
-
-    def __enter__(self) -> Handle:
+    def __enter__(self) -> MemoryHandle:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -51,118 +37,60 @@ class Handle:
             self.detach()
 
     @property
+    def model(self) -> nn.Module:
+        """The model that the memory is in."""
+        return self._prompts.model
+
+    @property
+    def config(self) -> MemoryConfig:
+        """The settings."""
+        return self._prompts.config
+
+    @property
     def memory(self) -> Any:
-        """What reduces videos now: `given`, or what others (PEFT's `modules_to_save`) put around it in the model."""
-        inside = attached(self.model) is self and self.adapter.learned(self.given) is self.given
-        return self.model.vmemory if inside and self.given is not None else self.given
+        """What reduces videos: the memory, a function that makes one, or None where `config` makes one a video.
+
+        A memory with weights is `model.vmemory`, with whatever others (PEFT's `modules_to_save`) put around it there.
+        """
+        return self._prompts.memory
+
+    @property
+    def last_prompt(self) -> list[VideoTokens]:
+        """For each video of the last prompt: `tokens_before` and `tokens_after`, and where the tokens come from."""
+        return self._prompts.last_prompt
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
-        """The model as it was, for as long as the block lasts."""
-        before, self.enabled = self.enabled, False
+        """Let everything pass untouched for as long as the block lasts; it gets the model."""
+        before, self._prompts.enabled = self._prompts.enabled, False
         try:
             yield self.model
         finally:
-            self.enabled = before
+            self._prompts.enabled = before
 
     def detach(self) -> nn.Module:
-        """Take the memory out; nothing of it stays in the model, which is returned.
+        """Take the memory out of the model and return the model; nothing of the memory stays in it.
 
         Raises:
             ValueError: It is not in the model any more.
         """
-        if attached(self.model) is not self:
+        model = self.model
+        if attached(model) is not self:
             raise ValueError("handle: expected a memory that is still in its model, got one that was detached")
-        while self.undo:
-            self.undo.pop()(self.model)
-        del self.model.__dict__[HANDLE]
-        return self.model
-
-    def moved(self, replica: nn.Module) -> None:
-        """Put the memory into a replica of the model the way it is in the model."""
-        other = copy.copy(self)
-        other.model, other.adapter, other.kept, other.undo = replica, copy.copy(self.adapter), [], []
-        replica.__dict__[HANDLE] = other
-
-    def remember(self, pieces: Iterator[Clip]) -> Kept:
-        """What the memory makes of one video, given piece by piece."""
-        return remember(pieces, self.config, self.memory)
-
-    def record(self, kept: list[Kept]) -> None:
-        """Keep what became of the videos."""
-        self.kept = [k.provenance() for k in kept]
-
-    def wants(self, inputs: Inputs) -> bool:
-        """Whether these inputs hold a video for the memory.
-
-        Raises:
-            ValueError: They do, without ids, with a cache that holds something, or with speech to come.
-        """
-        if not self.enabled or inputs.get(self.adapter.pixels) is None:
-            return False
-        if inputs.get("input_ids") is None:
-            raise ValueError(f"input_ids: expected ids beside {self.adapter.pixels}, got none")
-        self.check_cache(*cache_in(inputs))
-        if self.adapter.speaks and inputs.get("output_hidden_states"):
-            raise ValueError(
-                "output_hidden_states: expected False with a memory, got True; speech is made from the hidden states "
-                "of the whole prompt (return_audio=False)"
-            )
-        return True
-
-    def check_cache(self, name: str, cache: Any) -> None:
-        """Raise ValueError where a cache already holds something."""
-        held = tokens_in(cache)
-        if held > 0:
-            raise ValueError(
-                f"{name}: expected an empty cache with a new video, got one of {held} "
-                "tokens; vmemory.VideoSession takes frames in one after the other"
-            )
-
-    def rewritten(self, inputs: Inputs, generating: bool) -> Rewritten:
-        """A prompt with the videos that the memory made of its own; see `rewrite`."""
-        chunk = self.config.memory_chunk_frames
-        return rewrite(self.model, self.adapter, inputs, self.remember, chunk=chunk, generating=generating)
-
-    def shrunk(self, inputs: Inputs, generating: bool) -> tuple[Inputs, Turn]:
-        """The inputs for the model, beside what was given; the model is told where its prompt ends."""
-        new = self.rewritten(inputs, generating)
-        self.record(new.kept)
-        self.adapter.located(self.model, new.rope_deltas)
-        return new.inputs, new.turn
-
-    def check_copies(self, inputs: Inputs) -> None:
-        """Raise ValueError where beams or several answers would see other videos than their row's."""
-        check_copies(self.model, inputs)
-
-    def continued(self, inputs: Inputs, turn: Turn) -> Inputs:
-        """Inputs of `generate` on top of a cache whose prompt has shrunk; videos given once more are in it already.
-
-        Raises:
-            ValueError: They do not begin with that prompt, or hold a new video.
-        """
-        if inputs.get("input_ids") is None:
-            raise ValueError("input_ids: expected ids beside a cache that holds a prompt with its videos, got none")
-        known = {name: value for name, value in inputs.items() if name not in self.adapter.consumed}
-        ids = (getattr(self.model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
-        held = tokens_in(cache_in(inputs)[1])
-        new = turn.continued(known, held, [int(token) for token in ids if token is not None])
-        self.adapter.located(self.model, turn.offset)
-        return new
-
-    def following(self, inputs: Inputs, turn: Turn) -> Inputs:
-        """Inputs of `forward`, the tokens that follow such a cache."""
-        return turn.following(inputs, tokens_in(cache_in(inputs)[1]))
+        while self._prompts.undo:
+            self._prompts.undo.pop()(model)
+        del model.__dict__[IN_MODEL]
+        return model
 
 
-def attached(model: nn.Module) -> Handle | None:
-    """The memory in a model, if there is one."""
-    handle: Handle | None = base_of(model).__dict__.get(HANDLE)
-    return handle
+def attached(model: nn.Module) -> MemoryHandle | None:
+    """Return the handle of the memory in a model, or None."""
+    prompts: PromptMemory | None = base_of(model).__dict__.get(IN_MODEL)
+    return None if prompts is None else prompts.handle
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of `torch.compile` and PEFT, or the model."""
+    """Return the model inside the wrappers of `torch.compile` and PEFT, or the model."""
     compiled = model._modules.get("_orig_mod")
     if compiled is not None:
         return base_of(compiled)
@@ -172,7 +100,7 @@ def base_of(model: nn.Module) -> nn.Module:
 
 
 def adapter_of(model: nn.Module) -> Adapter:
-    """The adapter of a model's family.
+    """Return the adapter of a model's family.
 
     Raises:
         TypeError: Not a module.
@@ -206,13 +134,13 @@ def _load_families() -> None:
         importlib.import_module(f"vmemory.integrations.{module.name}")
 
 
-def attach(model: nn.Module, memory: Any = None, config: Any = None) -> Handle:
+def attach(model: nn.Module, memory: MemoryLike | None = None, config: ConfigLike | None = None) -> MemoryHandle:
     """Put a memory into a model: from now on its videos go through it, in `forward` and in `generate`.
 
     Only this instance changes: a forward pre-hook and a `generate` of its own (remote code: its methods that prepare a
     prompt; CLIP: `encode_video`), `model.vmemory` where the memory has weights, which train or evaluate as the model
-    does, and the settings in `model.config`. `Handle.detach` takes all of it back. Where `generate` itself is sharded
-    (`register_fsdp_forward_method`) the memory comes first.
+    does, and the settings in `model.config`. `MemoryHandle.detach` takes all of it back. Where `generate` itself is
+    sharded (`register_fsdp_forward_method`) the memory comes first.
 
     Args:
         model: A model of a family in `integrations/`, also inside the wrappers of PEFT and `torch.compile`.
@@ -236,23 +164,29 @@ def attach(model: nn.Module, memory: Any = None, config: Any = None) -> Handle:
         if attached(model) is not None:
             raise ValueError("model: expected one without a memory, got one that has one; detach it first")
     adapter = adapter_of(model)
-    handle = _handle(model, adapter, memory, config)
-    learned = adapter.learned(handle.given)
-    if learned is not None:
+    prompts = _prompt_memory(model, adapter, memory, config)
+    trained = adapter.trainable_module(prompts.given)
+    if trained is not None:
         if hasattr(model, "vmemory"):
             raise ValueError("model: expected no attribute 'vmemory', where the memory's weights go, got one")
-        model.add_module("vmemory", learned.train(model.training))
-        handle.undo.append(_remove_memory)
-    _write_config(model, handle)
-    adapter.install(model, handle)
-    model.__dict__[HANDLE] = handle
-    return handle
+        model.add_module("vmemory", trained.train(model.training))
+        prompts.undo.append(_remove_memory)
+    _write_config(model, prompts)
+    adapter.install(model, prompts)
+    prompts.handle = MemoryHandle(prompts)
+    model.__dict__[IN_MODEL] = prompts
+    return prompts.handle
 
 
 def compress_inputs(
-    model: nn.Module, inputs: Mapping[str, Any], memory: Any = None, config: Any = None, *, generating: bool = True
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    memory: MemoryLike | None = None,
+    config: ConfigLike | None = None,
+    *,
+    generating: bool = True,
 ) -> Inputs:
-    """What `attach` does to a prompt, for people with their own loop; the model is not changed.
+    """Do to a prompt what `attach` does, for people with their own loop; the model is not changed.
 
     Args:
         model: As in `attach`; a memory in it is what compresses where neither `memory` nor `config` is given.
@@ -267,29 +201,28 @@ def compress_inputs(
         ValueError: As in `attach`, or no video in the inputs.
     """
     model = base_of(model)
-    handle = attached(model)
-    if handle is None or memory is not None or config is not None:
-        handle = _handle(model, adapter_of(model), memory, config)
-    if inputs.get(handle.adapter.pixels) is None or inputs.get("input_ids") is None:
-        raise ValueError(f"inputs: expected {handle.adapter.pixels} and input_ids, got {', '.join(inputs) or 'none'}")
-    return handle.rewritten(dict(inputs), generating).inputs
+    prompts: PromptMemory | None = model.__dict__.get(IN_MODEL)
+    if prompts is None or memory is not None or config is not None:
+        prompts = _prompt_memory(model, adapter_of(model), memory, config)
+    if inputs.get(prompts.adapter.pixels) is None or inputs.get("input_ids") is None:
+        raise ValueError(f"inputs: expected {prompts.adapter.pixels} and input_ids, got {', '.join(inputs) or 'none'}")
+    return prompts.compress_prompt(dict(inputs), generating).inputs
 
 
-def _handle(model: Any, adapter: Adapter, memory: Any, config: Any) -> Handle:
-    settings = MemoryConfig.of(getattr(model, "config", None) if config is None else config)
-    if isinstance(memory, str):
-        settings = MemoryConfig.of({**settings.written(), "memory_policy": memory})
-    return Handle(model, adapter, adapter.take(model, memory, settings), settings)
+def _prompt_memory(model: Any, adapter: Adapter, memory: MemoryLike | None, config: ConfigLike | None) -> PromptMemory:
+    named = {"memory_policy": memory} if isinstance(memory, str) else {}
+    settings = MemoryConfig.from_dict(getattr(model, "config", None) if config is None else config, **named)
+    return PromptMemory(model, adapter, adapter.resolve_memory(model, memory, settings), settings)
 
 
 def _remove_memory(model: nn.Module) -> None:
     del model._modules["vmemory"]
 
 
-def _write_config(model: Any, handle: Handle) -> None:
-    written = handle.config.written() if hasattr(model, "config") else {}
+def _write_config(model: Any, prompts: PromptMemory) -> None:
+    written = prompts.config.to_dict() if hasattr(model, "config") else {}
     before = {name: model.config.__dict__.get(name, _ABSENT) for name in written}
-    handle.undo.append(partial(_restore_config, before=before))
+    prompts.undo.append(partial(_restore_config, before=before))
     for name, value in written.items():
         setattr(model.config, name, value)
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from vmemory.banks.policies import POLICIES, make
 from vmemory.ops._checks import check_choice, check_int
 
-_STRATEGIES = {"similarity": None, "uniform": "uniform", "random": "reservoir"}
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# settings by their names; of a model's config those that it has
+ConfigLike: TypeAlias = "MemoryConfig | Mapping[str, object] | PretrainedConfig"
+
+_STRATEGIES = {"similarity": "hierarchical", "uniform": "uniform", "random": "reservoir"}
+# the memory of those who ask for none: how it reduces each side of a frame, and the videos that are too short for it
+DEFAULT_POLICY, DEFAULT_RATIO, SHORT_VIDEO = "merging", 3, 24
 
 
 @dataclass(frozen=True)
@@ -22,17 +30,21 @@ class MemoryConfig:
 
     Attributes:
         enable_memory_bank: Off leaves the model as it is until it is set; `use_memory_bank` is another name for it.
-        memory_policy: A key of `vmemory.banks.POLICIES`.
+        memory_policy: A key of `vmemory.banks.POLICIES`. None = `"hierarchical"` where settings describe several tiers
+            or a rule, else the default: `"merging"`, whose entries keep a third of a frame's tokens along each side
+            where no sizes are given.
         memory_rule: Of the hierarchical or the dual memory; None = its default.
         memory_capacities: Entries per tier, high-resolution tier first; (working, episodic) of the dual memory. One
             number for memories of one tier. None = (24, 24, 144), 192 entries, or (8, 32).
         memory_reduced_sizes: Tokens of a frame in each tier, square numbers or None; larger than the model's own grid
-            means the grid as it is. None = the first tier as it is, each further one halved along both axes.
+            means the grid as it is. None = the first tier as it is, each further one halved along both axes; a policy
+            that is named and has one tier keeps frames as they are.
         memory_downsample_ratios: Instead of sizes, how many times smaller along each axis a tier's grid is: (1, 2, 4).
         memory_intervals: As in `HierarchicalBank`.
         memory_budget: `"64MiB"` or bytes instead of capacities.
         memory_similarity_threshold: The least cosine at which a search of the memory returns an entry.
-        max_frames_before_compression: Videos of at most so many frames pass untouched.
+        max_frames_before_compression: Videos of at most so many frames pass untouched. None = 24 where nothing says
+            which memory it is to be, else 0.
         memory_chunk_frames: Frames the tower encodes at a time, so that its peak does not grow with the video; None =
             all at once, which is what the model itself does to the bit.
         memory_full_logits: `forward` gives logits `[B, L, V]` at the caller's tokens, so that they stand beside the
@@ -45,7 +57,7 @@ class MemoryConfig:
     """
 
     enable_memory_bank: bool = True
-    memory_policy: str = "hierarchical"
+    memory_policy: str | None = None
     memory_rule: str | None = None
     memory_capacities: tuple[int, ...] | None = None
     memory_reduced_sizes: tuple[int | None, ...] | None = None
@@ -53,15 +65,17 @@ class MemoryConfig:
     memory_intervals: tuple[int, ...] | None = None
     memory_budget: str | int | None = None
     memory_similarity_threshold: float | None = None
-    max_frames_before_compression: int = 0
+    max_frames_before_compression: int | None = None
     memory_chunk_frames: int | None = None
     memory_full_logits: bool = True
     # told apart by equality alone
     memory_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        check_choice("memory_policy", self.memory_policy, tuple(POLICIES))
-        check_int("max_frames_before_compression", self.max_frames_before_compression, low=0)
+        if self.memory_policy is not None:
+            check_choice("memory_policy", self.memory_policy, tuple(POLICIES))
+        if self.max_frames_before_compression is not None:
+            check_int("max_frames_before_compression", self.max_frames_before_compression, low=0)
         if self.memory_chunk_frames is not None:
             check_int("memory_chunk_frames", self.memory_chunk_frames, low=1)
         for size in self.memory_reduced_sizes or ():
@@ -78,30 +92,55 @@ class MemoryConfig:
             raise ValueError("memory_budget: expected either memory_capacities or memory_budget, got both")
 
     @classmethod
-    def of(cls, settings: Any) -> MemoryConfig:
-        """A config from a dict, or from any object's attributes of these names; None = the defaults.
+    def from_dict(cls, settings: ConfigLike | None, **changes: Any) -> MemoryConfig:
+        """Read a config from a dict, or from the attributes of these names of a model's config.
+
+        Args:
+            settings: None = the defaults.
+            changes: Settings that are to be others.
 
         Raises:
             ValueError: A dict's key is not a setting, or a value does not fit.
         """
         if isinstance(settings, cls):
-            return settings
-        if settings is None:
-            return cls()
+            return replace(settings, **_plain(changes)) if changes else settings
         if isinstance(settings, Mapping):
             known = dict(settings)
         else:
             known = {name: getattr(settings, name) for name in _names() if hasattr(settings, name)}
-        return cls(**_plain(known))
+        return cls(**_plain({**known, **changes}))
 
-    def written(self) -> dict[str, Any]:
-        """The settings that are not defaults, as plain values."""
+    @property
+    def policy(self) -> str:
+        """The policy that is named, or that the settings ask for."""
+        if self.memory_policy is not None:
+            return self.memory_policy
+        lists = (
+            self.memory_capacities, self.memory_reduced_sizes, self.memory_downsample_ratios, self.memory_intervals,
+        )  # fmt: skip
+        tiers = self.memory_rule is not None or any(len(values or ()) > 1 for values in lists)
+        return "hierarchical" if tiers else DEFAULT_POLICY
+
+    def short_video(self, given: bool = False) -> int:
+        """Return the frames up to which a video passes untouched; `given`: the memory is not made from this config."""
+        if self.max_frames_before_compression is not None:
+            return self.max_frames_before_compression
+        if given:
+            return 0
+        said = (
+            self.memory_policy, self.memory_rule, self.memory_capacities, self.memory_reduced_sizes,
+            self.memory_downsample_ratios, self.memory_intervals, self.memory_budget, self.memory_options or None,
+        )  # fmt: skip
+        return SHORT_VIDEO if all(value is None for value in said) else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings that are not defaults, as plain values."""
         default = asdict(MemoryConfig())
         changed = {name: value for name, value in asdict(self).items() if value != default[name]}
         listed = {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
         return {"enable_memory_bank": self.enable_memory_bank, **listed}
 
-    def make(
+    def build(
         self,
         dim: int,
         grid: tuple[int, int],
@@ -111,18 +150,19 @@ class MemoryConfig:
         dtype: torch.dtype = torch.float32,
         streams: int = 1,
     ) -> Any:
-        """The memory for frames of a grid; on the `"meta"` device one that only compresses and holds nothing.
+        """Make the memory for frames of a grid; on the `"meta"` device one that only compresses and holds nothing.
 
         Raises:
             ValueError: The settings do not fit the policy or the grid; the message names the argument.
         """
         arguments: dict[str, Any] = {"streams": streams, "device": device, "dtype": dtype, "key_dim": key_dim}
-        if self.memory_policy == "dual":
-            # a model with a memory that nobody trained is to be the model
+        policy = self.policy
+        if policy == "dual":
+            # an untrained dual memory must not change what the model says
             arguments["residual"] = True
         arguments |= self.memory_options
-        tiered = self.memory_policy == "hierarchical"
-        several = tiered or self.memory_policy == "dual"
+        tiered = policy == "hierarchical"
+        several = tiered or policy == "dual"
         if self.memory_rule is not None:
             arguments["rule"] = self.memory_rule
         if self.memory_budget is not None:
@@ -133,7 +173,7 @@ class MemoryConfig:
             )
         elif not several:
             arguments["capacity"] = 192
-        sizes = self._grids(grid)
+        sizes = self._grid_sizes(grid)
         if sizes is not None:
             if tiered:
                 arguments["grids"] = sizes
@@ -141,14 +181,15 @@ class MemoryConfig:
                 arguments["pooled"] = sizes[0]
         if self.memory_intervals is not None:
             arguments["intervals"] = self.memory_intervals
-        return make(self.memory_policy, dim=dim, grid=grid, **arguments)
+        return make(policy, dim=dim, grid=grid, **arguments)
 
-    def _grids(self, grid: tuple[int, int]) -> list[tuple[int, int] | None] | None:
+    def _grid_sizes(self, grid: tuple[int, int]) -> list[tuple[int, int] | None] | None:
         if self.memory_reduced_sizes is not None:
             return [_side(size, grid) for size in self.memory_reduced_sizes]
-        if self.memory_downsample_ratios is not None:
-            return [(max(grid[0] // ratio, 1), max(grid[1] // ratio, 1)) for ratio in self.memory_downsample_ratios]
-        return None
+        ratios = self.memory_downsample_ratios
+        if ratios is None and self.memory_policy is None and self.policy == DEFAULT_POLICY:
+            ratios = (DEFAULT_RATIO,)
+        return None if ratios is None else [(max(grid[0] // ratio, 1), max(grid[1] // ratio, 1)) for ratio in ratios]
 
 
 def _side(tokens: int | None, grid: tuple[int, int]) -> tuple[int, int] | None:
@@ -175,8 +216,7 @@ def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     strategy = settings.pop("compression_strategy", None)
     if strategy is not None:
         check_choice("compression_strategy", strategy, tuple(_STRATEGIES))
-        if _STRATEGIES[strategy] is not None:
-            settings.setdefault("memory_policy", _STRATEGIES[strategy])
+        settings.setdefault("memory_policy", _STRATEGIES[strategy])
     for name in ("memory_capacities", "memory_reduced_sizes", "memory_downsample_ratios", "memory_intervals"):
         value = settings.get(name)
         if value is not None:

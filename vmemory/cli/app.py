@@ -3,50 +3,73 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 import typer
 
-from vmemory.banks import BankFileError
-from vmemory.cli.ask import ask
-from vmemory.cli.chat import chat
-from vmemory.cli.demo import demo
 from vmemory.cli.errors import Interrupted, UserError
-from vmemory.cli.info import info
-from vmemory.cli.inspect import inspect
-from vmemory.cli.localize import localize
-from vmemory.cli.stream import stream
 from vmemory.cli.terminal import error_line
-from vmemory.data import FetchError
-from vmemory.encoders import AssetError
-from vmemory.sources import SourceError
 
-app = typer.Typer(
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="Watch video through a bounded memory, and ask the memory about it.",
-)
-for command in (stream, ask, inspect, chat, demo, localize, info):
-    app.command()(command)
+# each is a function of its module's name in this folder, imported when it is asked for: most need torch
+COMMANDS = {
+    "stream": "Watch a video, and answer from what the memory still holds.",
+    "ask": "Ask a saved memory.",
+    "inspect": "Show what a saved memory holds; of a watched video, open the report.",
+    "chat": "Let a model watch, and ask it: type a question at any moment, an empty line or Ctrl-D to end.",
+    "demo": "Watch Big Buck Bunny at one frame a second, ask about it, and measure how memories find moments again.",
+    "localize": "Look up frames of a trailer in memories that watched the ten-minute film, and count which are found.",
+    "info": "Tell what was built, what loaded, and the reason for anything missing.",
+}
 
 
 def run(arguments: list[str] | None = None) -> int:
     """Run a command line, by default this program's, and return its exit code; an empty one asks for help."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        code = app(arguments, prog_name="vmemory", standalone_mode=False) or 0
+        code = _app(arguments)(arguments, prog_name="vmemory", standalone_mode=False) or 0
         # nothing in here exits with this code by itself: Ctrl-C where there was nothing to keep
         return fail("interrupted", code) if code == Interrupted.exit_code else code
     except typer.TyperException as error:
         return fail(error.format_message(), error.exit_code)
     except UserError as error:
         return fail(error, error.exit_code)
-    except (SourceError, BankFileError, AssetError, FetchError) as error:
-        return fail(error)
     except ModuleNotFoundError as error:
         return fail(f'{error.name} is not installed: pip install "vmemory[stream]"')
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return fail(f"{where}{error.strerror or error}")
+    except (RuntimeError, ValueError) as error:
+        if not isinstance(error, _told()):
+            raise
+        return fail(error)
+
+
+def _app(arguments: list[str]) -> typer.Typer:
+    """The program with the command that the arguments ask for; of the others only name and summary."""
+    app = typer.Typer(
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="Watch video through a bounded memory, and ask the memory about it.",
+    )
+    asked = next((word for word in arguments if not word.startswith("-")), None)
+    for name, summary in COMMANDS.items():
+        command = getattr(import_module(f"vmemory.cli.{name}"), name) if name == asked else _not_asked
+        app.command(name, short_help=summary, help=None if name == asked else summary)(command)
+    return app
+
+
+def _not_asked() -> None:
+    raise NotImplementedError("a command is imported before it runs")
+
+
+def _told() -> tuple[type[Exception], ...]:
+    """Errors about a file, a package or a download, whose message is for the user."""
+    from vmemory.banks import BankFileError
+    from vmemory.data import FetchError
+    from vmemory.encoders import AssetError
+    from vmemory.sources import SourceError
+
+    return BankFileError, FetchError, AssetError, SourceError
 
 
 def fail(message: object, code: int = 1) -> int:

@@ -19,7 +19,7 @@ from vmemory.cli.common import (
 from vmemory.cli.errors import UserError
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.terminal import Terminal
-from vmemory.search.video_search import MemoryStream
+from vmemory.search.video_search import VideoSearch
 
 
 def ask(
@@ -36,7 +36,7 @@ def ask(
     if out is not None:
         check_writable(out, folder=True)
     pictures = [(path.name, read_image(path)) for path in image]
-    stream = MemoryStream.load(memory, make_encoder)
+    stream = VideoSearch.load(memory, make_encoder)
     answered = answer_all(stream, texts, pictures, k)
     terminal = Terminal()
     print_note(terminal, stream)

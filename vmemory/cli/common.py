@@ -16,7 +16,7 @@ from vmemory.cli.terminal import Terminal, plain_table
 from vmemory.encoders import FrameEncoder
 from vmemory.search.held import Memory
 from vmemory.search.presets import video_bank
-from vmemory.search.video_search import Answer, MemoryStream
+from vmemory.search.video_search import Answer, VideoSearch
 from vmemory.sources.pictures import read_picture
 from vmemory.sources.places import kind_of
 
@@ -94,7 +94,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def answer_all(
-    stream: MemoryStream, texts: Sequence[str], images: Sequence[tuple[str, np.ndarray]], k: int
+    stream: VideoSearch, texts: Sequence[str], images: Sequence[tuple[str, np.ndarray]], k: int
 ) -> list[Question]:
     """Ask every sentence and every named picture."""
     asked = [Question(text, None, stream.ask(text, k, apart=APART)) for text in texts]
@@ -138,7 +138,7 @@ def concepts_text(answer: Answer) -> str:
     return ", ".join(name for rank, (name, p) in enumerate(answer.concepts) if rank == 0 or p >= 0.1)
 
 
-def print_note(terminal: Terminal, stream: MemoryStream) -> None:
+def print_note(terminal: Terminal, stream: VideoSearch) -> None:
     """What is to be known of a memory before its answers are believed."""
     if note := stream.facts.get("note"):
         terminal.line(f"note: {note}")

@@ -33,7 +33,7 @@ from vmemory.data import fetch_film, fetch_trailer, trailer_to_film
 from vmemory.data.film import ATTRIBUTION
 from vmemory.encoders import FrameEncoder
 from vmemory.eval.features import Features, video_features
-from vmemory.search.video_search import MemoryStream
+from vmemory.search.video_search import VideoSearch
 from vmemory.sources import Frame, FrameSource
 
 TEXTS = ("a rabbit", "a bird flying in the sky", "a bow and arrow", "end credits, text on a screen")
@@ -72,7 +72,7 @@ def demo(
     origin = origin_of(encoder, film, 1.0, 60.0, size)
     facts = {"video": film.name, "title": "Big Buck Bunny", "fps": 1.0, "budget": budget, "attribution": ATTRIBUTION}
     recorder, between = Recorder(encoder), Recorder(encoder)
-    memory = MemoryStream(recorder, bank, origin=origin, facts=facts)
+    memory = VideoSearch(recorder, bank, origin=origin, facts=facts)
     times: list[float] = []
 
     def push(frames: list[Frame]) -> None:

@@ -12,7 +12,7 @@ from vmemory.banks import BankFile, format_bytes, load
 from vmemory.cli.common import check_writable, make_encoder, timecode
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.terminal import Terminal, open_page, plain_table
-from vmemory.search.video_search import MemoryStream
+from vmemory.search.video_search import VideoSearch
 
 
 def inspect(
@@ -28,7 +28,7 @@ def inspect(
         return
     folder = out or memory.with_name(f"{memory.stem}-report")
     check_writable(folder, folder=True)
-    page = write_report(folder, Report(MemoryStream.load(memory, make_encoder)))
+    page = write_report(folder, Report(VideoSearch.load(memory, make_encoder)))
     terminal.line(f"report: {page}")
     if show:
         open_page(page)

@@ -24,7 +24,7 @@ from vmemory.eval.setups import CALIBRATION
 from vmemory.eval.trailer import LONGEST_SPAN, TOLERANCE
 from vmemory.search.held import dropped, frame_bytes, tiers_of
 from vmemory.search.thumbnails import jpeg
-from vmemory.search.video_search import MemoryStream
+from vmemory.search.video_search import VideoSearch
 
 # pictures a tier shows at most, and how wide they are, tier by tier
 _SHOWN, _WIDTHS = 300, (128, 96, 72)
@@ -42,7 +42,7 @@ class Report:
         scores: Trailer localisation.
     """
 
-    memory: MemoryStream | None = None
+    memory: VideoSearch | None = None
     questions: Sequence[Question] = ()
     watched: Watched | None = None
     warning: str | None = None
@@ -86,7 +86,7 @@ def write_report(folder: Path, report: Report) -> Path:
     return path
 
 
-def _memory_parts(report: Report, memory: MemoryStream, pictures: dict[str, bytes]) -> dict[str, Any]:
+def _memory_parts(report: Report, memory: VideoSearch, pictures: dict[str, bytes]) -> dict[str, Any]:
     counts, latency = memory.bank.counts(), memory.latency
     if latency.frames == 0:
         raise UserError("no report: the memory has seen no frame")
@@ -123,7 +123,7 @@ def _memory_parts(report: Report, memory: MemoryStream, pictures: dict[str, byte
     }
 
 
-def _rate(memory: MemoryStream) -> str:
+def _rate(memory: VideoSearch) -> str:
     fps = memory.facts.get("fps")
     return "every frame" if fps is None else f"{fps:g} frame{'s' if fps != 1 else ''} a second"
 
@@ -147,7 +147,7 @@ def _question(question: Question) -> dict[str, Any]:
     }
 
 
-def _sheet(memory: MemoryStream) -> tuple[list[dict[str, Any]], bool]:
+def _sheet(memory: VideoSearch) -> tuple[list[dict[str, Any]], bool]:
     """Thumbnails by tier, and whether some were left out."""
     entries, tiers, partly = memory.entries, [], False
     for place, tier in enumerate(tiers_of(memory.bank)):
@@ -173,7 +173,7 @@ def _sheet(memory: MemoryStream) -> tuple[list[dict[str, Any]], bool]:
     return tiers, partly
 
 
-def _latency(memory: MemoryStream, watched: Watched | None) -> list[dict[str, Any]]:
+def _latency(memory: VideoSearch, watched: Watched | None) -> list[dict[str, Any]]:
     latency = memory.latency
     parts = [] if watched is None else [("decoding", watched.decode, "var(--line)")]
     parts += [

@@ -30,7 +30,7 @@ from vmemory.cli.terminal import Terminal, error_line
 from vmemory.cli.watch import Kept, Watched, live_origin_of, origin_of, watch
 from vmemory.search.held import dropped
 from vmemory.search.presets import UNTRAINED
-from vmemory.search.video_search import MemoryStream
+from vmemory.search.video_search import VideoSearch
 from vmemory.sources import FrameSource, LiveSource
 from vmemory.sources.live import open_video
 from vmemory.sources.places import name_of, place_of
@@ -67,7 +67,7 @@ def stream(
         float, typer.Option("--calibrate", help="Seconds whose mean token is subtracted from all; 0 = none.", min=0)
     ] = 60.0,
 ) -> None:
-    """Watch a video through a bounded memory, and ask the memory about it."""
+    """Watch a video, and answer from what the memory still holds."""
     if out is not None:
         check_writable(out, folder=True)
     if save is not None:
@@ -93,7 +93,7 @@ def stream(
     facts = {"video": name, "fps": fps, "budget": budget}
     if bank == "dual":
         facts["note"] = UNTRAINED
-    memory = MemoryStream(encoder, empty, origin=origin, facts=facts)
+    memory = VideoSearch(encoder, empty, origin=origin, facts=facts)
 
     watched = watch(memory, frames, batch=encoder.batch_size, duration=source.duration, name=name)
     memory.facts["duration"] = source.duration
@@ -117,7 +117,7 @@ def stream(
         raise Interrupted(f"interrupted after {memory.latency.frames} frames; kept what was seen")
 
 
-def summary(memory: MemoryStream, watched: Watched) -> str:
+def summary(memory: VideoSearch, watched: Watched) -> str:
     """Two lines: what was seen and held, and where the time went."""
     counts, latency = memory.bank.counts(), memory.latency
     last = float(memory.history.time[-1])

@@ -18,7 +18,7 @@ from vmemory.cli.common import Question, timecode
 from vmemory.cli.errors import UserError
 from vmemory.cli.terminal import clean
 from vmemory.search.held import dropped, tiers_of
-from vmemory.search.video_search import MemoryStream
+from vmemory.search.video_search import VideoSearch
 from vmemory.sources.pictures import rgb
 
 
@@ -42,7 +42,7 @@ _STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 
 
 
 def draw_timeline(
-    memory: MemoryStream, questions: Sequence[Question], bound: tuple[str, int], duration: float, palette: Palette
+    memory: VideoSearch, questions: Sequence[Question], bound: tuple[str, int], duration: float, palette: Palette
 ) -> bytes:
     """A PNG 1,800 pixels wide: film strip, one lane a tier, dropped frames, one lane a question, bytes in use.
 
@@ -85,7 +85,7 @@ def draw_timeline(
     return buffer.getvalue()
 
 
-def _film_strip(axis: Axes, memory: MemoryStream, duration: float) -> None:
+def _film_strip(axis: Axes, memory: VideoSearch, duration: float) -> None:
     """From each stretch of the video the picture with most detail, which is the largest file."""
     from PIL import Image
 
@@ -118,7 +118,7 @@ def _wide(picture: np.ndarray) -> np.ndarray:
     return picture[cut : height - cut]
 
 
-def _lanes(axis: Axes, memory: MemoryStream, questions: Sequence[Question], palette: Palette) -> None:
+def _lanes(axis: Axes, memory: VideoSearch, questions: Sequence[Question], palette: Palette) -> None:
     entries, history = memory.entries, memory.history
     level, start, stop = entries.level.numpy(), entries.start.numpy(), entries.stop.numpy()
     labels: list[tuple[str, str]] = []
@@ -159,7 +159,7 @@ def _spans(axis: Axes, start: np.ndarray, stop: np.ndarray, lane: int, colour: s
     )  # fmt: skip
 
 
-def _bytes(axis: Axes, memory: MemoryStream, bound: tuple[str, int], palette: Palette) -> None:
+def _bytes(axis: Axes, memory: VideoSearch, bound: tuple[str, int], palette: Palette) -> None:
     history, (word, budget) = memory.history, bound
     axis.fill_between(history.time, history.nbytes, color=palette.tiers[2], alpha=0.22, linewidth=0, zorder=2)
     axis.plot(history.time, history.nbytes, color=palette.tiers[2], linewidth=1.3, zorder=3)

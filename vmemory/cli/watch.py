@@ -19,7 +19,7 @@ from vmemory.banks import format_bytes
 from vmemory.cli.common import timecode
 from vmemory.cli.terminal import Terminal, one_line
 from vmemory.search.encoder import Encoder, calibrate
-from vmemory.search.video_search import MemoryStream
+from vmemory.search.video_search import VideoSearch
 from vmemory.sources import Frame, FrameSource, SourceError
 from vmemory.sources.places import name_of, place_of
 
@@ -58,7 +58,7 @@ def stop_on_interrupt() -> Iterator[Stop]:
 
 
 def watch(
-    memory: MemoryStream,
+    memory: VideoSearch,
     frames: Iterable[Frame],
     *,
     batch: int,
@@ -162,7 +162,7 @@ def _next(frames: Iterator[Frame], batch: int, stop: Stop) -> list[Frame]:
     return group
 
 
-def _state(memory: MemoryStream, time: float, duration: float | None, rate: float) -> str:
+def _state(memory: VideoSearch, time: float, duration: float | None, rate: float) -> str:
     end = "" if duration is None else f" of {timecode(duration)}"
     used, size = format_bytes(memory.bytes_in_use), format_bytes(memory.bank.nbytes)
     return f"{timecode(time)}{end}  {rate:.1f} frames/s  {used} of {size}"

@@ -17,7 +17,7 @@ from vmemory.kv.attention import observed_queries
 from vmemory.kv.cache import new_cache, one_input, plain_layers
 from vmemory.kv.rules import SHARES, Attention, KeyDifference, Recent, Reservoir, RowRule, Rows
 from vmemory.kv.spans import SpanRule
-from vmemory.models.hook import generation_setting
+from vmemory.models.hooks import generation_setting
 from vmemory.models.turn import cache_argument
 from vmemory.ops._checks import check_choice, check_int, shape_of
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vmemory.banks import DualMemory, MemoryConfig
 from vmemory.models.geometry import GeometryFusion
-from vmemory.models.hook import install_prompt_hook
+from vmemory.models.hooks import install_prompt_hook
 
 Inputs = dict[str, Any]
 
@@ -58,8 +58,8 @@ class Adapter:
         pixels: Name of the model input that holds the frames.
         consumed: Inputs that describe the pixels and go with them.
         frame_text: Every frame has a run of placeholders of its own, with its time as text in front.
-        three_rows: Positions are rows for time, height and width.
-        speaks: The model also makes speech from hidden states of the prompt as it was.
+        uses_mrope: Positions are rows for time, height and width.
+        generates_audio: The model also makes speech from hidden states of the prompt as it was.
     """
 
     modality = "video"
@@ -70,8 +70,8 @@ class Adapter:
         "image_sizes",
     )  # fmt: skip
     frame_text = False
-    three_rows = False
-    speaks = False
+    uses_mrope = False
+    generates_audio = False
 
     def check(self, model: nn.Module) -> None:
         """Raise ValueError where the model cannot be hooked."""
@@ -83,11 +83,11 @@ class Adapter:
                 f"mm_encoder_outputs, got transformers {__version__}"
             )
 
-    def install(self, model: nn.Module, handle: Any) -> None:
-        """Hook the model; what is put in is undone by functions of the model appended to `handle.undo`."""
-        install_prompt_hook(model, handle)
+    def install(self, model: nn.Module, memory: Any) -> None:
+        """Hook the model for a `PromptMemory`; functions of the model that undo it are appended to `memory.undo`."""
+        install_prompt_hook(model, memory)
 
-    def take(self, model: nn.Module, memory: Any, settings: MemoryConfig) -> Any:
+    def resolve_memory(self, model: nn.Module, memory: Any, settings: MemoryConfig) -> Any:
         """The memory as it goes to work; None = what `settings` says.
 
         Args:
@@ -102,9 +102,9 @@ class Adapter:
         if isinstance(memory, str):
             memory = None
         if memory is None and settings.memory_policy == DualMemory.policy:
-            memory = settings.make(self.width(model), (1, 1), device=device_of(model), dtype=dtype_of(model))
-        if isinstance(memory, DualMemory) and memory.key_dim != self.width(model):
-            wanted = self.width(model)
+            memory = settings.build(self.hidden_size(model), (1, 1), device=device_of(model), dtype=dtype_of(model))
+        if isinstance(memory, DualMemory) and memory.key_dim != self.hidden_size(model):
+            wanted = self.hidden_size(model)
             raise ValueError(f"memory: expected a DualMemory for {wanted} channels, got one for {memory.key_dim}")
         if isinstance(memory, GeometryFusion):
             raise ValueError(
@@ -119,21 +119,21 @@ class Adapter:
             )
         return memory
 
-    def learned(self, memory: Any) -> nn.Module | None:
+    def trainable_module(self, memory: Any) -> nn.Module | None:
         """What of a memory is trained with the model, as `model.vmemory`."""
         has = isinstance(memory, nn.Module) and next(memory.parameters(), None) is not None
         return memory if has else None
 
-    def owner(self, model: nn.Module) -> Any:
+    def feature_module(self, model: nn.Module) -> Any:
         """The module with `get_video_features`; which one it is changed between releases."""
         inner = getattr(model, "model", model)
         return inner if hasattr(inner, f"get_{self.modality}_features") else model
 
-    def placeholder(self, model: Any) -> int:
+    def placeholder_id(self, model: Any) -> int:
         """Id of the token that stands for a visual token."""
         return int(getattr(model.config, f"{self.modality}_token_id"))
 
-    def width(self, model: Any) -> int:
+    def hidden_size(self, model: Any) -> int:
         """Channels of a visual token where it enters the language model."""
         return int(model.config.get_text_config().hidden_size)
 
@@ -141,7 +141,7 @@ class Adapter:
         """Run the vision tower once, exactly as the model itself would."""
         raise NotImplementedError
 
-    def pieces(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
+    def iter_chunks(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
         """For each video, inputs for `encode` of at most `chunk` of its frames each."""
         raise NotImplementedError
 
@@ -160,13 +160,13 @@ class Adapter:
 
         Args:
             model: The model.
-            frames: `[n, 3, H, W]` uint8, n a multiple of `frames_together`.
+            frames: `[n, 3, H, W]` uint8, n a multiple of `temporal_patch_size`.
             processor: Of the model, whose pixel statistics count; None = the family's own.
             size: (H, W) in pixels that frames are scaled to.
         """
-        return self.encode(model, on_device(model, self.prepare(model, frames, processor, size)))
+        return self.encode(model, on_device(model, self.preprocess(model, frames, processor, size)))
 
-    def frames_together(self, model: Any) -> int:
+    def temporal_patch_size(self, model: Any) -> int:
         """Frames of the video that become one frame of the memory."""
         return 1
 
@@ -174,7 +174,7 @@ class Adapter:
         """Seconds of a frame of the memory out of those of its first and last frame of the video."""
         return first
 
-    def prepare(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+    def preprocess(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
         """Inputs for `encode` from `frames [n, 3, H, W]` uint8, scaled to `size`."""
         raise NotImplementedError
 
@@ -194,9 +194,9 @@ class Adapter:
         """Position along time of a frame of the memory, counted from the start of the stream."""
         return 0
 
-    def located(self, model: nn.Module, rope_deltas: Tensor | None) -> None:
+    def set_rope_deltas(self, model: nn.Module, rope_deltas: Tensor | None) -> None:
         """Tell the model where its prompt ends, which it keeps between calls."""
-        for module in (self.owner(model), model):
+        for module in (self.feature_module(model), model):
             if rope_deltas is not None and hasattr(module, "rope_deltas"):
                 module.rope_deltas = rope_deltas
 

@@ -18,37 +18,37 @@ class PatchRowAdapter(Adapter):
     side = 2  # patches along each axis that become one token, where the inputs do not say
     mean, std = CLIP_MEAN, CLIP_STD
 
-    def merge(self, model: Any, inputs: Inputs, video: int) -> int:
+    def merge_size(self, model: Any, inputs: Inputs, video: int) -> int:
         """Patches along each axis that become one token."""
-        return int(self.owner(model).visual.spatial_merge_size)
+        return int(self.feature_module(model).visual.spatial_merge_size)
 
-    def patch(self, model: Any) -> int:
+    def patch_size(self, model: Any) -> int:
         """Pixels along each axis of a patch."""
         return int(model.config.vision_config.patch_size)
 
-    def frames_together(self, model: Any) -> int:
+    def temporal_patch_size(self, model: Any) -> int:
         return int(getattr(model.config.vision_config, "temporal_patch_size", 1))
 
     def frame_size(self, model: nn.Module, size: tuple[int, int], tokens: int) -> tuple[int, int]:
-        return size_for(size, self.patch(model) * self.side, tokens)
+        return size_for(size, self.patch_size(model) * self.side, tokens)
 
     def size_of(self, model: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
-        unit = self.patch(model) * self.side
+        unit = self.patch_size(model) * self.side
         return grid[0] * unit, grid[1] * unit
 
-    def prepare(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+    def preprocess(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
         mean, std = normalisation(processor, self.mean, self.std)
         pixels = scaled(frames, size, mean, std)
-        rows, grid = patch_rows(pixels, self.patch(model), self.side, self.frames_together(model))
+        rows, grid = patch_rows(pixels, self.patch_size(model), self.side, self.temporal_patch_size(model))
         return {"pixel_values_videos": rows, "video_grid_thw": torch.tensor([grid])}
 
     def features(self, model: nn.Module, inputs: Inputs) -> Any:
         """The tower's output for all videos."""
-        return self.owner(model).get_video_features(
+        return self.feature_module(model).get_video_features(
             inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
         )
 
-    def seconds(self, inputs: Inputs, video: int) -> float | None:
+    def seconds_per_frame(self, inputs: Inputs, video: int) -> float | None:
         """Seconds between two of a video's frames, where the inputs tell."""
         return None
 
@@ -58,12 +58,12 @@ class PatchRowAdapter(Adapter):
         for video, (t, h, w) in enumerate(inputs["video_grid_thw"].tolist()):
             main = output.pooler_output[video]
             tokens = torch.cat([main, *(layer[video] for layer in deep)], -1) if deep else main
-            m, step = self.merge(model, inputs, video), self.seconds(inputs, video)
+            m, step = self.merge_size(model, inputs, video), self.seconds_per_frame(inputs, video)
             time = None if step is None else torch.arange(t, dtype=torch.float64) * step
             clips.append(Clip(tokens.reshape(t, h // m, w // m, -1), main.shape[-1], time=time))
         return Encoded(clips, output)
 
-    def pieces(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
+    def iter_chunks(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
         grids = inputs["video_grid_thw"]
         rows = inputs["pixel_values_videos"].split(grids.prod(-1).tolist())
         for video in range(len(grids)):
@@ -94,11 +94,11 @@ class SquareFrameAdapter(Adapter):
     def frame_size(self, model: nn.Module, size: tuple[int, int], tokens: int) -> tuple[int, int]:
         return square_size(model)
 
-    def prepare(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+    def preprocess(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
         return {"pixel_values_videos": scaled(frames, size, *normalisation(processor, self.mean, self.std))[None]}
 
     def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
-        get = self.owner(model).get_video_features
+        get = self.feature_module(model).get_video_features
         output = get(**known_arguments(get, inputs), return_dict=True)
         T, clips = inputs["pixel_values_videos"].shape[1], []
         for tokens in output.pooler_output:
@@ -109,7 +109,7 @@ class SquareFrameAdapter(Adapter):
             clips.append(Clip(body.reshape(T, side, side, -1), tokens.shape[-1], tail=tail))
         return Encoded(clips, output)
 
-    def pieces(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
+    def iter_chunks(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
         for video in inputs["pixel_values_videos"]:
             # the towers view these as rows, which takes contiguous ones
             yield (

@@ -1,17 +1,13 @@
-"""What may stand for a memory in a call, and what may stand for its settings."""
+"""What may stand for a memory in a call."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeGuard
+from typing import Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from vmemory.banks import Bank, DualMemory, MemoryConfig, MemoryTokens
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from vmemory.banks import Bank, DualMemory, MemoryTokens
 
 Memory = Bank | DualMemory
 
@@ -36,8 +32,6 @@ class MemoryFactory(Protocol):
 
 # a policy's name, a memory, anything with `compress`, a module that a model family knows, or a factory
 MemoryLike = str | Memory | Compressor | MemoryFactory | nn.Module
-# settings by their names; of a model's config those that it has
-ConfigLike: TypeAlias = "MemoryConfig | Mapping[str, object] | PretrainedConfig"
 
 
 def is_factory(memory: object) -> TypeGuard[MemoryFactory]:

@@ -2,6 +2,6 @@
 
 from vmemory.search.encoder import calibrate
 from vmemory.search.presets import video_bank
-from vmemory.search.video_search import Answer, MemoryStream
+from vmemory.search.video_search import Answer, VideoSearch
 
-__all__ = ["Answer", "MemoryStream", "calibrate", "video_bank"]
+__all__ = ["Answer", "VideoSearch", "calibrate", "video_bank"]

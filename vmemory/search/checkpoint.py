@@ -15,7 +15,7 @@ _LATEST = 1e12
 
 
 def check_notes(notes: Mapping[str, Any], extra: Mapping[str, Tensor], dim: int) -> None:
-    """Refuse values that `MemoryStream.save` does not write, whoever wrote the file.
+    """Refuse values that `VideoSearch.save` does not write, whoever wrote the file.
 
     Args:
         notes: Plain values: encoder, facts, latency, trace.

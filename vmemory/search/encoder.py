@@ -36,7 +36,7 @@ class Encoder(Protocol):
 
 
 def calibrate(encoder: Encoder, frames: Iterable[Frame], batch: int = 8) -> Tensor:
-    """Mean token `[D]` float32 of some frames: an origin for `MemoryStream`.
+    """Mean token `[D]` float32 of some frames: an origin for `VideoSearch`.
 
     What all frames of a video have in common makes every pair of them look alike, and a memory that merges or drops the
     most similar neighbours then follows small differences in a large common part. Taken about the mean of the first

@@ -66,7 +66,7 @@ class Latency(NamedTuple):
 _NUMBER, _TIME, _NBYTES = range(3)
 
 
-class MemoryStream:
+class VideoSearch:
     """Encoder, memory and thumbnails of one video.
 
     Args:
@@ -255,7 +255,7 @@ class MemoryStream:
         self.bank.save(path, extra=extra, notes=notes)
 
     @classmethod
-    def load(cls, path: str | Path, encoder: Callable[[str], Encoder]) -> MemoryStream:
+    def load(cls, path: str | Path, encoder: Callable[[str], Encoder]) -> VideoSearch:
         """The stream that `save` wrote; it can be asked, and go on.
 
         Args:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vmemory.models.adapter import Adapter, Inputs
-from vmemory.models.hook import generation_setting
+from vmemory.models.hooks import generation_setting
 from vmemory.models.turn import cache_argument, cache_in
 
 
@@ -52,7 +52,7 @@ class PromptPrefix:
             still: Whether `seen` is still true; what another thread has changed meanwhile is not kept.
         """
         ids = inputs["input_ids"]
-        end = int((ids[0] == self.adapter.placeholder(self.model)).nonzero()[-1]) + 1
+        end = int((ids[0] == self.adapter.placeholder_id(self.model)).nonzero()[-1]) + 1
         key, kept = (*seen, ids[0, :end].tolist()), self._kept
         if kept is None or kept[0] != key:
             cut = {name: x[..., :end] if isinstance(x, Tensor) else x for name, x in inputs.items()}
@@ -68,7 +68,7 @@ class PromptPrefix:
         places = rest.get("position_ids")
         if places is not None:
             # the model keeps this between calls: it has to be this prompt's
-            self.adapter.located(self.model, places[1:, :, -1:].amax(0) + 1 - ids.shape[1])
+            self.adapter.set_rope_deltas(self.model, places[1:, :, -1:].amax(0) + 1 - ids.shape[1])
         cache = copy.deepcopy(kept[1])
         if rows > 1:
             cache.batch_repeat_interleave(rows)

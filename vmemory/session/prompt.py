@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vmemory.banks import MemoryTokens
 from vmemory.models.adapter import Adapter
-from vmemory.models.rewrite import with_text_row
+from vmemory.models.prompt import with_text_row
 
 # whole numbers that float32 tells apart
 _EXACT = 2**24
@@ -64,7 +64,7 @@ def text_ids(
     content = [{"type": adapter.modality}, {"type": "text", "text": text}]
     chat = [{"role": "user", "content": content}]
     written: str = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    token = tokenizer.convert_ids_to_tokens(adapter.placeholder(model))
+    token = tokenizer.convert_ids_to_tokens(adapter.placeholder_id(model))
     if written.count(token) != 1:
         raise ValueError(f"processor: expected a chat template that writes {token!r} once, got {written!r}")
     video = adapter.video_text([(h.time, len(h.cells)) for h in held], token, tail)
@@ -112,9 +112,9 @@ def positions(
     Raises:
         ValueError: Positions that float32, in which models rotate, cannot tell apart.
     """
-    if not adapter.three_rows:
+    if not adapter.uses_mrope:
         return None
-    visual = (ids[0] == adapter.placeholder(model)).tolist()
+    visual = (ids[0] == adapter.placeholder_id(model)).tolist()
     zero = 0 if origin is None else adapter.temporal_position(model, origin.frame, origin.time)
     after_sides = adapter.frame_text or _text_after_sides(model, adapter)
     rows: list[Tensor] = []
@@ -150,7 +150,11 @@ def positions(
 
 def _text_after_sides(model: Any, adapter: Adapter) -> bool:
     """Whether text after a video goes on from its sides; else from its last time. Upstream has changed it twice."""
-    config, merge, video = model.config, adapter.owner(model).visual.spatial_merge_size, adapter.placeholder(model)
+    config, merge, video = (
+        model.config,
+        adapter.feature_module(model).visual.spatial_merge_size,
+        adapter.placeholder_id(model),
+    )
     frames = 9
     ids = torch.tensor([[5, config.vision_start_token_id, *[video] * frames, config.vision_end_token_id, 5]])
     prompt = {

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from vmemory._attach import adapter_of, attached, base_of
-from vmemory.banks import BankFile, BankFileError, MemoryConfig, MemoryTokens, Retrieved, load
+from vmemory.banks import BankFile, BankFileError, MemoryTokens, Retrieved, load
+from vmemory.banks.config import ConfigLike, MemoryConfig
 from vmemory.banks.lock import MemoryLock, locked
 from vmemory.models.adapter import Clip, Encoded, Inputs, device_of, dtype_of, on_device
-from vmemory.models.hook import generation_setting
-from vmemory.models.memories import ConfigLike, Memory, MemoryFactory, is_factory
+from vmemory.models.hooks import generation_setting
+from vmemory.models.memories import Memory, MemoryFactory, is_factory
 from vmemory.ops._checks import check_choice, check_int
 from vmemory.session.checkpoint import SessionNotes, frame_size
 from vmemory.session.prefix import PromptPrefix
@@ -101,19 +102,22 @@ class VideoSession:
             raise ValueError(f"fps: expected more than 0, got {fps}")
         self.model: Any = base_of(model)
         self.adapter, self.processor = adapter_of(self.model), processor
-        self.config = MemoryConfig.of(getattr(self.model, "config", None) if config is None else config)
+        named = {"memory_policy": memory} if isinstance(memory, str) else {}
+        self.config = MemoryConfig.from_dict(getattr(self.model, "config", None) if config is None else config, **named)
+        # a memory that is in the model watches the stream where nobody asks for another
+        self._configured = config is not None or bool(named)
         self.memory: Memory | None = None
         self._factory: MemoryFactory | None = None
-        if isinstance(memory, str):
-            self.config = MemoryConfig.of({**self.config.written(), "memory_policy": memory})
-        elif memory is None or all(hasattr(memory, name) for name in ("push", "read", "mass")):
-            self.memory = cast("Memory | None", memory)
-        elif is_factory(memory):
-            self._factory = memory
-        else:
-            raise TypeError(f"memory: expected a policy's name, a bank, or a function that makes one, got {memory!r}")
-        # a memory that is in the model watches the stream where nobody asks for another
-        self._configured = config is not None or isinstance(memory, str)
+        if memory is not None and not isinstance(memory, str):
+            if all(hasattr(memory, name) for name in ("push", "read", "mass")):
+                self.memory = cast("Memory", memory)
+            elif is_factory(memory):
+                self._factory = memory
+            else:
+                raise TypeError(
+                    f"memory: expected a policy's name, a bank, or a function that makes one, got {memory!r}"
+                )
+        given = self.memory is not None or self._factory is not None or self._trained() is not None
         self.fps, self.frame_size, self.frame_tokens = fps, frame_size, frame_tokens
         self.time_origin, self.reuse_prefix = time_origin, reuse_prefix
         self.gate, self.on_push = gate, list(on_push)
@@ -126,7 +130,7 @@ class VideoSession:
         self._tail: Tensor | None = None
         self._output: Any = None
         self._pushes, self._step = 0, 0.0
-        self._short_stream = ShortStream(self.config.max_frames_before_compression)
+        self._short_stream = ShortStream(self.config.short_video(given))
         self._prefix = PromptPrefix(self.model, self.adapter)
         # held by whatever reads or changes what the session has; not while the model writes an answer
         self._lock = MemoryLock()
@@ -175,7 +179,7 @@ class VideoSession:
             raise ValueError("inputs: expected no frame that waits for its pair before ready inputs, got one")
         given = None if time is None else seconds_of(time)
         clip, output = self._one_video(self.adapter.encode(self.model, on_device(self.model, inputs)))
-        together = self.adapter.frames_together(self.model)
+        together = self.adapter.temporal_patch_size(self.model)
         seconds = [self._numbered(t * together) for t in range(len(clip.frames))] if given is None else given
         self._remember(clip, output, seconds)
         self._last = max([self._last, *seconds])
@@ -195,7 +199,7 @@ class VideoSession:
         # a camera may have changed its size meanwhile
         waiting = [(_resized(frame, pixels), t) for frame, t in self._waiting]
         frames = [*waiting, *zip(pixels, seconds, strict=True)]
-        together = self.adapter.frames_together(self.model)
+        together = self.adapter.temporal_patch_size(self.model)
         ready = len(frames) // together * together
         if ready:
             self._remember(*self._encoded(frames[:ready]))
@@ -221,7 +225,7 @@ class VideoSession:
     def _encoded(self, frames: list[tuple[Tensor, float]]) -> tuple[Clip, Any, list[float]]:
         """Encode whole groups of frames; a clip, the tower's output, and seconds a group. The first fix the size."""
         stack, times = torch.stack([frame for frame, _ in frames]), [t for _, t in frames]
-        together = self.adapter.frames_together(self.model)
+        together = self.adapter.temporal_patch_size(self.model)
         size = self.frame_size or self.adapter.frame_size(self.model, _size(stack), self.frame_tokens)
         clip, output = self._one_video(self.adapter.encode_frames(self.model, stack, self.processor, size))
         self.frame_size = size
@@ -271,15 +275,13 @@ class VideoSession:
         like: Inputs = {"device": clip.frames.device, "dtype": clip.frames.dtype, "key_dim": clip.key_dim}
         if self._factory is not None:
             return self._factory(dim=C, grid=(H, W), **like)
-        handle, config = attached(self.model), self.config
-        trained = None if handle is None else handle.memory
-        dual = config.memory_policy == "dual"
-        if trained is None or not hasattr(trained, "like") or (self._configured and not dual):
-            made: Memory = config.make(C, (H, W), **like)
+        trained, config = self._trained(), self.config
+        if trained is None:
+            made: Memory = config.build(C, (H, W), **like)
             return made
         # what was trained in the model is what watches the stream, in the dtype it was trained in
         like["dtype"] = torch.promote_types(clip.frames.dtype, dtype_of(trained))
-        if dual:
+        if config.policy == "dual":
             asked = {
                 "capacities": config.memory_capacities, "budget": config.memory_budget, "rule": config.memory_rule,
                 **config.memory_options,
@@ -288,6 +290,12 @@ class VideoSession:
         copied: Memory = trained.like((H, W), dim=C, **like)
         return copied
 
+    def _trained(self) -> Any:
+        """The memory with weights that is in the model, where it is to watch the stream, or None."""
+        handle = attached(self.model)
+        asked = self._configured and self.config.policy != "dual"
+        return None if handle is None or asked or not hasattr(handle.memory, "like") else handle.memory
+
     @contextmanager
     def _complete(self) -> Iterator[None]:
         """The frame that waits for its pair is in the memory, as if it came twice, for as long as the block lasts."""
@@ -295,7 +303,7 @@ class VideoSession:
             yield
             return
         if self._pair is None:
-            missing = self.adapter.frames_together(self.model) - len(self._waiting)
+            missing = self.adapter.temporal_patch_size(self.model) - len(self._waiting)
             clip, output, seconds = self._encoded([*self._waiting, *self._waiting[-1:] * missing])
             memory = self._fitting(clip)
             self._pair = self._chosen(clip, seconds)
@@ -398,7 +406,7 @@ class VideoSession:
         tokens = memory.tokens.to(dtype_of(self.model))
         if self._tail is not None:
             tokens = torch.cat([tokens, self._tail.to(tokens)])
-        places = int((ids == self.adapter.placeholder(self.model)).sum())
+        places = int((ids == self.adapter.placeholder_id(self.model)).sum())
         if places != len(tokens):
             raise ValueError(f"input_ids: expected {len(tokens)} placeholders for the memory's tokens, got {places}")
         features = {self.adapter.modality: self.adapter.pack(self._output, [tokens])}
@@ -421,7 +429,7 @@ class VideoSession:
         if text is not None:
             return text_ids(self.model, self.adapter, self._processor(), text, held, tail)
         assert ids is not None
-        placeholder = self.adapter.placeholder(self.model)
+        placeholder = self.adapter.placeholder_id(self.model)
         count = sum(len(h.cells) for h in held) + tail
         video = torch.full((count,), placeholder) if video_ids is None else video_ids(held)
         return ids_with_video(ids, placeholder, video)
@@ -648,7 +656,7 @@ class VideoSession:
                 raise ValueError(
                     f"holds what a model of type {notes.model_type!r} saw, got one of type {self._model_type!r}"
                 )
-            waiting = notes.frames_waiting(file.extra, self.adapter.frames_together(self.model))
+            waiting = notes.frames_waiting(file.extra, self.adapter.temporal_patch_size(self.model))
             short_stream = ShortStream.resumed(file.extra, notes.short_stream, device)
             output = self._checked(notes, memory, short_stream, file.extra)
         except ValueError as error:
@@ -696,7 +704,7 @@ class VideoSession:
     @torch.no_grad()
     def _blank(self, size: tuple[int, int]) -> tuple[Clip, Any]:
         """A blank frame's tokens, and the tower's output for it, which prompts imitate."""
-        frames = torch.zeros(self.adapter.frames_together(self.model), 3, *size, dtype=torch.uint8)
+        frames = torch.zeros(self.adapter.temporal_patch_size(self.model), 3, *size, dtype=torch.uint8)
         clips, output = self.adapter.encode_frames(self.model, frames, self.processor, size)
         return clips[0], output
 

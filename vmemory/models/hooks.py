@@ -14,20 +14,21 @@ from torch import Tensor, nn
 
 from vmemory.models.turn import Turn, cache_in, mark, turn_in
 
-HANDLE = "_vmemory"
+# where a model keeps the memory that is in it
+IN_MODEL = "_vmemory"
 _METHODS = "_vmemory_methods"
 _REPLICATE = "_replicate_for_data_parallel"
 
 
-class Rewrites(Protocol):
-    """What the hooks ask of the handle that lies in `model.__dict__`."""
+class Shrinks(Protocol):
+    """What the hooks call of the `PromptMemory` in a model."""
 
     undo: list[Any]
     config: Any
 
     def wants(self, inputs: dict[str, Any]) -> bool: ...
 
-    def shrunk(self, inputs: dict[str, Any], generating: bool) -> tuple[dict[str, Any], Turn]: ...
+    def shrink(self, inputs: dict[str, Any], generating: bool) -> tuple[dict[str, Any], Turn]: ...
 
     def check_copies(self, inputs: dict[str, Any]) -> None: ...
 
@@ -66,24 +67,24 @@ class Method:
         return inspect.signature(self.original())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if HANDLE not in self.model.__dict__:
+        if IN_MODEL not in self.model.__dict__:
             return self.original()(*args, **kwargs)
         return self.function(self.model, *args, **kwargs)
 
 
-def install_prompt_hook(model: nn.Module, handle: Rewrites) -> None:
+def install_prompt_hook(model: nn.Module, memory: Shrinks) -> None:
     """Hook `forward` and `generate` of one instance.
 
-    Everything is a function of the module that finds the handle through the model: copies of the model carry hooks of
+    Everything is a function of the module that finds the memory through the model: copies of the model carry hooks of
     their own. The hook runs in `__call__`, above whatever `forward` accelerate, Liger or a compiler left there.
     """
     before = model.register_forward_pre_hook(before_forward, with_kwargs=True)
     after = model.register_forward_hook(after_forward, with_kwargs=True)
-    handle.undo.append(partial(_remove_hooks, before=before.id, after=after.id))
-    install_methods(model, handle, {"generate": generate})
+    memory.undo.append(partial(_remove_hooks, before=before.id, after=after.id))
+    install_methods(model, memory, {"generate": generate})
 
 
-def install_methods(model: nn.Module, handle: Rewrites, functions: Mapping[str, Callable[..., Any]]) -> None:
+def install_methods(model: nn.Module, memory: Shrinks, functions: Mapping[str, Callable[..., Any]]) -> None:
     """Give one instance methods, each a module-level function of the model and the method's arguments.
 
     `original` finds the method that one of them replaces.
@@ -91,7 +92,7 @@ def install_methods(model: nn.Module, handle: Rewrites, functions: Mapping[str, 
     _put(
         model, {name: Method(function, model, name) for name, function in {**functions, _REPLICATE: replicate}.items()}
     )
-    handle.undo.append(_restore_methods)
+    memory.undo.append(_restore_methods)
 
 
 def _put(model: nn.Module, methods: dict[str, Method]) -> None:
@@ -104,7 +105,7 @@ def replicate(model: nn.Module) -> nn.Module:
     replica: nn.Module = original(model, _REPLICATE)()
     former: dict[str, Method] = model.__dict__[_METHODS]
     _put(replica, {name: method.moved(replica) for name, method in former.items()})
-    model.__dict__[HANDLE].moved(replica)
+    model.__dict__[IN_MODEL].moved(replica)
     return replica
 
 
@@ -145,14 +146,14 @@ _CALLS = _Calls()
 def before_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
     """The forward pre-hook."""
     _CALLS.open.pop(id(model), None)
-    handle: Rewrites = model.__dict__[HANDLE]
+    memory: Shrinks = model.__dict__[IN_MODEL]
     if args:
         names = list(inspect.signature(type(model).forward).parameters)[1:]
         inputs = {**dict(zip(names, args, strict=False)), **inputs}
-    if handle.wants(inputs):
-        new, turn = handle.shrunk(inputs, generating=False)
+    if memory.wants(inputs):
+        new, turn = memory.shrink(inputs, generating=False)
         place = None
-        if handle.config.memory_full_logits:
+        if memory.config.memory_full_logits:
             place, asked = turn.column, inputs.get("logits_to_keep", 0)
             chooses = "logits_to_keep" in inspect.signature(type(model).forward).parameters
             if chooses and (not isinstance(asked, int) or asked > 0):
@@ -160,7 +161,7 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, An
         _CALLS.open[id(model)] = turn, place
         return (), new
     before = turn_in(cache_in(inputs)[1])
-    return None if before is None else ((), handle.following(inputs, before))
+    return None if before is None else ((), memory.following(inputs, before))
 
 
 def after_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
@@ -202,19 +203,19 @@ def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any)
 
     As in the model's own there are no gradients, in the vision tower neither.
     """
-    handle: Rewrites = self.__dict__[HANDLE]
+    memory: Shrinks = self.__dict__[IN_MODEL]
     former = original(self, "generate")
     if inputs is not None:
         kwargs["input_ids"] = inputs
     cache = cache_in(kwargs)[1]
     turn = turn_in(cache)
     if turn is not None:
-        new = handle.continued(kwargs, turn)
-    elif handle.wants(kwargs):
-        new, turn = handle.shrunk(kwargs, generating=True)
+        new = memory.continued(kwargs, turn)
+    elif memory.wants(kwargs):
+        new, turn = memory.shrink(kwargs, generating=True)
         several = ("num_beams", "num_return_sequences")
         if max(generation_setting(self, _given(args, kwargs), name) or 1 for name in several) > 1:
-            handle.check_copies(new)
+            memory.check_copies(new)
     else:
         return former(*args, **kwargs)
     ids = kwargs["input_ids"]

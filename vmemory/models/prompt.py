@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vmemory.banks import MemoryConfig
 from vmemory.models.adapter import Adapter, Clip, Inputs, known_arguments
+from vmemory.models.compress_video import KeptVideo, compress_video
 from vmemory.models.frame_text import Span, close_gaps, dead_spans
-from vmemory.models.remember import Kept
 from vmemory.models.turn import Turn
 
 
-class Rewritten(NamedTuple):
+class CompressedPrompt(NamedTuple):
     """Inputs for the unchanged model, and what became of the prompt.
 
     Attributes:
@@ -22,22 +23,19 @@ class Rewritten(NamedTuple):
         keep: `[B, L]` bool, tokens of the old prompt that are in the new one.
         rope_deltas: `[B, 1]` int64 for models that keep them between calls, else None.
         turn: The old prompt beside the new one.
-        kept: Per video.
+        videos: What is kept of each video.
     """
 
     inputs: Inputs
     keep: Tensor
     rope_deltas: Tensor | None
     turn: Turn
-    kept: list[Kept]
+    videos: list[KeptVideo]
 
 
-Remember = Callable[[Iterator[Clip]], Kept]
-
-
-def rewrite(
-    model: nn.Module, adapter: Adapter, inputs: Inputs, remember: Remember, *, chunk: int | None, generating: bool
-) -> Rewritten:
+def compress_prompt(
+    model: nn.Module, adapter: Adapter, inputs: Inputs, config: MemoryConfig, memory: Any, *, generating: bool
+) -> CompressedPrompt:
     """Encode the videos of a prompt, let a memory reduce them, and shrink the prompt to what it kept.
 
     Nothing of the model is changed.
@@ -46,8 +44,8 @@ def rewrite(
         model: A model that takes `mm_encoder_outputs`.
         adapter: Of its family.
         inputs: Of `forward` or `generate`, with pixels and `input_ids [B, L]`.
-        remember: What becomes of a video, given piece by piece.
-        chunk: Frames the tower encodes at a time; None = all videos at once, as the model would.
+        config: Makes the memory where none is given; `memory_chunk_frames` at a time go through the tower.
+        memory: What reduces videos, or None.
         generating: For `generate`, which wants padding on the left and a text row on top of three-row positions.
 
     Raises:
@@ -58,7 +56,7 @@ def rewrite(
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(f"attention_mask: expected {tuple(ids.shape)}, got {tuple(mask.shape)}")
     located = adapter.positions(model, inputs) if inputs.get("position_ids") is None else None
-    kept, output = remembered(model, adapter, inputs, remember, chunk)
+    kept, output = _encoded(model, adapter, inputs, config, memory)
     keep, spans = keep_mask(ids, adapter, model, kept)
 
     new = {name: value for name, value in inputs.items() if name not in adapter.consumed}
@@ -90,16 +88,16 @@ def rewrite(
     read = new.get("attention_mask")
     read = torch.ones_like(new["input_ids"]) if read is None else read
     offset = None if located is None else _offset(positions, read)
-    return Rewritten(new, keep, deltas, Turn(ids, new["input_ids"], read, column, offset), kept)
+    return CompressedPrompt(new, keep, deltas, Turn(ids, new["input_ids"], read, column, offset), kept)
 
 
-def remembered(
-    model: nn.Module, adapter: Adapter, inputs: Inputs, remember: Remember, chunk: int | None
-) -> tuple[list[Kept], Any]:
-    """Each video of the inputs through the tower and a memory, and an output of the tower."""
-    if chunk is None:
+def _encoded(
+    model: nn.Module, adapter: Adapter, inputs: Inputs, config: MemoryConfig, memory: Any
+) -> tuple[list[KeptVideo], Any]:
+    """Run each video of the inputs through the tower and a memory; return what is kept, and an output of the tower."""
+    if config.memory_chunk_frames is None:
         clips, output = adapter.encode(model, inputs)
-        return [remember(iter([clip])) for clip in clips], output
+        return [compress_video(iter((clip,)), config, memory) for clip in clips], output
     last: list[Any] = []
 
     def encoded(pieces: Iterator[Inputs]) -> Iterator[Clip]:
@@ -108,31 +106,31 @@ def remembered(
             last[:] = [output]
             yield clips[0]
 
-    kept = [remember(encoded(pieces)) for pieces in adapter.pieces(model, inputs, chunk)]
-    return kept, last[0]
+    chunks = adapter.iter_chunks(model, inputs, config.memory_chunk_frames)
+    return [compress_video(encoded(pieces), config, memory) for pieces in chunks], last[0]
 
 
 def images(model: nn.Module, adapter: Adapter, inputs: Inputs) -> dict[str, Any]:
     """Pictures beside the videos: `forward` takes either pixels or features, so they are encoded here too."""
     if adapter.modality == "image" or inputs.get("pixel_values") is None:
         return {}
-    get = adapter.owner(model).get_image_features
+    get = adapter.feature_module(model).get_image_features
     return {"image": get(**known_arguments(get, inputs), return_dict=True)}
 
 
 def keep_mask(
-    ids: Tensor, adapter: Adapter, model: nn.Module, kept: list[Kept]
+    ids: Tensor, adapter: Adapter, model: nn.Module, kept: list[KeptVideo]
 ) -> tuple[Tensor, list[tuple[int, list[Span]]]]:
     """Tokens `[B, L]` that stay, and per row of a video the spans that went with frames that have none left."""
     L = ids.shape[1]
-    places = (ids.flatten() == adapter.placeholder(model)).nonzero().flatten()
-    wanted = sum(k.placeholders for k in kept)
+    places = (ids.flatten() == adapter.placeholder_id(model)).nonzero().flatten()
+    wanted = sum(k.tokens_before for k in kept)
     if len(places) != wanted:
         raise ValueError(f"input_ids: expected {wanted} placeholders for the videos' tokens, got {len(places)}")
     keep = torch.ones(ids.numel(), dtype=torch.bool, device=ids.device)
     at, spans = 0, []
     for k in kept:
-        mine = places[at : at + k.placeholders]
+        mine = places[at : at + k.tokens_before]
         at += len(mine)
         source, tail = k.source.to(ids.device), 0 if k.tail is None else k.tail.shape[0]
         if k.valid is not None:

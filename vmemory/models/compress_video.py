@@ -1,4 +1,4 @@
-"""What a memory makes of one video of a prompt."""
+"""Compress one video of a prompt: what a memory keeps of it, and whose places that takes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vmemory.banks import MemoryConfig
 from vmemory.models.adapter import Clip
 
 
-class Kept(NamedTuple):
+class KeptVideo(NamedTuple):
     """A video as the model gets to see it.
 
     Attributes:
@@ -32,32 +32,36 @@ class Kept(NamedTuple):
     tail: Tensor | None
 
     @property
-    def placeholders(self) -> int:
-        """Tokens the prompt held for the video."""
+    def tokens_before(self) -> int:
+        """Tokens that the prompt held for the video."""
         T, H, W = self.grid
         cells = T * H * W if self.valid is None else int(self.valid.sum())
         return cells + (0 if self.tail is None else self.tail.shape[0])
 
-    def provenance(self) -> Provenance:
-        """What is worth keeping of it: no tokens, no gradients."""
+    def summary(self) -> VideoTokens:
+        """Return what is worth keeping of it: no tokens, no gradients."""
         tail = 0 if self.tail is None else self.tail.shape[0]
-        return Provenance(self.source, self.grid, self.placeholders, self.source.shape[0] + tail)
+        return VideoTokens(self.source, self.grid, self.tokens_before, self.source.shape[0] + tail)
 
 
-class Provenance(NamedTuple):
-    """Where the tokens come from that stand for a video in a prompt.
+class VideoTokens(NamedTuple):
+    """The tokens that stand for a video in a prompt, and where they come from.
 
-    `source [N]` int64 and `grid` as in `Kept`; `placeholders` the prompt held before, `tokens` it holds now.
+    Attributes:
+        source: `[N]` int64, sorted and unique: the token of the flattened `T·H·W` grid whose place each one takes.
+        grid: The (T, H, W) of the video.
+        tokens_before: Tokens of the video in the caller's prompt.
+        tokens_after: Tokens of the video that the model reads.
     """
 
     source: Tensor
     grid: tuple[int, int, int]
-    placeholders: int
-    tokens: int
+    tokens_before: int
+    tokens_after: int
 
 
-def remember(pieces: Iterator[Clip], config: MemoryConfig, memory: Any = None) -> Kept:
-    """What a memory makes of one video, given in pieces of some frames each.
+def compress_video(pieces: Iterator[Clip], config: MemoryConfig, memory: Any = None) -> KeptVideo:
+    """Return what a memory keeps of one video, given in pieces of some frames each.
 
     Where `config` makes the memory and no gradient is wanted, it takes each piece in as it comes, and what it does not
     keep is forgotten: the bytes held do not grow with the video. Else the pieces are joined first.
@@ -71,16 +75,16 @@ def remember(pieces: Iterator[Clip], config: MemoryConfig, memory: Any = None) -
     first = next(pieces)
     second = next(pieces, None)
     if second is None:
-        return compressed(first, config, memory)
+        return _at_once(first, config, memory)
     if memory is not None or (torch.is_grad_enabled() and first.frames.requires_grad):
-        return compressed(joined([first, second, *pieces]), config, memory)
+        return _at_once(_joined([first, second, *pieces]), config, memory)
     return _streamed(first, second, pieces, config)
 
 
-def _streamed(first: Clip, second: Clip, rest: Iterator[Clip], config: MemoryConfig) -> Kept:
+def _streamed(first: Clip, second: Clip, rest: Iterator[Clip], config: MemoryConfig) -> KeptVideo:
     H, W, C = first.frames.shape[1:]
-    kind, short = first.frames.dtype, config.max_frames_before_compression
-    bank = config.make(C, (H, W), key_dim=first.key_dim, device=first.frames.device, dtype=kind)
+    kind, short = first.frames.dtype, config.short_video()
+    bank = config.build(C, (H, W), key_dim=first.key_dim, device=first.frames.device, dtype=kind)
     early: list[Clip] = []
     valid: list[Tensor] = []
     length = 0
@@ -90,10 +94,10 @@ def _streamed(first: Clip, second: Clip, rest: Iterator[Clip], config: MemoryCon
         early = [*early, clip] if length <= short else []
         valid += [] if clip.valid is None else [clip.valid]
     if early:
-        return untouched(joined(early))
+        return _untouched(_joined(early))
     made = bank.read()
     whole = torch.cat(valid) if valid else None
-    return Kept(made.tokens.to(kind), placed(made.source, whole), (length, H, W), whole, clip.tail)
+    return KeptVideo(made.tokens.to(kind), placed(made.source, whole), (length, H, W), whole, clip.tail)
 
 
 def _chained(first: Clip, second: Clip, rest: Iterator[Clip]) -> Iterator[Clip]:
@@ -102,11 +106,11 @@ def _chained(first: Clip, second: Clip, rest: Iterator[Clip]) -> Iterator[Clip]:
     yield from rest
 
 
-def compressed(clip: Clip, config: MemoryConfig, memory: Any = None) -> Kept:
-    """A whole video through a memory's `compress`, which passes gradients."""
+def _at_once(clip: Clip, config: MemoryConfig, memory: Any = None) -> KeptVideo:
+    """Compress a whole video by the memory's `compress`, which passes gradients."""
     T, H, W, C = clip.frames.shape
-    if config.max_frames_before_compression >= T:
-        return untouched(clip)
+    if config.short_video(given=memory is not None) >= T:
+        return _untouched(clip)
     like: dict[str, Any] = {"key_dim": clip.key_dim, "dtype": clip.frames.dtype}
     if memory is None:
         memory = _planner(config, C, (H, W), **like)
@@ -114,11 +118,11 @@ def compressed(clip: Clip, config: MemoryConfig, memory: Any = None) -> Kept:
         memory = memory(dim=C, grid=(H, W), device=clip.frames.device, **like)
     made = memory.compress(clip.frames, clip.time, valid=clip.valid)
     source = placed(made.source, clip.valid)
-    return Kept(made.tokens.to(clip.frames.dtype), source, (T, H, W), clip.valid, clip.tail)
+    return KeptVideo(made.tokens.to(clip.frames.dtype), source, (T, H, W), clip.valid, clip.tail)
 
 
 def placed(source: Tensor, valid: Tensor | None) -> Tensor:
-    """The cells `[N]` that tokens `source [N]` take among those that exist, in order, each its own.
+    """Return the cells `[N]` that tokens `source [N]` take among those that exist, in order, each its own.
 
     A pooled or merged token may stand for a cell that does not exist: it takes the next that does, of its own frame
     where that has one left.
@@ -149,20 +153,20 @@ def placed(source: Tensor, valid: Tensor | None) -> Tensor:
 @lru_cache(maxsize=16)
 def _planner(config: MemoryConfig, dim: int, grid: tuple[int, int], key_dim: int, dtype: torch.dtype) -> Any:
     """A memory that holds nothing and only compresses; what it knows of its tiers is worth keeping between prompts."""
-    return config.make(dim, grid, key_dim=key_dim, device="meta", dtype=dtype)
+    return config.build(dim, grid, key_dim=key_dim, device="meta", dtype=dtype)
 
 
-def untouched(clip: Clip) -> Kept:
-    """A video as it came."""
+def _untouched(clip: Clip) -> KeptVideo:
+    """Keep a video as it came."""
     T, H, W, C = clip.frames.shape
     tokens, source = clip.frames.reshape(-1, C), torch.arange(T * H * W, device=clip.frames.device)
     if clip.valid is not None:
         source = source[clip.valid.flatten()]
         tokens = tokens[source]
-    return Kept(tokens, source, (T, H, W), clip.valid, clip.tail)
+    return KeptVideo(tokens, source, (T, H, W), clip.valid, clip.tail)
 
 
-def joined(clips: list[Clip]) -> Clip:
-    """Pieces of one video as one; times that start over in each piece are lost."""
+def _joined(clips: list[Clip]) -> Clip:
+    """Join the pieces of one video; times that start over in each piece are lost."""
     valid = None if clips[0].valid is None else torch.cat([c.valid for c in clips if c.valid is not None])
     return Clip(torch.cat([c.frames for c in clips]), clips[0].key_dim, valid, clips[-1].tail)

@@ -9,10 +9,10 @@ from typing import Any, ClassVar, NoReturn
 from torch import nn
 
 from vmemory.models.adapter import Adapter, Inputs
-from vmemory.models.hook import HANDLE, install_methods, original
+from vmemory.models.hooks import IN_MODEL, install_methods, original
 
 
-class InsideAdapter(Adapter):
+class RemoteCodeAdapter(Adapter):
     """Remote code: recognised by its methods, of which some are replaced in one instance.
 
     Attributes:
@@ -46,9 +46,9 @@ class InsideAdapter(Adapter):
         if taken:
             raise ValueError(f"model: expected no {', '.join(taken)} of its own, got {type(model).__name__} with")
 
-    def install(self, model: nn.Module, handle: Any) -> None:
+    def install(self, model: nn.Module, memory: Any) -> None:
         there = {name: function for name, function in self.functions.items() if hasattr(model, name)}
-        install_methods(model, handle, {**there, **self.added})
+        install_methods(model, memory, {**there, **self.added})
 
     def encode(self, model: nn.Module, inputs: Inputs) -> NoReturn:
         raise ValueError(
@@ -64,6 +64,6 @@ def arguments_of(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dic
     return {**given, **signature.bind(*args, **kwargs).arguments}
 
 
-def handle_of(model: nn.Module) -> Any:
-    """The handle that `attach` left in the model."""
-    return model.__dict__[HANDLE]
+def prompt_memory_of(model: nn.Module) -> Any:
+    """Return the `PromptMemory` that `attach` left in the model."""
+    return model.__dict__[IN_MODEL]

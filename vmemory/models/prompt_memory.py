@@ -1,0 +1,122 @@
+"""A memory at work in a model: it takes the videos of each prompt and gives the model a shorter one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from vmemory.banks import MemoryConfig
+from vmemory.models.adapter import Adapter, Clip, Inputs, check_copies
+from vmemory.models.compress_video import KeptVideo, VideoTokens, compress_video
+from vmemory.models.hooks import IN_MODEL
+from vmemory.models.prompt import CompressedPrompt, compress_prompt
+from vmemory.models.turn import Turn, cache_in, tokens_in
+
+
+class PromptMemory:
+    """What lies in `model.__dict__` while a memory is in the model; hooks and replaced methods call it.
+
+    Attributes:
+        model: The model it is in.
+        adapter: What is known of the model's family.
+        given: What reduces videos; None = a memory that `config` makes for each video's grid.
+        config: The settings.
+        enabled: Off lets everything pass untouched.
+        last_prompt: What became of each video of the last prompt.
+        undo: Functions of the model that take out what was put in.
+        handle: The handle that `attach` returned.
+    """
+
+    def __init__(self, model: nn.Module, adapter: Adapter, memory: Any, config: MemoryConfig) -> None:
+        self.model, self.adapter, self.given, self.config = model, adapter, memory, config
+        self.enabled = config.enable_memory_bank
+        self.last_prompt: list[VideoTokens] = []
+        self.undo: list[Callable[[nn.Module], None]] = []
+        self.handle: Any = None
+
+    @property
+    def memory(self) -> Any:
+        """What reduces videos now: `given`, or what others (PEFT's `modules_to_save`) put around it in the model."""
+        given = self.given
+        if not isinstance(given, nn.Module) or self.model.__dict__.get(IN_MODEL) is not self:
+            return given
+        return self.model.vmemory if self.adapter.trainable_module(given) is given else given
+
+    def moved(self, replica: nn.Module) -> None:
+        """Put the memory into a replica of the model the way it is in the model."""
+        other = copy.copy(self)
+        other.model, other.adapter, other.last_prompt, other.undo = replica, copy.copy(self.adapter), [], []
+        other.handle = type(self.handle)(other)
+        replica.__dict__[IN_MODEL] = other
+
+    def wants(self, inputs: Inputs) -> bool:
+        """Whether these inputs hold a video for the memory.
+
+        Raises:
+            ValueError: They do, without ids, with a cache that holds something, or with speech to come.
+        """
+        if not self.enabled or inputs.get(self.adapter.pixels) is None:
+            return False
+        if inputs.get("input_ids") is None:
+            raise ValueError(f"input_ids: expected ids beside {self.adapter.pixels}, got none")
+        self.check_cache(*cache_in(inputs))
+        if self.adapter.generates_audio and inputs.get("output_hidden_states"):
+            raise ValueError(
+                "output_hidden_states: expected False with a memory, got True; speech is made from the hidden states "
+                "of the whole prompt (return_audio=False)"
+            )
+        return True
+
+    def check_cache(self, name: str, cache: Any) -> None:
+        """Raise ValueError where a cache already holds something."""
+        held = tokens_in(cache)
+        if held > 0:
+            raise ValueError(
+                f"{name}: expected an empty cache with a new video, got one of {held} "
+                "tokens; vmemory.VideoSession takes frames in one after the other"
+            )
+
+    def compress_video(self, pieces: Iterator[Clip]) -> KeptVideo:
+        """Return what the memory keeps of one video, given piece by piece."""
+        return compress_video(pieces, self.config, self.memory)
+
+    def compress_prompt(self, inputs: Inputs, generating: bool) -> CompressedPrompt:
+        """Return the prompt that the model reads instead, and what became of its videos; the model is not changed."""
+        return compress_prompt(self.model, self.adapter, inputs, self.config, self.memory, generating=generating)
+
+    def shrink(self, inputs: Inputs, generating: bool) -> tuple[Inputs, Turn]:
+        """Return the inputs for the model, beside what was given; the model is told where its prompt ends."""
+        new = self.compress_prompt(inputs, generating)
+        self.record(new.videos)
+        self.adapter.set_rope_deltas(self.model, new.rope_deltas)
+        return new.inputs, new.turn
+
+    def record(self, videos: list[KeptVideo]) -> None:
+        """Keep what became of the videos of a prompt."""
+        self.last_prompt = [video.summary() for video in videos]
+
+    def check_copies(self, inputs: Inputs) -> None:
+        """Raise ValueError where beams or several answers would see other videos than their row's."""
+        check_copies(self.model, inputs)
+
+    def continued(self, inputs: Inputs, turn: Turn) -> Inputs:
+        """Return inputs of `generate` on top of a cache whose prompt has shrunk; videos given again are in it already.
+
+        Raises:
+            ValueError: They do not begin with that prompt, or hold a new video.
+        """
+        if inputs.get("input_ids") is None:
+            raise ValueError("input_ids: expected ids beside a cache that holds a prompt with its videos, got none")
+        known = {name: value for name, value in inputs.items() if name not in self.adapter.consumed}
+        ids = (getattr(self.model.config, f"{kind}_token_id", None) for kind in ("image", "video"))
+        held = tokens_in(cache_in(inputs)[1])
+        new = turn.continued(known, held, [int(token) for token in ids if token is not None])
+        self.adapter.set_rope_deltas(self.model, turn.offset)
+        return new
+
+    def following(self, inputs: Inputs, turn: Turn) -> Inputs:
+        """Return inputs of `forward`, the tokens that follow such a cache."""
+        return turn.following(inputs, tokens_in(cache_in(inputs)[1]))
