@@ -33,7 +33,11 @@ def test_rewrite(measure, family):
 
         def ours(ids):
             left = iter(kept)
-            with mock.patch.object(prompt, "compress_video", lambda *_: next(left)):
+
+            def held(*_):
+                return next(left)
+
+            with mock.patch.object(prompt, "compress_video", held):
                 given = {**inputs, "input_ids": ids}
                 return prompt.compress_prompt(model, adapter, given, handle.config, None, generating=True)
 
