@@ -17,7 +17,7 @@ from vmemory.ops.select_tokens import Selection, select_tokens
 class TokenDifference(nn.Module):
     """Drop tokens that repeat the token at the same position of the previous frame.
 
-    What stays is set by a threshold, by an exact count, or by the share of each frame that goes.
+    A threshold, an exact count, or the dropped share of each frame determines the kept tokens.
 
     The difference of a token is 1 − cosine of the features, or the mean absolute difference of the pixels under the
     token in grey levels. In the first frame it is infinite. A difference of NaN counts as the largest, so such a token
@@ -30,12 +30,12 @@ class TokenDifference(nn.Module):
             fraction of the clip's tokens (a float in (0, 1], rounded down, but at least one frame's tokens). See
             `count`.
         drop: Drop this share of each frame's tokens, rounded down: those that differ least, the later of equals. A
-            number in [0, 1]. Tokens without a token before them stay and do not count.
+            number in [0, 1]. Tokens without a predecessor stay and do not count.
         min_tokens: With a threshold, a frame that would keep fewer tokens keeps its first `min_tokens` cells.
         key_dim: The cosine looks at the first `key_dim` channels; None = all.
 
     Raises:
-        TypeError, ValueError: Not one of `threshold`, `budget` and `drop` alone is given, or an argument does not fit.
+        TypeError, ValueError: Not exactly one of `threshold`, `budget`, `drop` is given, or an argument does not fit.
 
     Source: TimeChat-Online (arXiv 2504.17343), differential token drop, which drops above a cosine of 0.5 (threshold
     0.5 here; `drop` is its relative mode); Efficient Video Sampling (arXiv 2510.14624), which keeps a fraction.
@@ -164,7 +164,7 @@ class TokenDifference(nn.Module):
         return stay[0] if tokens.dim() == 4 else stay
 
     def _staying(self, difference: Tensor, there: Tensor | None, begins: bool) -> Tensor:
-        """`[S, T, N]` bool by threshold or share, where the stream `begins` with this clip or not."""
+        """Return `[S, T, N]` bool by threshold or share; `begins` tells whether the stream begins with this clip."""
         if self.drop is not None:
             return self._but_the_least(self.drop, difference, there, begins)
         assert self.threshold is not None
@@ -184,7 +184,7 @@ class TokenDifference(nn.Module):
         compared = exists & before
         n = compared.sum(-1, keepdim=True)
         staying = n - (n.double() * drop).long()
-        # those that are not compared come last, so that a rank counts compared ones alone; NaN sorts as the largest
+        # tokens without a comparison sort last, so that ranks count compared tokens only; NaN sorts as the largest
         order = torch.where(compared, difference, -torch.inf).sort(dim=-1, descending=True, stable=True).indices
         return exists & (~compared | (order.argsort(-1) < staying))
 

@@ -1,4 +1,4 @@
-"""Evaluation: features computed once, how well a memory finds a moment again, frozen slots, text-video retrieval."""
+"""Evaluation: cached features, localisation of moments, frozen slots, text-video retrieval."""
 
 from vmemory.eval.features import Features, video_features
 from vmemory.eval.localization import hit_rate, localize

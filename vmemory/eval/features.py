@@ -1,4 +1,4 @@
-"""Token grids of a whole video, encoded once and kept on disk."""
+"""Encode the token grids of a whole video once, and cache them on disk."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from vmemory.sources import Frame, FrameSource, SourceError
 
 
 class Features(NamedTuple):
-    """Tokens `[N, h, w, D]` float16 of a video's frames, their times `[N]` float64 in seconds, and the
-    source's warning if the video was damaged."""
+    """Tokens `[N, h, w, D]` float16 of a video, times `[N]` float64 in seconds, and the source's warning if damaged."""
 
     tokens: Tensor
     time: Tensor
     warning: str | None
 
     def pooled(self) -> Tensor:
-        """Mean token of each frame, `[N, D]` float32."""
+        """Return the mean token of each frame, `[N, D]` float32."""
         return self.tokens.mean((1, 2), dtype=torch.float32)
 
 
@@ -40,7 +39,7 @@ def video_features(
     cache: str | Path | None = None,
     progress: bool = True,
 ) -> Features:
-    """Encode the frames of a video file, or read them from the cache if the same was encoded before.
+    """Encode the frames of a video file, or read them from the cache.
 
     The cache holds one safetensors file for each content of the file (SHA-256), sampling and encoder. At 81
     tokens of 1,280 channels a frame takes 207 kB. The whole result is in memory while it is encoded.

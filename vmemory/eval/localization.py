@@ -1,4 +1,4 @@
-"""Finding a moment again: an image query against a memory whose entries carry times."""
+"""Localise a moment: search an image in a memory whose entries have times."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def localize(queries: Tensor, entries: Tensor, time: Tensor, mean: Tensor | None = None) -> Tensor:
-    """Time `[Q]` float64 of the entry most similar to each query, by cosine about a mean.
+    """Return the time `[Q]` float64 of the entry most similar to each query, by cosine about a mean.
 
     Args:
         queries: `[Q, D]`.
@@ -29,14 +29,14 @@ def localize(queries: Tensor, entries: Tensor, time: Tensor, mean: Tensor | None
         raise ValueError(f"time: expected [M] with M = {len(entries)} > 0, got {list(time.shape)}")
     origin = entries.float().mean(0) if mean is None else mean.float()
     similarity = F.normalize(queries.float() - origin, dim=-1) @ F.normalize(entries.float() - origin, dim=-1).T
-    # argmax promises no order between equal values
+    # argmax guarantees no order among equal values
     slots = torch.arange(len(entries)).expand_as(similarity)
     best = slots.where(similarity == similarity.amax(1, keepdim=True), len(entries)).amin(1)
     return time.double()[best]
 
 
 def hit_rate(found: Tensor, truth: Sequence[float] | Tensor, tolerance: float) -> float:
-    """Share of `found` `[Q]` seconds within `tolerance` seconds of `truth` `[Q]`."""
+    """Return the share of `found` `[Q]` seconds within `tolerance` seconds of `truth` `[Q]`."""
     wanted = torch.as_tensor(truth, dtype=torch.float64)
     if found.shape != wanted.shape or found.dim() != 1 or len(wanted) == 0:
         raise ValueError(f"found: expected {list(wanted.shape)}, at least one, got {list(found.shape)}")

@@ -1,4 +1,4 @@
-"""Whether an episodic memory goes on learning or freezes: where the overwrites of its slots fall."""
+"""Measure whether an episodic memory freezes, by the distribution of overwrites over its slots."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vmemory.banks.dual_rules import RULES
 
 
 class Overwrites(NamedTuple):
-    """How the overwrites of an episodic memory fell on its M slots.
+    """The distribution of overwrites over the M slots of an episodic memory.
 
-    bits: Entropy of where they fell, 0 = one slot only, log2(M) at most; NaN where nothing was overwritten.
+    bits: Entropy of the distribution, from 0 (one slot only) to log2(M); NaN without overwrites.
     untouched: Slots that were never overwritten, out of `slots`.
-    times: Overwrites in all.
-    held: Numbers of the frames held in the end.
+    times: Number of overwrites.
+    held: Numbers of the frames held at the end.
     """
 
     bits: float
@@ -38,9 +38,9 @@ def compare_overwrites(
     weights: Mapping[str, Tensor] | None = None,
     seed: int = 0,
 ) -> dict[str, Overwrites]:
-    """Run a clip through a `DualMemory` of each rule, with equal weights, and tell where overwrites fell.
+    """Push a clip into a `DualMemory` of each rule, with equal weights, and return the distributions of overwrites.
 
-    With the rule of VLM² a fused frame is most like the slot that was written last, and that slot alone is overwritten.
+    By the rule of VLM² a fused frame is most similar to the slot written last, so only this slot is overwritten.
 
     Args:
         frames: `[T, H, W, D]` features, oldest first.

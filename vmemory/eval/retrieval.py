@@ -1,4 +1,4 @@
-"""Text-video retrieval: one embedding a video, similarities with texts, and how high the right one ranks."""
+"""Text-video retrieval: video embeddings, similarities with texts, and ranks of the right answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmemory.ops._checks import check_device, check_floating, check_int, check_t
 
 
 class Ranking(NamedTuple):
-    """How high the right answer ranks, over all queries of one direction.
+    """Ranks of the right answers over all queries of one direction.
 
     Attributes:
         recall: Share of the queries with the right answer among the first K, in [0, 1], by K.
@@ -30,17 +30,17 @@ class Ranking(NamedTuple):
 
 
 class RetrievalResult(NamedTuple):
-    """Both directions: the videos ranked for a text, and the texts ranked for a video."""
+    """Rankings of both directions: videos for a text, and texts for a video."""
 
     text_to_video: Ranking
     video_to_text: Ranking
 
 
 def pool_frames(frames: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One embedding a video: the mean of its frames' directions.
+    """Return one embedding per video: the mean of its frames' directions.
 
     Args:
-        frames: `[B, T, E]` floating, T at least 1; what stands at padding is not read.
+        frames: `[B, T, E]` floating, T at least 1; padding is not read.
         mask: `[B, T]` bool, frames that exist; None = all.
 
     Returns:
@@ -68,7 +68,7 @@ def pool_frames(frames: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _directions(x: Tensor) -> Tensor:
-    # in float16 the bound that keeps a row of zeros from becoming NaN would round to 0
+    # in float16 the lower bound of the norm, which keeps a row of zeros from NaN, rounds to 0
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
 
@@ -96,11 +96,11 @@ class RetrievalHead(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
     def forward(self, text: Tensor, frames: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Similarity `[Q, B]` of every text with every video, float32 (float64 for float64 frames).
+        """Return similarities `[Q, B]` of every text with every video, float32 (float64 for float64 frames).
 
         Args:
             text: `[Q, E]` floating, any norm.
-            frames: `[B, T, E]` floating, T at least 1; what stands at padding is not read.
+            frames: `[B, T, E]` floating, T at least 1; padding is not read.
             mask: `[B, T]` bool, frames that exist; None = all. A video without one scores 0.
 
         Raises:
@@ -119,10 +119,10 @@ class RetrievalHead(nn.Module):
 def retrieval_scores(
     similarity: Tensor, video: Tensor | None = None, ks: Sequence[int] = (1, 5, 10)
 ) -> RetrievalResult:
-    """R@K, median and mean rank of both directions.
+    """Compute R@K, median and mean rank of both directions.
 
     A rank is 1 + the number of answers that score higher, or as high with a lower index. Where several texts describe
-    a video, its rank among texts is that of the best of them; videos that no text describes are not asked for.
+    a video, its rank among texts is that of the best of them; videos without a text are not queries.
 
     Args:
         similarity: `[Q, B]` floating, of every text with every video; Q and B at least 1.
@@ -131,7 +131,7 @@ def retrieval_scores(
 
     Raises:
         TypeError: An argument is of the wrong kind.
-        ValueError: Shape, dtype or values as above not met; a NaN in `similarity`, whose rank would be chance.
+        ValueError: Unsupported shape, dtype or values, or a NaN in `similarity`.
 
     Source: the metrics of MSR-VTT retrieval as in CLIP4Clip (arXiv 2104.08860).
     """
@@ -163,7 +163,7 @@ def retrieval_scores(
 
 
 def _ranks(scores: Tensor, right: Tensor) -> Tensor:
-    """Rank from 1 of column `right[i]` in row i."""
+    """Return the rank, from 1, of column `right[i]` in row i."""
     own = scores.gather(1, right[:, None])
     earlier = torch.arange(scores.shape[1], device=scores.device) < right[:, None]
     return 1 + ((scores > own) | ((scores == own) & earlier)).sum(1)

@@ -1,4 +1,4 @@
-"""Memories to compare, and what of them is looked up."""
+"""Memories to compare, and the vectors that searches use."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ CALIBRATION = 60.0
 class Setup(NamedTuple):
     """A memory in a comparison.
 
-    policy: a key of `vmemory.banks.POLICIES`, or `"unbounded"`; rule: as in `video_bank`; keep: tokens a side of its
-    entries, None = of several sizes; calibrated: tokens enter minus the mean token of the video's first minute; dtype:
-    what tokens are stored in.
+    policy: a key of `vmemory.banks.POLICIES`, or `"unbounded"`; rule: as in `video_bank`; keep: tokens per side of its
+    entries, None = several sizes; calibrated: the mean token of the video's first minute is subtracted from all tokens;
+    dtype: storage dtype of tokens.
     """
 
     policy: str
@@ -33,13 +33,13 @@ class Setup(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How it is called where all are calibrated, without the dtype."""
+        """The memory's name among calibrated ones, without the dtype."""
         parts = [self.policy, self.rule if self.rule != "paper" else None]
         parts += [None if self.keep is None else f"{self.keep}×{self.keep}"]
         return ", ".join(part for part in parts if part)
 
     def bank(self, side: int, dim: int, *, entries: int | None = None, budget: str | int | None = None) -> Memory:
-        """The empty memory for tokens `[side, side, dim]`."""
+        """Return the empty memory for tokens `[side, side, dim]`."""
         dtype = getattr(torch, self.dtype) if self.dtype.startswith("float") else self.dtype
         return video_bank(
             self.policy, side, dim, rule=self.rule, entries=entries, budget=budget, dtype=dtype, keep=self.keep
@@ -47,17 +47,17 @@ class Setup(NamedTuple):
 
 
 def single_size(side: int) -> tuple[int, ...]:
-    """Tokens a side that memories of one size are compared with: a third of the frame's, and all."""
+    """Return the compared tokens per side for entries of one size: a third of the frame's, and all."""
     return (side // 3, side) if side % 3 == 0 else (side,)
 
 
 def setups(side: int, dtype: str = "float16", *, rules: bool = True) -> list[Setup]:
-    """Every policy but the dual memory, calibrated, at every size of entries.
+    """Return every policy except the dual memory, calibrated, at every size of entries.
 
     Args:
-        side: Tokens a side of the frames.
-        dtype: What tokens are stored in; in few bits the rules whose reduction moves a frame's mean are left out.
-        rules: All rules of the hierarchical memory, else the paper's alone.
+        side: Tokens per side of the frames.
+        dtype: Storage dtype of tokens; int8 and int4 exclude the rules whose pooling changes a frame's mean.
+        rules: Include all rules of the hierarchical memory, otherwise the paper's only.
     """
     others = ("videochat-online", "all-pairs") if rules and dtype.startswith("float") else ()
     found = [Setup("hierarchical", rule, dtype=dtype) for rule in ("paper", *others)]
@@ -67,15 +67,15 @@ def setups(side: int, dtype: str = "float16", *, rules: bool = True) -> list[Set
 
 
 def origin_of(features: Features) -> Tensor:
-    """Mean token `[D]` of the first minute."""
+    """Return the mean token `[D]` of the first minute."""
     return features.pooled()[features.time < CALIBRATION].mean(0)
 
 
 def watch(bank: Memory, features: Features, origin: Tensor | None) -> list[float]:
-    """Push every frame by itself, minus `origin`; the seconds each took."""
+    """Push frames one by one, minus `origin`; return the seconds of each push."""
     kind = bank.working_tokens.dtype if isinstance(bank, DualMemory) else features.tokens.dtype
     threads, seconds = torch.get_num_threads(), []
-    # one frame is too little to share out, and on a busy machine the threads would measure each other
+    # one frame is too little work for several threads, whose waiting would be measured on a busy machine
     torch.set_num_threads(1)
     try:
         for i in range(len(features.time)):
@@ -90,16 +90,16 @@ def watch(bank: Memory, features: Features, origin: Tensor | None) -> list[float
 
 
 def keys_of(bank: Memory, memory: MemoryTokens) -> Tensor:
-    """What searches look at, `[n, D]` float32: each entry's mean token.
+    """Return the search keys `[n, D]` float32: the mean token of each entry.
 
-    Of a bank in 8 or 4 bits it is the mean of the tokens it gives back, so that what rounding costs is seen.
+    For a bank in 8 or 4 bits it is the mean of the dequantised tokens, to include the rounding error.
     """
     entries = bank.entries()
     return means(memory, entries.frame) if not isinstance(bank, DualMemory) and bank.quantized else entries.descriptor
 
 
 def means(memory: MemoryTokens, frames: Tensor) -> Tensor:
-    """Mean token `[n, D]` of each entry, from its tokens."""
+    """Return the mean token `[n, D]` of each entry, computed from its tokens."""
     entry = torch.searchsorted(frames.contiguous(), memory.frame)
     sums = memory.tokens.new_zeros((len(frames), memory.tokens.shape[1])).index_add(0, entry, memory.tokens)
     return sums / torch.bincount(entry, minlength=len(frames))[:, None]

@@ -1,7 +1,7 @@
-"""Trailer localisation: pictures from a trailer, and the question when in the film they are.
+"""Trailer localisation: find the time in a film of pictures from its trailer.
 
-Frames of Big Buck Bunny's trailer (titles, fades and a sepia tone on top) are looked up in memories that watched the
-whole film; the published edit list of the trailer knows every answer.
+Frames of Big Buck Bunny's trailer (with titles, fades and a sepia tone) are searched in memories that watched the whole
+film. The published edit list of the trailer gives the true times.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from vmemory.eval.setups import Setup, keys_of, origin_of, setups, watch
 from vmemory.search.held import Memory
 from vmemory.search.similar import centred_search
 
-# seconds: how far off an answer may be, and the longest merged span that counts as an answer at all
+# seconds: the largest error of an answer, and the longest merged span that counts as an answer
 TOLERANCE = 2.0
 LONGEST_SPAN = 20.0
 # seconds around a cut of the trailer without questions: its fades are black
@@ -29,13 +29,16 @@ FADE = 0.25
 ENTRIES = (64, 128, 256)
 BUDGETS = ("4MiB", "8MiB", "16MiB", "32MiB")
 DTYPES = ("float16", "int8", "int4")
-# entries of the dual memory, whose weights nobody trained; it takes as long as all others together
+# entries of the untrained dual memory; it takes as long as all others together
 DUAL_ENTRIES = 128
 
 
 class Queries(NamedTuple):
-    """Pictures with a known place: pooled tokens `[Q, D]` float32, true seconds `[Q]`, how far off an answer may be
-    and the longest span that counts as one, in seconds."""
+    """Pictures with known times.
+
+    Pooled tokens `[Q, D]` float32, true seconds `[Q]`, the largest error of an answer and the longest span that counts
+    as one, in seconds.
+    """
 
     pooled: Tensor
     truth: Tensor
@@ -44,21 +47,21 @@ class Queries(NamedTuple):
 
 
 class Score(NamedTuple):
-    """How well a memory finds moments again.
+    """Results of a memory in the localisation of moments.
 
     Attributes:
         setup: The memory.
         asked: Number of queries.
-        hits: Answers whose own time is within the tolerance of the truth, or whose span contains it; an entry whose
+        hits: Answers whose time is within the tolerance of the truth, or whose span contains the truth; an entry whose
             span is too long is a miss.
-        exact: Answers with |truth − entry time| + length of its span <= the tolerance: a long span gains nothing.
+        exact: Answers with |truth − entry time| + length of its span <= the tolerance, so a long span has no advantage.
         error: Median of |truth − entry time| over all queries, seconds.
-        detail: What is left of the moment: mean cosine, over queries and cells, of the answer's tokens (each in the
-            place of all cells it stands for) with those of the true frame, both about the calibration's origin.
-        nbytes: Bytes the memory holds.
-        held: Entries held in the end.
+        detail: Remaining detail: mean cosine, over queries and cells, of the answer's tokens (each repeated for its
+            cells) with those of the true frame, both about the calibration's origin.
+        nbytes: Bytes of the memory.
+        held: Entries held at the end.
         push: Median time of pushing one frame on one thread, microseconds.
-        missed: Numbers of the queries that are no hits.
+        missed: Numbers of the queries without a hit.
     """
 
     setup: Setup
@@ -74,7 +77,7 @@ class Score(NamedTuple):
 
 
 def trailer_queries(trailer: Features) -> Queries:
-    """The trailer's frames that the edit list places in the film, a quarter of a second or more away from cuts."""
+    """Return the trailer's frames with a time in the edit list, at least a quarter of a second away from cuts."""
     times = trailer.time.tolist()
     known = [i for i, t in enumerate(times) if _steady(t)]
     truth = [trailer_to_film(times[i]) for i in known]
@@ -82,16 +85,16 @@ def trailer_queries(trailer: Features) -> Queries:
 
 
 def _steady(t: float) -> bool:
-    """Whether the trailer shows one shot of the film from `FADE` seconds before its second t to `FADE` after."""
+    """Return whether the trailer shows one shot of the film within `FADE` seconds of its second t."""
     begin, at, end = (trailer_to_film(t + shift) for shift in (-FADE, 0.0, FADE))
     return begin is not None and at is not None and end is not None and abs(end - begin - 2 * FADE) < 1e-6
 
 
 def evaluate(bank: Memory, setup: Setup, features: Features, queries: Queries) -> Score:
-    """Let a fresh memory watch a video frame by frame, then look every query up.
+    """Push a video frame by frame into a new memory, then search every query.
 
-    A query and the entries' mean tokens are compared by cosine, both about the mean of the entries. `setup` says
-    whether it is calibrated; the rest of it describes `bank`.
+    A query and the entries' mean tokens are compared by cosine, both about the mean of the entries. `setup` tells
+    whether to calibrate; its other fields describe `bank`.
     """
     origin = origin_of(features)
     seconds = watch(bank, features, origin if setup.calibrated else None)
@@ -123,7 +126,7 @@ def evaluate(bank: Memory, setup: Setup, features: Features, queries: Queries) -
 def _likeness(
     memory: MemoryTokens, frame: int, level: int, features: Features, truth: float, origin: Tensor, calibrated: bool
 ) -> float:
-    """Mean cosine of an entry's tokens with those of the frame at `truth` seconds, cell by cell."""
+    """Return the mean cosine of an entry's tokens with those of the frame at `truth` seconds, cell by cell."""
     side = features.tokens.shape[1]
     tokens = memory.tokens[(memory.frame == frame) & (memory.level == level)].float()
     kept = int(len(tokens) ** 0.5)
@@ -134,9 +137,9 @@ def _likeness(
 
 
 def by_entries(features: Features, queries: Queries, entries: Sequence[int] = ENTRIES) -> list[list[Score]]:
-    """A memory that keeps every frame; then, for each number of entries, a list of every policy.
+    """Score a memory of every frame, then every policy for each number of entries.
 
-    Entries are whole frames; policies that look at what frames show come with and without calibration.
+    Entries are whole frames; policies that compare frames are scored with and without calibration.
     """
     side, dim = features.tokens.shape[2:]
     everything = Setup("recent", keep=side).bank(side, dim, entries=len(features.time))
@@ -164,7 +167,7 @@ def by_bytes(
     budgets: Sequence[str | int] = BUDGETS,
     dtypes: Sequence[str] = DTYPES,
 ) -> list[list[Score]]:
-    """For each number of bytes, and within it each way to store tokens, a list of every policy; all are calibrated."""
+    """Score every policy, calibrated, for each number of bytes and each storage dtype."""
     side, dim = features.tokens.shape[2:]
     return [
         [
@@ -177,7 +180,7 @@ def by_bytes(
 
 
 def of_dual(features: Features, queries: Queries, entries: int = DUAL_ENTRIES) -> list[Score]:
-    """The dual memory, untrained, by both of its rules; not calibrated."""
+    """Score the untrained dual memory with both of its rules, without calibration."""
     side, dim = features.tokens.shape[2:]
     found = [Setup("dual", rule, calibrated=False, dtype="float32") for rule in ("most-similar", "bridged")]
     return [evaluate(setup.bank(side, dim, entries=entries), setup, features, queries) for setup in found]

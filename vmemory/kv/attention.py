@@ -1,4 +1,4 @@
-"""The queries of a language model's attention layers, seen while it runs and without a change to it."""
+"""Observe the queries of a language model's attention layers during a forward pass, without changing the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def attention_layers(model: Any) -> list[Any]:
-    """The decoder's self-attention modules in order; a vision tower's are not among them.
+    """Return the decoder's self-attention modules in order, without those of a vision tower.
 
     Raises:
         ValueError: There are none.
@@ -27,15 +27,15 @@ def attention_layers(model: Any) -> list[Any]:
 
 @contextmanager
 def observed_queries(model: Any, seen: dict[int, Tensor], last: int) -> Iterator[None]:
-    """While the block runs, each forward pass leaves its last queries in `seen`.
+    """Record the last queries of each forward pass in `seen`, within a context.
 
-    transformers looks attention up by name on every call; for the length of the block these names lead through a
-    function that takes note of the query and calls what stood there. Other models pass it unnoticed.
+    transformers looks up the attention function by name on every call. Within the context these names refer to a
+    function that records the query and calls the original. Other models are not recorded.
 
     Args:
         model: A language model, or a model around one.
-        seen: Layer index to `[B, H, min(last, N), E]`, rotated and scaled so that a score is q · k / √E.
-        last: Queries to keep of a pass.
+        seen: Maps a layer's index to `[B, H, min(last, N), E]`, rotated and scaled so that a score is q · k / √E.
+        last: Number of queries to keep of a pass.
 
     Raises:
         ValueError: `model` has no attention layers.
@@ -54,7 +54,7 @@ def observed_queries(model: Any, seen: dict[int, Tensor], last: int) -> Iterator
                 scale = kwargs.get("scaling")
                 kept = query[:, :, -last:]
                 seen[module.layer_idx] = kept if scale is None else kept * (scale * channels)
-            # eager attention is a function of each model's own file and has no entry in the table
+            # eager attention is defined in each model's own file and has no entry in the table
             run = original or sys.modules[type(module).__module__].eager_attention_forward
             return run(module, query, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""What a memory of keys and values asks of a transformers cache, and of what is read into it."""
+"""Check transformers caches and inputs for a bounded key-value memory."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from vmemory.ops._checks import shape_of
 
 
 def new_cache(model: Any) -> Any:
-    """An empty `DynamicCache` for `model`."""
+    """Return an empty `DynamicCache` for `model`."""
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def plain_layers(cache: Any) -> list[Any]:
-    """The cache's layers, all of them plain attention with the same rows.
+    """Return the cache's layers, which must be plain attention with equal rows.
 
     Raises:
-        ValueError: One is something else, they differ, or nothing was written.
+        ValueError: A layer is not plain attention, the layers differ, or nothing was written.
     """
     from transformers.cache_utils import DynamicLayer
 
@@ -40,10 +40,10 @@ def plain_layers(cache: Any) -> list[Any]:
 
 
 def one_input(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[str, Tensor]:
-    """Name and tensor of the one that is given.
+    """Return name and tensor of the argument that is given.
 
     Raises:
-        ValueError: Both or none, or not the shape of its kind.
+        ValueError: Both or none are given, or the shape is wrong.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("input_ids: expected either input_ids or inputs_embeds, got both or none")

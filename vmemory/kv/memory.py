@@ -1,4 +1,4 @@
-"""A memory at the level of keys and values: a language model's cache that reads for ever and stays within its rows."""
+"""Bound a language model's key-value cache: it reads any number of tokens and holds a fixed number of rows."""
 
 from __future__ import annotations
 
@@ -35,43 +35,44 @@ POLICIES: dict[str, Callable[..., Rule]] = {
 
 
 class Prefill(NamedTuple):
-    """A cache that has read its input, and what the model gave for the last chunk (`output.logits`, with a head)."""
+    """A cache that has read its input, and the model's output for the last chunk (with a head: `output.logits`)."""
 
     cache: Any
     output: Any
 
 
 class KVMemory:
-    """Evicts rows of a `transformers` cache, so that it holds at most `budget` of them after every update.
+    """Bounded key-value cache: evict rows of a `transformers` cache to hold at most `budget` after every update.
 
-    Rows keep the keys they were written with and so their true positions; new rows need positions that count what was
-    read, not what is held, which `stream`, `prefill` and `generate` see to. What a query sees is exactly what full
-    attention would show it under a mask of the rows that were held at its time.
+    Rows keep their keys and thus their true positions. New rows need positions that count the tokens read, not the rows
+    held; `stream`, `prefill` and `generate` pass them. A query sees exactly the result of full attention under a mask
+    of the rows that were held at its time.
 
-    What is evicted together is a choice: `share="cache"` takes the same tokens out of all layers, `"layer"` decides
-    layer by layer, `"head"` for each key head of each layer. The number of rows is the same everywhere, because layers
-    share one mask. Entries of a batch decide on their own, and must all have the same length: there is no padding.
+    `share` selects which rows leave together: `"cache"` evicts the same tokens from all layers, `"layer"` decides layer
+    by layer, `"head"` for each key head of each layer. The number of rows is the same everywhere, because layers share
+    one mask. Entries of a batch decide independently and must have the same length: there is no padding.
 
-    A memory belongs to one cache. Threads that use it at once take turns pass by pass; one whose cache is not the one
-    of the last pass is told so by its rows.
+    A memory belongs to one cache. Threads that use it at the same time take turns pass by pass. A thread with another
+    cache than that of the last pass gets an error.
 
     Args:
         budget: Rows a layer may hold between two passes of the model, for each entry of the batch, or bytes of all
             keys and values as text, e.g. `"64MiB"`. During a pass the rows of its chunk come on top.
-        policy: What stays. By the row: `"attention"` what the last queries looked at (H2O, SnapKV), `"keys"` keys
-            unlike the others (KeyDiff), `"recent"` the newest (StreamingLLM), `"reservoir"` a fair sample. By the span,
-            as the bank of that name decides on mean values: `"uniform"`, `"similar"` (the older of the most similar
-            neighbours leaves), `"hierarchical"` (the same, but it is first thinned to every 4th and 16th row).
-        share: `"cache"`, `"layer"` or `"head"`; None = by head for `"attention"` and `"keys"`, else all together.
+        policy: Which rows stay. Row by row: `"attention"` the rows that recent queries attend to (H2O, SnapKV),
+            `"keys"` rows whose keys differ from the others (KeyDiff), `"recent"` the newest (StreamingLLM),
+            `"reservoir"` a fair sample. Span by span, decided on mean values as by the memory bank: `"uniform"`,
+            `"similar"` (the older of the most similar neighbours leaves), `"hierarchical"` (the same, but a span is
+            first thinned to every 4th and 16th row).
+        share: `"cache"`, `"layer"` or `"head"`; None = `"head"` for `"attention"` and `"keys"`, else `"cache"`.
         sinks: First rows of the stream that always stay (attention sinks, arXiv 2309.17453).
         options: `recent` (share of the budget for the newest rows, 0.5) for policies by the row, `half_life` and
             `window` for `"attention"`, `seed` for `"reservoir"`, `span` (16) and `thin` for policies by the span:
             see the classes in `POLICIES`.
 
     Attributes:
-        token: `[L', B, G', n]` int64, number in the stream of each row held; L' and G' are 1 where layers or heads
+        token: `[L', B, G', n]` int64, the number in the stream of each row held; L' and G' are 1 if layers or heads
             decide together.
-        time: Seconds of each row held, as `token`, float64; NaN where none were given.
+        time: Seconds of each row held, shaped like `token`, float64; NaN for rows without a time.
         seen: Rows read so far.
 
     Raises:
@@ -95,11 +96,11 @@ class KVMemory:
         for name in options:
             if name not in known:
                 raise TypeError(f"{name}: expected an option of {policy!r}, {', '.join(known)}, got {options[name]!r}")
-        # held by each pass with its update
+        # held during a pass and its update
         self._lock = MemoryLock()
         self.budget, self.policy, self.sinks = budget, policy, sinks
         self._options = options
-        # rows that a budget in bytes comes to are known with the first cache
+        # for a budget in bytes, the number of rows is known with the first cache only
         probe = self._rule(2**31 if self._bytes else int(budget))
         self.share = share or probe.share
         self._last = probe.observes
@@ -110,36 +111,36 @@ class KVMemory:
 
     @locked
     def reset(self) -> None:
-        """Forget everything; the next cache may be another one."""
+        """Reset the memory; the next cache may be another one."""
         self.rule: Rule | None = None
         self.seen = 0
         self._queries: dict[int, Tensor] = {}
         self._next: Tensor | None = None
 
     def observing(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Within this block passes of `model` show their queries, which `"attention"` needs; not a change to it.
+        """Record the queries of `model` within a context, which `"attention"` needs; the model is not changed.
 
-        `stream`, `prefill` and `generate` do it themselves; it is for loops of your own, around model and `update`.
+        `stream`, `prefill` and `generate` do this themselves. Use it in your own loops, around the model and `update`.
         """
         return observed_queries(model, self._queries, self._last)
 
     @torch.no_grad()
     @locked
     def update(self, cache: Any, span: int | None = None, time: float | None = None) -> Tensor:
-        """Take note of the rows that came since the last call and evict what goes beyond the budget.
+        """Register the rows added since the last call, and evict rows beyond the budget.
 
         Args:
-            cache: A `DynamicCache` whose rows are those of the last call and the new ones behind them; its layers'
-                keys `[B, G, n, E]` and values are replaced by those that stay.
-            span: How many rows are new, where you want that checked.
-            time: Seconds, for new rows that are one frame: policies by the span treat them as one.
+            cache: A `DynamicCache` with the rows of the last call followed by the new rows. Keys `[B, G, n, E]` and
+                values of its layers are replaced by the remaining rows.
+            span: The number of new rows, to be checked; None = not checked.
+            time: Seconds, if the new rows are one frame; policies by span treat them as one span.
 
         Returns:
-            keep_index `[L', B, G', n']` int64 ascending, the rows of the cache as it came that stayed.
+            `[L', B, G', n']` int64 ascending: the indices of the remaining rows in the given cache.
 
         Raises:
-            ValueError: A layer is no plain attention (linear, sliding, static or shared ones cannot lose rows), the
-                cache is not the one of the last call, or `"attention"` saw no queries. Nothing has changed then.
+            ValueError: A layer is not plain attention (linear, sliding, static or shared layers cannot lose rows), the
+                cache is not the one of the last call, or `"attention"` saw no queries. Nothing has changed.
         """
         layers = plain_layers(cache)
         keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
@@ -195,20 +196,20 @@ class KVMemory:
         time: float | None = None,
         **kwargs: Any,
     ) -> Iterator[Prefill]:
-        """Read tokens chunk by chunk; after each, rows leave and the model's output is yielded.
+        """Read tokens chunk by chunk; after each chunk evict rows and yield the model's output.
 
         Args:
             model: A language model of transformers, with or without a head, or a model around one.
             input_ids: `[B, N]` int64, or
             inputs_embeds: `[B, N, C]`.
-            position_ids: `[B, N]` or `[3 or 4, B, N]`; omitted = on from the last one.
-            cache: The cache to read on into; omitted = a new one, and the memory is reset.
-            chunk: Tokens a pass. Smaller chunks evict sooner; rows and chunk together bound the memory of a pass.
-            time: Seconds, for tokens that are one frame; they go through the model in one pass.
-            kwargs: For the model's forward.
+            position_ids: `[B, N]` or `[3 or 4, B, N]`; omitted = continued from the last one.
+            cache: The cache to continue; omitted = a new cache, and the memory is reset.
+            chunk: Tokens per pass. Smaller chunks evict earlier; rows and chunk together bound the memory of a pass.
+            time: Seconds, if the tokens are one frame; the model reads them in one pass.
+            kwargs: Arguments of the model's forward.
 
         Raises:
-            ValueError: Not one of `input_ids` and `inputs_embeds`, or shapes that do not fit.
+            ValueError: Not exactly one of `input_ids` and `inputs_embeds`, or shapes that do not fit.
         """
         name, inputs = one_input(input_ids, inputs_embeds)
         check_int("chunk", chunk, low=1)
@@ -236,7 +237,7 @@ class KVMemory:
             yield Prefill(cache, output)
 
     def prefill(self, model: nn.Module, input_ids: Tensor | None = None, **arguments: Any) -> Prefill:
-        """`stream` to its end: the cache, and the output of the last chunk.
+        """Read all tokens as `stream` does; return the cache and the output of the last chunk.
 
         Raises:
             ValueError: As `stream`, or no tokens.
@@ -251,20 +252,20 @@ class KVMemory:
     def generate(
         self, model: Any, cache: Any, input_ids: Tensor, *, position_ids: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """Go on from a cache by the model's own `generate`; rows leave after every token.
+        """Continue from a cache with the model's own `generate`; rows are evicted after every token.
 
         Args:
             model: A model with `generate`.
-            cache: What `prefill` gave.
-            input_ids: `[B, N]`, the tokens that follow what was read, at least one. They are read in one pass.
+            cache: A cache that `prefill` returned.
+            input_ids: `[B, N]`, the tokens after those already read, at least one. They are read in one pass.
             position_ids: As in `stream`.
-            kwargs: For `generate`; beams and several answers, which copy the cache, are not supported.
+            kwargs: Arguments of `generate`; beams and several answers copy the cache and are not supported.
 
         Returns:
-            What `generate` returns: `[B, N + answer]` ids. The last id of the answer is not in the cache.
+            The ids `[B, N + answer]` of `generate`. The last id of the answer is not in the cache.
 
         Raises:
-            ValueError: No rows or no tokens, beams, or another kind of cache asked for.
+            ValueError: No rows, no tokens, beams, or a request for another kind of cache.
         """
         from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -283,7 +284,7 @@ class KVMemory:
         memory, asked = self, kwargs.pop("stopping_criteria", None)
 
         class Evict(StoppingCriteria):
-            """Called once a step, after the pass that has written the step's rows."""
+            """Criterion that `generate` calls once per step, after the pass that wrote the step's rows."""
 
             def __call__(self, ids: Tensor, scores: Any, **_: Any) -> Tensor:
                 memory.update(cache)

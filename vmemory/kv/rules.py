@@ -1,4 +1,4 @@
-"""Which rows of a key-value cache stay: the best by a score."""
+"""Select the rows of a key-value cache that stay, by a score per row."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ SHARES = ("cache", "layer", "head")
 
 @dataclass
 class Rows:
-    """A cache as a rule sees it, the new rows last.
+    """The rows of a cache, the new ones last, as the input of a rule.
 
     Attributes:
         keys, values: `[B, G, n, E]` of each layer.
-        queries: `[B, H, N, E]` of each layer, the last of the pass that made the new rows; empty = not observed.
-        token: `[L', B, G', n]` int64, the row's number in the stream; L' and G' are 1 where layers or heads share.
+        queries: `[B, H, N, E]` of each layer, the last queries of the pass with the new rows; empty = not observed.
+        token: `[L', B, G', n]` int64, the row's number in the stream; L' and G' are 1 if layers or heads share.
         new: Rows since the last decision.
-        seen: Rows of the stream before those.
-        whole: The new rows are one span.
+        seen: Rows of the stream before the new ones.
+        whole: Whether the new rows are one span.
     """
 
     keys: list[Tensor]
@@ -36,14 +36,14 @@ class Rows:
     whole: bool
 
     def shared(self, score: Tensor) -> Tensor:
-        """A score `[L, B, G, n]` as `[L', B, G', n]`: the mean over what decides together."""
+        """Reduce a score `[L, B, G, n]` to `[L', B, G', n]` by the mean over layers or heads that decide together."""
         layers, _, heads, _ = self.token.shape
         score = score.mean(2, keepdim=True) if heads == 1 else score
         return score.mean(0, keepdim=True) if layers == 1 else score
 
 
 class RowRule:
-    """The best rows by a score stay, with the first and the newest ones whatever they score.
+    """Keep the rows with the best scores, and always the first and the newest rows.
 
     Args:
         budget: Rows to keep.
@@ -63,41 +63,41 @@ class RowRule:
         self.newest = int((budget - sinks) * recent)
 
     def check(self, rows: Rows) -> None:
-        """Raises ValueError where the new rows do not fit, before anything has changed."""
+        """Raise ValueError if the new rows do not fit, before anything has changed."""
 
     def take(self, rows: Rows) -> None:
-        """Learn about the new rows."""
+        """Register the new rows."""
 
     def score(self, rows: Rows) -> Tensor:
-        """`[L', B, G', n]`, larger = worth more."""
+        """Return scores `[L', B, G', n]`; rows with larger scores stay."""
         raise NotImplementedError
 
     def keep(self, rows: Rows) -> Tensor:
-        """Indices `[L', B, G', n']` int64 of the rows that stay, ascending; n' is at most the budget."""
+        """Return indices `[L', B, G', n']` int64 of the rows that stay, ascending; n' is at most the budget."""
         n = rows.token.shape[-1]
         if n <= self.budget:
             return torch.arange(n, device=rows.token.device).expand(rows.token.shape)
-        # a row that is not finite would count as the largest of all: it leaves first
+        # NaN would count as the largest score, but a row that is not finite must leave first
         score = self.score(rows).float().nan_to_num(nan=-torch.inf, posinf=torch.finfo(torch.float32).max)
         score[..., : self.sinks] = torch.inf
         score[..., n - self.newest :] = torch.inf
         return select_tokens(score.flatten(0, 2), self.budget).view(*score.shape[:3], self.budget)
 
     def move(self, index: Tensor) -> None:
-        """What is kept beside the rows follows `index`, the last call's `keep`."""
+        """Move per-row data by `index`, the result of the last `keep`."""
 
 
 class Recent(RowRule):
-    """The newest rows, and the first: StreamingLLM, arXiv 2309.17453."""
+    """Keep the newest rows, and the first: StreamingLLM, arXiv 2309.17453."""
 
     def score(self, rows: Rows) -> Tensor:
         return rows.token.float()
 
 
 class Reservoir(RowRule):
-    """The newest rows and a fair sample of all others: each row draws a number once, the largest stay.
+    """Keep the newest rows and a fair sample of all others: each row draws a number once, the largest stay.
 
-    The draw depends on `seed` and the row's number alone, so that it does not matter how the stream was cut.
+    The draw depends on `seed` and the row's number alone, not on the chunks of the stream.
     """
 
     def __init__(self, budget: int, sinks: int, recent: float = 0.5, seed: int = 0) -> None:
@@ -106,12 +106,12 @@ class Reservoir(RowRule):
         self.seed = seed
 
     def score(self, rows: Rows) -> Tensor:
-        # 24 bits are what float32 tells apart
+        # float32 represents 24 bits exactly
         return (mixed(mixed(rows.token + 1) ^ self.seed) >> 8).float()
 
 
 class KeyDifference(RowRule):
-    """Rows whose keys differ most from the mean direction of all keys: KeyDiff, arXiv 2504.15364."""
+    """Keep rows whose keys differ most from the mean direction of all keys: KeyDiff, arXiv 2504.15364."""
 
     share = "head"
 
@@ -122,23 +122,23 @@ class KeyDifference(RowRule):
         scores = []
         for key in rows.keys:
             unit = torch.nn.functional.normalize(key.float(), dim=-1)
-            # one broken key must not make the mean, and with it every score, NaN
+            # one key with a NaN must not make the mean, and thus every score, NaN
             mean = torch.nn.functional.normalize(unit.nan_to_num(0.0).mean(2, keepdim=True), dim=-1)
             scores.append(-(unit * mean).sum(-1))
         return rows.shared(torch.stack(scores))
 
 
 class Attention(RowRule):
-    """Rows that the last queries looked at: attention received, half of it forgotten every `half_life` rows.
+    """Keep rows that recent queries attend to: attention received, halved every `half_life` rows.
 
-    The sum over all queries is H2O's score (arXiv 2306.14048), `half_life=inf` gives it; that over the last queries
-    alone is SnapKV's (arXiv 2404.14469). Each key head decides for itself, as in the latter.
+    The sum over all queries (`half_life=inf`) is H2O's score (arXiv 2306.14048); the sum over the last queries is
+    SnapKV's (arXiv 2404.14469). Each key head decides independently, as in SnapKV.
 
     Args:
         budget, sinks, recent: As in `RowRule`.
-        half_life: Rows after which attention counts half.
-        window: Queries looked at, the last of each pass.
-        by_value: Attention times the norm of the row's value, what it adds to the output (VATP, arXiv 2406.12335).
+        half_life: Number of rows after which attention counts half.
+        window: Number of queries used, the last of each pass.
+        by_value: Multiply attention by the norm of the row's value (VATP, arXiv 2406.12335).
     """
 
     share = "head"

@@ -1,4 +1,4 @@
-"""Rows of a key-value cache that stay or leave by the span, as the memory banks' own operator decides."""
+"""Evict rows of a key-value cache span by span, decided by the memory banks' operator."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from vmemory.reference.bank_layout import FRAME, BankLayout, BankState
 
 
 class SpanRule:
-    """A memory bank whose frames are spans of rows, described by their mean values.
+    """Keep or evict spans of rows as a memory bank does frames, described by their mean values.
 
-    Values rather than keys describe a span, because keys are rotated by their position: alike rows have other keys
-    elsewhere. Rows of the span that is still open always stay.
+    Values describe a span, not keys, because keys are rotated by their position: equal rows have different keys at
+    different positions. Rows of the span that is still open always stay.
 
     Args:
         budget: Rows to keep.
         sinks: First rows of the stream, which always stay and belong to no span.
         rule: A rule of `vmemory.reference.bank_layout.RULES`.
-        span: Rows of a span; of a frame, the most it may have.
-        thin: One number a tier: a span that reaches it keeps every so many-th row. The tiers get equal shares of rows.
+        span: Rows of a span; for a frame, the largest number of rows.
+        thin: One number per tier: a span in the tier keeps every `thin`-th row. The tiers get equal shares of rows.
 
     Raises:
-        ValueError: The budget does not hold an open span and one span a tier.
+        ValueError: The budget is smaller than an open span and one span per tier.
     """
 
     share = "cache"
@@ -49,16 +49,16 @@ class SpanRule:
         self.layout: BankLayout | None = None
         self.state: BankState | None = None
         self.number: Tensor | None = None  # [L', B, G', n] the span of each row, −1 = a sink
-        self.place: Tensor | None = None  # [L', B, G', n] where in its span
-        self.spans = self.open = 0  # spans that are full, rows of the one that is not
+        self.place: Tensor | None = None  # [L', B, G', n] position in its span
+        self.spans = self.open = 0  # number of full spans, rows of the open span
 
     def check(self, rows: Rows) -> None:
-        """Raises ValueError where the new rows do not fit, before anything has changed."""
+        """Raise ValueError if the new rows do not fit, before anything has changed."""
         if rows.whole and rows.new > self.span:
             raise ValueError(f"cache: expected at most span={self.span} rows in a frame, got {rows.new}")
 
     def take(self, rows: Rows) -> None:
-        """Cut the new rows into spans and let the bank see those that are full."""
+        """Cut the new rows into spans and push the full ones into the bank."""
         seen = rows.seen
         sinks = min(max(self.sinks - seen, 0), rows.new)
         fresh = torch.arange(rows.new - sinks, device=rows.token.device)
@@ -85,7 +85,7 @@ class SpanRule:
             means.append(torch.stack([part.float().mean(2) for part in parts], 2))
         layers, _, heads, _ = rows.token.shape
         frames = torch.stack(means)  # [L, B, G, T, E]
-        # what decides together is one descriptor, what decides alone is a stream of its own
+        # layers or heads that decide together form one descriptor; those that decide alone are streams
         order = [dim for dim, alone in ((0, layers > 1), (1, True), (2, heads > 1)) if alone]
         rest = [dim for dim in (0, 2) if dim not in order]
         frames = frames.permute(*order, 3, *rest, 4).flatten(0, len(order) - 1).flatten(2)
@@ -97,7 +97,7 @@ class SpanRule:
         bank_push_(self.state, self.layout, frames)
 
     def keep(self, rows: Rows) -> Tensor:
-        """Indices `[L', B, G', n']` int64 of the rows that stay, ascending; n' is at most the budget."""
+        """Return indices `[L', B, G', n']` int64 of the rows that stay, ascending; n' is at most the budget."""
         assert self.number is not None
         assert self.place is not None
         shape = rows.token.shape
@@ -108,14 +108,14 @@ class SpanRule:
             held = number[:, :, None] == self.state.entry[:, None, :, FRAME]
             step = (held * thin).amax(2)
         in_span = (step > 0) & (place % step.clamp(min=1) == 0) | (number == self.spans)
-        # short frames let the streams' counts differ, and a cache is a rectangle: the oldest beyond the least leave
+        # with short frames the streams' counts differ, but a cache is rectangular: the oldest surplus rows leave
         count = in_span.sum(1, keepdim=True)
         in_span &= in_span.cumsum(1) > count - count.min()
         index = ((number < 0) | in_span).nonzero()[:, 1]
         return index.view(*shape[:3], -1)
 
     def move(self, index: Tensor) -> None:
-        """What is kept beside the rows follows `index`, the last call's `keep`."""
+        """Move per-row data by `index`, the result of the last `keep`."""
         assert self.number is not None
         assert self.place is not None
         self.number, self.place = self.number.gather(3, index), self.place.gather(3, index)

@@ -1,4 +1,4 @@
-"""Video files through PyAV: presentation timestamps, scaling while converting, damage reported."""
+"""Decode video files with PyAV: presentation timestamps, scaling during conversion, reports of damage."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from av.video.reformatter import VideoReformatter
 from vmemory.sources.places import shown
 from vmemory.sources.readers import Picture, SourceError, scaled_size
 
-# seconds without an answer from an address after which it is given up
+# seconds without an answer from an address before an error
 PATIENCE = 10.0
-# seconds that a clock has to go back by to have started anew, and those ahead that a playlist has no room for
+# a clock that goes back by this many seconds has restarted; a jump ahead by this many seconds in a playlist, too
 _ANEW, _AHEAD = 0.1, 10.0
 # libav's AVFMT_TS_DISCONT
 _CLOCK_MAY_RESTART = 0x200
 # containers that declare the time of their end, not how long they last
 _DECLARE_THEIR_END = frozenset(("asf", "matroska,webm", "nut"))
-# those that are made of pieces whose clocks have nothing to do with each other
+# containers made of pieces with independent clocks
 _PLAYLISTS = frozenset(("concat", "dash", "hls"))
 
 
 def reason_of(error: Exception) -> str:
-    """Why libav refuses, in a few words."""
+    """Return libav's reason for an error in a few words."""
     if isinstance(error, av.error.ExitError):
         return f"no answer within {PATIENCE:g} s"
     return getattr(error, "strerror", None) or str(error)
 
 
 def decoded(packets: Iterable[av.Packet], errors: list[str]) -> Iterator[av.VideoFrame]:
-    """Frames of packets one by one: a damaged packet must not cost the frames behind it, and is noted in `errors`."""
+    """Yield the frames of packets; a damaged packet is added to `errors` and does not lose the frames after it."""
     for packet in packets:
         try:
             frames = packet.decode()
@@ -47,10 +47,10 @@ def decoded(packets: Iterable[av.Packet], errors: list[str]) -> Iterator[av.Vide
 
 
 class Upright:
-    """Converts decoded frames to uint8 RGB `[H, W, 3]`, turned and mirrored as their display matrix says.
+    """Convert decoded frames to uint8 RGB `[H, W, 3]`, rotated and mirrored by their display matrix.
 
     Args:
-        size: `(height, width)` or the length of the shorter side of what comes out; None = as decoded.
+        size: `(height, width)` of the result, or the length of its shorter side; None = as decoded.
     """
 
     def __init__(self, size: int | tuple[int, int] | None) -> None:
@@ -71,7 +71,7 @@ class Upright:
 
 
 def _display(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """Whether a frame is to be transposed, then mirrored left to right, then turned upside down."""
+    """Return whether to transpose a frame, mirror it left to right, and flip it upside down, in this order."""
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False, False, False
@@ -83,11 +83,11 @@ def _display(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
 
 
 class VideoReader:
-    """The first real video stream of a file or of a film at an address.
+    """Reader of the first real video stream of a file or of a film at an address.
 
     Times are presentation timestamps in seconds, rebased so that the first one is 0; streams without timestamps count
-    the frame durations. Where timestamps start anew in the middle, as in recordings put behind each other, times go on
-    from the end of what came before. A frame whose time does not increase otherwise is left out and counted.
+    the frame durations. If timestamps restart in the middle, as in concatenated recordings, times continue from the end
+    of the previous part. Any other frame whose time does not increase is left out and counted.
 
     Args:
         place: A file, or an address with its scheme.
@@ -96,7 +96,7 @@ class VideoReader:
 
     def __init__(self, place: str | Path, size: int | tuple[int, int] | None) -> None:
         self.name = shown(place)
-        # a name may hold colons, which would name a protocol
+        # a file name may contain colons, which ffmpeg would read as a protocol
         self._url = place if isinstance(place, str) else f"file:{place}"
         self.broken = False
         self.dropped = 0
@@ -110,7 +110,7 @@ class VideoReader:
             self.rate: float | None = float(rate) if rate else None
             self.tick = float(stream.time_base or 0) + 1e-9
             self.duration: float | None = self._declared_duration(container, stream)
-            # a stream without end has neither a length nor a size
+            # a stream without an end has neither a length nor a size
             self.endless = self.duration is None and (container.format.name in _PLAYLISTS or container.size <= 0)
             self._restarts = bool(container.format.flags & _CLOCK_MAY_RESTART)
             self._origin = self._first_pts(container, stream)
@@ -122,7 +122,7 @@ class VideoReader:
             container = av.open(self._url, timeout=None if self._url.startswith("file:") else PATIENCE)
         except (av.FFmpegError, ValueError) as error:
             raise SourceError(f"{self.name}: not a readable video file ({reason_of(error)})") from error
-        # ffmpeg would render any text file as a video of a terminal
+        # ffmpeg renders any text file as a video of a terminal
         if container.format.name == "tty":
             container.close()
             raise SourceError(f"{self.name}: not a video file (plain text)")
@@ -165,7 +165,7 @@ class VideoReader:
     def _packets(
         self, container: av.container.InputContainer, stream: av.VideoStream, errors: list[str]
     ) -> Iterator[av.Packet]:
-        """Packets of one clock, put forward where it starts anew."""
+        """Yield packets with one clock, shifted forward after each restart."""
         base = stream.time_base or Fraction(0)
         step = round(1 / (self.rate or 25.0) / base) if base else 0
         playlist = container.format.name in _PLAYLISTS
@@ -192,7 +192,7 @@ class VideoReader:
     def _timed(
         self, container: av.container.InputContainer, stream: av.VideoStream, errors: list[str], start: float = 0.0
     ) -> Iterator[tuple[float, float, av.VideoFrame]]:
-        """Frames with their times and durations; none is missing from `start` on."""
+        """Yield frames with their times and durations, complete from `start` on."""
         base = stream.time_base
         counted = 0.0
         for frame in self._frames(container, stream, errors, start):
@@ -205,7 +205,7 @@ class VideoReader:
             yield time, step, frame
 
     def read(self, start: float) -> Generator[Picture, None, None]:
-        # where the clock may start anew, the timestamp that a seek looks for is not the time that is meant
+        # if the clock may restart, a seek to a timestamp may reach another time
         if start > 0 and self._origin is not None and not self._restarts and self._lands_before(start):
             yield from self._read(start, seek=True)
         else:
@@ -217,7 +217,7 @@ class VideoReader:
             container.seek(self._origin + int(start / base), stream=stream, backward=True)
 
     def _lands_before(self, start: float) -> bool:
-        """Whether a seek to `start` reaches a frame at or before it; some containers cannot, or miss."""
+        """Return whether a seek to `start` reaches a frame at or before it; some containers cannot seek exactly."""
         with self._open() as container:
             stream = self._stream(container)
             try:
@@ -263,7 +263,7 @@ class VideoReader:
 
 
 def _needed(packets: Iterator[av.Packet], start: int) -> Iterator[av.Packet]:
-    """Packets from the last key frame on that is not behind `start`, so that nothing before it is decoded."""
+    """Yield packets from the last key frame at or before `start`, to decode nothing before it."""
     waiting: list[av.Packet] = []
     for packet in packets:
         if packet.is_keyframe and packet.pts is not None and packet.pts <= start:

@@ -1,4 +1,4 @@
-"""Frames in whatever form they come, as uint8 tensors with seconds."""
+"""Convert frames in any supported form to uint8 tensors with seconds."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ Timed = tuple[Tensor, list[float | None]]
 
 
 def as_frames(frames: Any, time: Any = None) -> Iterator[Timed]:
-    """Pieces of a stream as `[n, 3, H, W]` uint8 and seconds, None where nobody tells.
+    """Yield pieces of a stream as `[n, 3, H, W]` uint8, with seconds or None.
 
     Args:
         frames: uint8 RGB tensor or array `[n, 3, H, W]` or `[n, H, W, 3]`, one such frame, one picture, a list of
             pictures or of arrays, or an iterable of `Frame`.
-        time: Seconds of each; not with frames that bring theirs.
+        time: Seconds of each frame; not allowed with frames that have their own.
 
     Raises:
-        TypeError, ValueError: Not frames, or as many times as frames are missing.
+        TypeError, ValueError: Not frames, or the number of times differs from the number of frames.
     """
     if isinstance(frames, (str, Path)):
         raise TypeError(
@@ -81,21 +81,21 @@ def _pixels(frame: Any) -> Tensor:
 
 
 def _tensor(array: Any) -> Tensor:
-    """Arrays of any layout: torch takes no negative strides, no other machine's byte order and nothing read-only."""
+    """Return an array as a tensor, copied if torch refuses its strides, byte order or read-only memory."""
     if isinstance(array, np.ndarray):
         array = np.require(array, array.dtype.newbyteorder("="), ["C", "W"])
     return torch.as_tensor(array)
 
 
 def seconds_of(time: Any) -> list[float]:
-    """Seconds as callers give them, a number or several, as floats.
+    """Return one or several numbers of seconds as a list of floats.
 
     Raises:
         TypeError: Not numbers.
         ValueError: NaN or infinite.
     """
     try:
-        # float32, torch's choice for a list of numbers, cannot tell seconds of a wall clock apart
+        # float32, torch's default for a list of numbers, cannot represent seconds of a wall clock
         numbers = time.double() if isinstance(time, Tensor) else torch.tensor(np.asarray(time, np.float64))
         seconds: list[float] = numbers.reshape(-1).tolist()
     except (TypeError, ValueError, RuntimeError):

@@ -1,4 +1,4 @@
-"""A camera or a network stream: always the newest frame, and a count of those nobody had time for."""
+"""Read a camera or a network stream: always the newest frame, with a count of the skipped ones."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from vmemory.sources.places import place_of, shown
 from vmemory.sources.readers import SourceError
 from vmemory.sources.video import Frame, FrameSource, check_rate, check_size
 
-# else ffmpeg looks at five seconds of a stream before it gives the first frame
+# by default ffmpeg analyses five seconds of a stream before the first frame
 _PROMPTLY = {"fflags": "nobuffer", "flags": "low_delay", "probesize": "65536", "analyzeduration": "500000"}
-# what only ever sends what happens now
+# schemes that send live video only
 _SENDERS = frozenset(("mms", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp", "unix"))
-# seconds before the first try to connect again; each later one waits twice as long
+# seconds before the first attempt to reconnect; each further attempt waits twice as long
 _PAUSE = 0.5
 
 
 class LiveSource:
-    """Iterable of `Frame` from what keeps coming: `rtsp://…`, `udp://…`, `tcp://…`, or a camera such as `/dev/video0`.
+    """Iterable of `Frame` from a live source: `rtsp://…`, `udp://…`, `tcp://…`, or a camera such as `/dev/video0`.
 
-    A thread decodes all the time and holds one frame; while nobody takes it, a newer one replaces it. Times are seconds
-    since the first frame, by the clock of this machine. A connection that breaks or falls silent is opened again, and
-    times go on; a sender that ends its stream ends the iteration. Each iteration connects anew.
+    A thread decodes continuously and holds one frame, which a newer frame replaces if the caller has not taken it.
+    Times are seconds since the first frame, by the clock of this machine. A connection that breaks or stays silent is
+    opened again, and times continue. The iteration ends when the sender ends the stream. Each iteration connects again.
 
     Args:
-        address: What PyAV opens; a device under `/dev`, or its number, is opened as a Linux camera.
+        address: An address that PyAV opens; a device under `/dev`, or its number, is opened as a Linux camera.
         fps: Frames a second at most.
         size: `(height, width)`, or the length of the shorter side, to scale to; None = as sent.
         timeout: Seconds of silence after which a connection counts as broken.
-        reconnects: Times in a row that a broken connection is opened again before the iteration raises.
+        reconnects: Consecutive attempts to open a broken connection again before the iteration raises.
 
     Attributes:
-        dropped: Frames of the latest iteration that were due and replaced by newer ones.
+        dropped: Number of due frames of the latest iteration that newer frames replaced.
 
     Raises:
-        SourceError: It cannot be opened, stays silent, or has no video; also from the iteration, when the stream breaks
-            and does not come back.
+        SourceError: The source cannot be opened, stays silent, or has no video; also from the iteration, if the stream
+            breaks and cannot be opened again.
         ValueError, TypeError: A bad argument.
     """
 
@@ -67,13 +67,13 @@ class LiveSource:
         self.timeout, self.reconnects = timeout, reconnects
         self.dropped = 0
         self.duration: float | None = None
-        # what does not answer is told here, and not where the first frame is asked for
+        # an address without an answer is an error here, not at the first frame
         self._opened: Any = self._open()
         self._running: _Reading | None = None
 
     @property
     def warning(self) -> str | None:
-        """One line about frames that nobody had time for, or None."""
+        """One line about skipped frames, or None."""
         count = f"{self.dropped} frame{'' if self.dropped == 1 else 's'}"
         return f"{self.name}: {count} came while nobody had time for them" if self.dropped else None
 
@@ -115,7 +115,7 @@ class LiveSource:
 
 
 class _Reading:
-    """One iteration over a live source: a thread that decodes, and the newest frame for whoever takes it."""
+    """One iteration over a live source: a decoding thread, and its newest frame."""
 
     def __init__(self, source: LiveSource, container: Any) -> None:
         from vmemory.sources.decoder import Upright
@@ -126,7 +126,7 @@ class _Reading:
         self._stop = Event()
         self._sign = clock.monotonic()
         self._started, self._due, self._index = math.nan, 0, 0
-        # since the last picture
+        # attempts since the last picture
         self._tried = 0
         Thread(target=self._read, daemon=True).start()
 
@@ -141,7 +141,7 @@ class _Reading:
             except Empty:
                 if self._stop.is_set():
                     return
-                # a device may block where no timeout reaches it
+                # a device may block in a call that has no timeout
                 if clock.monotonic() - self._sign > 2 * timeout:
                     raise SourceError(f"{self._source.name}: silent for {2 * timeout:g} s") from None
                 continue
@@ -156,11 +156,11 @@ class _Reading:
         try:
             while (broken := self._follow()) is not None and not self._stop.is_set():
                 self._connect_again(broken)
-        except Exception as error:  # whoever iterates gets it: nobody sees what a thread raises
+        except Exception as error:  # raised again in the iteration, because an exception of a thread is not seen
             last = error
         finally:
             self._container.close()
-        # the last frame is still to be taken
+        # wait until the last frame is taken
         while not self._stop.is_set():
             try:
                 self._newest.put(last, timeout=0.1)
@@ -169,7 +169,7 @@ class _Reading:
                 continue
 
     def _follow(self) -> str | None:
-        """Take frames until someone stops, the sender ends (None), or the connection breaks (why)."""
+        """Take frames until stopped or the sender ends (return None), or the connection breaks (return the reason)."""
         import av
 
         from vmemory.sources.decoder import decoded
@@ -234,7 +234,7 @@ class _Reading:
 def open_video(
     video: str | Path | int, fps: float, size: int | tuple[int, int] | None = None
 ) -> FrameSource | LiveSource:
-    """A `FrameSource` of what has an end, such as a file or a film at an address; a `LiveSource` of what keeps coming.
+    """Open a `FrameSource` for a file or a film at an address, or a `LiveSource` for a live stream.
 
     Raises:
         SourceError, ValueError, TypeError: See there.

@@ -1,4 +1,4 @@
-"""Picture files of any depth, still or moving, as uint8 RGB."""
+"""Read picture files of any bit depth, still or animated, as uint8 RGB."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ import numpy as np
 SUFFIXES = frozenset(
     (".apng", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 )  # fmt: skip
-# formats whose files move, or hold pages; a JPEG's further pictures are depths and previews of the first
+# formats with animations or pages; further pictures in a JPEG are depth maps and previews of the first
 _MOVING, _PAGES = frozenset(("GIF", "PNG", "WEBP")), frozenset(("TIFF",))
 _SEVERAL = frozenset((".apng", ".gif", ".png", ".tif", ".tiff", ".webp"))
-# seconds of a moving picture whose file says 0 or nothing, as browsers show it
+# seconds per picture if an animation states none or 0, as in browsers
 _QUICK = 0.1
-# a TIFF's tag by which a page says what it is, and the bit of those that are a preview of another
+# the TIFF tag of a page's type, and its bit for a preview of another page
 _SUBFILE, _PREVIEW = 254, 1
 
 
 class Shown(NamedTuple):
-    """A picture uint8 RGB `[H, W, 3]`, and for how many seconds its file shows it; None = it does not say."""
+    """A picture uint8 RGB `[H, W, 3]`, and the seconds for which its file shows it; None = not stated."""
 
     image: np.ndarray
     seconds: float | None
 
 
 def rgb(picture: Any) -> np.ndarray:
-    """A Pillow picture as uint8 RGB `[H, W, 3]`.
+    """Convert a Pillow picture to uint8 RGB `[H, W, 3]`.
 
-    More than 8 bits are scaled: integers as if 65,535 were white, floating values as if 1 were. A picture with values
-    beyond that or below 0 is stretched from its least to its greatest finite value. NaN is black.
+    Pictures of more than 8 bits are scaled: white is 65,535 for integers and 1 for floating values. A picture with
+    other values is stretched from its least to its greatest finite value. NaN is black.
     """
     if picture.mode != "F" and not picture.mode.startswith("I"):
         return np.array(picture.convert("RGB"))
-    # in double: 32-bit integers stay whole, and the range of the largest floats does not overflow
+    # in float64 32-bit integers are exact, and the range of the largest floats does not overflow
     values = np.asarray(picture).astype(np.float64)
     low, high = 0.0, 1.0 if picture.mode == "F" else 65535.0
     finite = values[np.isfinite(values)]
@@ -49,10 +49,10 @@ def rgb(picture: Any) -> np.ndarray:
 
 
 def pictures_of(path: Path) -> Iterator[Shown]:
-    """Every picture of a file, in order; a still is turned upright.
+    """Yield every picture of a file, in order; a still picture is rotated upright.
 
     Raises:
-        Exception: What Pillow raises on a file that it cannot read, or that is too large to be decoded.
+        Exception: Any exception of Pillow for a file that it cannot read or that is too large to decode.
     """
     from PIL import Image, ImageOps
 
@@ -62,7 +62,7 @@ def pictures_of(path: Path) -> Iterator[Shown]:
         if count == 1:
             yield Shown(rgb(ImageOps.exif_transpose(opened)), None)
             return
-        # an animated PNG may bring a picture for those who cannot show the others
+        # the first picture of an animated PNG may be a fallback that is not part of the animation
         for i in range(1 if getattr(opened, "default_image", False) else 0, count):
             opened.seek(i)
             if not moves and opened.tag_v2.get(_SUBFILE, 0) & _PREVIEW:  # type: ignore[attr-defined]  # a TIFF has them
@@ -80,11 +80,11 @@ def holds_several(path: Path) -> bool:
     try:
         with Image.open(path) as opened:
             return bool(getattr(opened, "is_animated", False))
-    # what Pillow raises on damaged files; whoever reads the file says what is wrong with it
+    # Pillow's exceptions on damaged files; the reader of the file reports the damage
     except (OSError, ValueError, SyntaxError, EOFError, LookupError, struct.error, Image.DecompressionBombError):
         return False
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """The first picture of a file, uint8 RGB `[H, W, 3]`; raises what `pictures_of` does."""
+    """Return the first picture of a file, uint8 RGB `[H, W, 3]`; raises as `pictures_of`."""
     return next(iter(pictures_of(path))).image

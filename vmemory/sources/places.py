@@ -1,4 +1,4 @@
-"""Where frames come from: files and folders, addresses, cameras."""
+"""Names of sources: files and folders, addresses, cameras."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 
 
 def place_of(given: str | Path | int) -> str | Path:
-    """A file or folder as a path, anything else as an address with its scheme; a number is that camera.
+    """Return a file or folder as a path, anything else as an address with its scheme; a number is a camera.
 
-    A path that swallowed a slash of an address gives it back.
+    `Path` removes one slash of an address; this function restores it.
     """
     if isinstance(given, int):
         return Path(f"/dev/video{given}")
@@ -27,7 +27,7 @@ def place_of(given: str | Path | int) -> str | Path:
 
 
 def shown(place: str | Path) -> str:
-    """A file's path; an address without the name, the password and the tokens that it may hold."""
+    """Return a file's path, or an address without user name, password and tokens."""
     if not isinstance(place, str):
         return str(place)
     scheme, _, rest = place.partition("://")
@@ -36,12 +36,12 @@ def shown(place: str | Path) -> str:
 
 
 def name_of(place: str | Path) -> str:
-    """The last part of a path or of an address."""
+    """Return the last part of a path or of an address."""
     return place.name if isinstance(place, Path) else shown(place).rstrip("/").rpartition("/")[2]
 
 
 def kind_of(path: Path) -> str:
-    """What lies at a path, in words: a file, a directory, a pipe, a socket, a device, or nothing."""
+    """Return the kind of a path in words: a file, a directory, a pipe, a socket, a device, or nothing."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Readers: every kind of source as timed pictures, converted only when they are taken."""
+"""Readers of every kind of source as timed pictures, which are converted on demand."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Picture(NamedTuple):
 
 
 class Reader(Protocol):
-    """What `FrameSource` needs of a source.
+    """The interface of a source for `FrameSource`.
 
     `duration` is in seconds, `rate` in pictures per second, `tick` is the resolution of the timestamps in
-    seconds. `read` fills `problems` with one phrase per kind of damage, counts in `dropped` the pictures that it could
-    not give, and sets `broken` when pictures that the source announces are missing.
+    seconds. `read` fills `problems` with one phrase per kind of damage, counts pictures that it could not read in
+    `dropped`, and sets `broken` if pictures are missing that the source announces.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Reader(Protocol):
     problems: list[str]
 
     def read(self, start: float) -> Generator[Picture, None, None]:
-        """Pictures in order of time, beginning at or before `start`."""
+        """Yield pictures in order of time, beginning at or before `start`."""
         ...
 
 
 def scaled_size(height: int, width: int, size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """`(height, width)` after scaling: as given, or with the shorter side equal to an int `size`."""
+    """Return `(height, width)` after scaling: as given, or with the shorter side equal to an int `size`."""
     if size is None:
         return height, width
     if isinstance(size, tuple):
@@ -57,7 +57,7 @@ def scaled_size(height: int, width: int, size: int | tuple[int, int] | None) -> 
 
 
 def natural_key(path: Path) -> list[tuple[int, int, str]]:
-    """Sort key under which `frame9` comes before `frame10`."""
+    """Return a sort key under which `frame9` comes before `frame10`."""
     parts = re.split(r"(\d+)", path.name.lower())
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part]
 
@@ -72,7 +72,7 @@ def _resize(image: np.ndarray, size: int | tuple[int, int] | None) -> np.ndarray
 
 
 class ArrayReader:
-    """uint8 pictures `[T, H, W, 3]` at a constant `rate`."""
+    """Reader of uint8 pictures `[T, H, W, 3]` at a constant `rate`."""
 
     def __init__(self, pictures: np.ndarray, rate: float, size: int | tuple[int, int] | None) -> None:
         if len(pictures) == 0:
@@ -96,9 +96,9 @@ class ArrayReader:
 
 
 class ImageReader:
-    """Picture files in order, each shown for `1 / rate` seconds; a broken one leaves its gap.
+    """Reader of picture files in order, each shown for `1 / rate` seconds; a broken file leaves a gap.
 
-    What moves inside a file moves at its own speed, and what comes behind it waits; pages are shown like files.
+    An animation plays at its own speed, and delays the files after it. Pages are shown like files.
     """
 
     def __init__(self, name: str, paths: Sequence[Path], rate: float, size: int | tuple[int, int] | None) -> None:
@@ -116,7 +116,7 @@ class ImageReader:
 
     @classmethod
     def of_folder(cls, folder: Path, rate: float, size: int | tuple[int, int] | None) -> ImageReader:
-        """The pictures of a directory in natural order."""
+        """Return a reader of the pictures of a directory in natural order."""
         paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file()]
         if not paths:
             raise SourceError(f"{folder}: no images ({', '.join(sorted(SUFFIXES))}) in this directory")
@@ -124,7 +124,7 @@ class ImageReader:
 
     def read(self, start: float) -> Generator[Picture, None, None]:
         unreadable: list[str] = []
-        # seconds by which moving pictures have put off what is behind them
+        # seconds by which animations have delayed the following files
         put_off = 0.0
         first = 0 if self._moving else max(0, int(start * self._rate) - 1)
         for position, path in enumerate(self._paths[first:], first):
@@ -134,7 +134,7 @@ class ImageReader:
                 for image, seconds in pictures_of(path):
                     yield Picture(began + lasted, partial(_resize, image, self._size))
                     lasted += 1 / self._rate if seconds is None else seconds
-            # whatever a decoder makes of a damaged or hostile file, the others are still to be read
+            # a decoder may raise anything on a damaged or hostile file, and the other files must still be read
             except Exception as error:
                 unreadable.append(f"{path.name} ({' '.join(str(error).split()) or type(error).__name__})")
             put_off += max(0.0, lasted - 1 / self._rate)

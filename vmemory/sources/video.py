@@ -1,4 +1,4 @@
-"""A frame source: a video file, a directory of images or an array, as a stream of timed frames."""
+"""Read a video file, a directory of images or an array as a stream of timed frames."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ __all__ = ["Frame", "FrameSource", "SourceError"]
 
 
 class Frame(NamedTuple):
-    """One frame of a stream: `image` uint8 RGB `[H, W, 3]`, `time` in seconds from the start of the stream,
-    `index` the number of the emitted frame, from 0."""
+    """One frame of a stream.
+
+    `image` is uint8 RGB `[H, W, 3]`, `time` are seconds from the start of the stream, `index` is the number of the
+    emitted frame, from 0.
+    """
 
     image: np.ndarray
     time: float
@@ -30,16 +33,16 @@ class Frame(NamedTuple):
 class FrameSource:
     """Iterable of `Frame` over a video file, a film at an address, pictures or a uint8 array `[T, H, W, 3]`.
 
-    Times are seconds from the first frame of the stream: presentation timestamps for a video (so variable
-    frame rates keep their true times; where timestamps start anew in the middle they go on from there),
-    `position / (fps or 1)` for a directory in natural order, `i / source_fps` for an array. Times strictly increase.
-    An animated picture, alone or among others, moves at its own speed. Pictures of more than 8 bits are scaled:
-    integers as if 65,535 were white, floating values as if 1 were, and what lies beyond from its least to its greatest.
+    Times are seconds from the first frame of the stream: presentation timestamps for a video (so variable frame rates
+    keep their true times, and times continue if timestamps restart in the middle), `position / (fps or 1)` for a
+    directory in natural order, `i / source_fps` for an array. Times strictly increase. An animated picture, alone or
+    among others, plays at its own speed. Pictures of more than 8 bits are scaled: white is 65,535 for integers and 1
+    for floating values; a picture with other values is stretched from its least to its greatest.
 
     Args:
         source: path of a video file, of a picture or of a directory of pictures; address of a film, which is read by
-            its own clock as fast as it comes (`LiveSource` reads what is sent as it happens); or uint8 RGB array or
-            tensor `[T, H, W, 3]`.
+            its own clock as fast as possible (see `LiveSource` for live streams); or uint8 RGB array or tensor
+            `[T, H, W, 3]`.
         fps: constant-rate sampling: emit the first frame at or after each multiple of `1 / fps` seconds,
             to within one tick of the container's clock; a frame is emitted once. None emits every frame.
         start, stop: emit frames with `start <= time < stop`, seconds; the sampling grid does not move.
@@ -47,13 +50,13 @@ class FrameSource:
         source_fps: frames per second of an array.
 
     Attributes:
-        duration: length of the whole source in seconds, None if the container does not tell; an iteration that finds
-            more corrects it.
+        duration: length of the whole source in seconds, None if the container does not state it; a longer iteration
+            corrects it.
         expected: estimated number of frames to be emitted, or None.
         emitted: number of frames emitted by the latest iteration.
-        dropped: number of pictures that it could not give: unreadable, or without a time of their own.
-        endless: True when an address tells neither how long it lasts nor how large it is.
-        truncated: True when the latest iteration ended before the length the file announces.
+        dropped: number of pictures that are unreadable or have no time of their own.
+        endless: True if an address states neither its length nor its size.
+        truncated: True if the latest iteration ended before the length that the file states.
         warning: one line about a truncated or damaged source, or None.
 
     Video pixels are taken as stored: rotation and mirroring are applied, the sample aspect ratio is not.
@@ -85,7 +88,7 @@ class FrameSource:
         self._reader = _open_reader(source, fps, check_size(size), source_fps)
         self.name = self._reader.name
         self.duration = self._reader.duration
-        # a film that nobody has finished sending has no end to wait for
+        # a film that is still being sent has no end
         self.endless = getattr(self._reader, "endless", False)
         self.expected = self._estimate()
         self.emitted = 0
@@ -115,7 +118,7 @@ class FrameSource:
                 if time < self.start:
                     continue
                 if self.fps is not None:
-                    # timestamps are rounded to the clock of the container: a frame one tick early is on time
+                    # timestamps are rounded to the clock of the container, so a frame one tick early is on time
                     reached = math.floor((time + reader.tick) * self.fps)
                     if reached < due:
                         continue
