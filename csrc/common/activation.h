@@ -1,4 +1,4 @@
-// Activations of vectors and their slopes; NaN kept.
+// Activation functions of vectors and their derivatives; NaN stays NaN.
 #pragma once
 
 #include <string>
@@ -17,15 +17,15 @@ void dispatch_activation(const std::string& name, const F& f) {
   f(std::integral_constant<Activation, Activation::kSilu>{});
 }
 
-// exp with the rounding of x times log2(e) made good: without it the error grows with x, and the slope of a nearly shut
-// gate with it
+// exp with a correction of the rounding of x times log2(e), whose error grows with x, and with it the slope of a nearly
+// closed gate
 template <class A>
 inline vec<A> exp_of(vec<A> x) {
   constexpr A kHigh = A(kLog2E), kLow = A(kLog2E - double(kHigh));
   const vec<A> whole = x * kHigh;
   const vec<A> rest = multiply_add(x, broadcast<A>(kHigh), -whole) + x * kLow;
   const vec<A> y = exp2(whole), more = y * (rest * A(0.69314718055994530942));
-  // past the range of A the rest is of no meaning
+  // outside the range of A the correction is not defined
   return whole < A(-120) || whole > A(120) ? y : y + more;
 }
 
@@ -34,7 +34,7 @@ inline vec<A> logistic(vec<A> x) {
   return A(1) / (A(1) + exp_of<A>(-x));
 }
 
-// the share of x that gelu lets through: the normal distribution's mass below x
+// the factor of x in gelu: the normal distribution's mass below x
 template <class A>
 inline vec<A> normal_mass(vec<A> x) {
   return A(0.5) * (A(1) + erf(x * A(0.70710678118654752440)));

@@ -1,4 +1,4 @@
-// What attention over blocks of keys shares: rows of one head, queries in transposed tiles, blocks of keys.
+// Shared parts of attention over blocks of keys: rows of one head, queries in transposed tiles, blocks of keys.
 #pragma once
 
 #include <algorithm>
@@ -117,8 +117,8 @@ void for_query_tiles(int64_t n, const F& f) {
   });
 }
 
-// terms of a score summed one after the other before they join the rest; short chains round less, and a weight is as
-// wrong as its score is
+// number of terms of a score that are summed in sequence before they are added to the total; short chains round less,
+// and the error of a weight follows that of its score
 constexpr int64_t kChain = 32;
 
 // scores[key][query] of a block of keys, rows of `wide`, and a tile of queries
@@ -133,7 +133,7 @@ void score_tile(const A* keys, int64_t count, int64_t wide, const A* query, int6
   }
 }
 
-// Cuts `heads` heads of n queries into pieces so that every thread has work; a piece reads its keys anew.
+// Cuts `heads` heads of n queries into pieces so that every thread has work; each piece reads the keys again.
 inline int64_t pieces_of(int64_t heads, int64_t units, int64_t least, int64_t threads) {
   if (threads == 1 || heads == 0) return 1;
   const int64_t wanted = (4 * threads + heads - 1) / heads;

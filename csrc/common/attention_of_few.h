@@ -1,4 +1,4 @@
-// Attention of a few queries, keys in the lanes: every row of the memory is read once, all heads of it together.
+// Attention of a few queries with keys in the lanes: every row of the memory is read once, for all heads together.
 #pragma once
 
 #include "common/attention.h"
@@ -9,7 +9,7 @@ namespace vmemory {
 constexpr int64_t kFewQueries = 8;  // with more, queries fill the lanes
 
 // The heads [first, first + heads) of a stream at a time. Sums run in the order of the kernel for many queries: a
-// query's answer does not depend on how many came with it.
+// query's result does not depend on the number of queries.
 template <class A>
 class FewQueries {
  public:
@@ -41,7 +41,7 @@ class FewQueries {
     }
     for (int64_t j = 0; j < valid; j += kKeyBlock) {
       const int64_t count = std::min(kKeyBlock, valid - j);
-      // the heads of a row lie side by side: together they are read as a stream
+      // the heads of a row are contiguous, so all heads together read memory in sequence
       for (int64_t h = 0; h < heads; ++h) {
         lay_keys(slots.head_keys(z, s, first + h), j, count);
         const Rows<Q> values = slots.head_values(z, s, first + h);
@@ -94,7 +94,7 @@ class FewQueries {
     score(query_.get() + at * wide_, count, weight);
     A largest = most_.get()[at];
     for (int64_t j = 0; j < count; ++j) largest = weight[j] > largest ? weight[j] : largest;
-    // a query that has met nothing but -inf must not take -inf from it
+    // -inf - (-inf) would be NaN for a query whose scores so far are all -inf
     const vec<A> base = broadcast(largest > -std::numeric_limits<A>::infinity() ? largest : A(0));
     const vec<A> shrink = exp<A>(broadcast(most_.get()[at]) - base);
     for (int64_t j = 0; j < count; j += L) store(weight + j, exp<A>(load(weight + j) - base));

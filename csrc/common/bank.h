@@ -1,4 +1,4 @@
-// The tiered memory's bookkeeping, host and device: which frame leaves a full tier, and what that does to the lists.
+// The tiered memory's bookkeeping, host and device: the choice of a victim in a full tier, and the update of the lists.
 // Raw pointers only; tokens and descriptors are moved by the caller between decide() and apply().
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace vmemory::bank {
 
-// one stream's bookkeeping; A is the type decisions are made in
+// one stream's bookkeeping; decisions are computed in type A
 template <class A>
 struct Stream {
   A* descriptor;     // [M, R, K]
@@ -24,12 +24,12 @@ VMEMORY_HD int64_t listed(const Geometry& g, const Stream<A>& s, int tier, int64
   return g.inside(tier, s.order[g.slot0[tier] + place]);
 }
 
-// the difference of two frame numbers, whatever they are
+// the difference of any two frame numbers, without overflow
 VMEMORY_HD inline int64_t frames_between(int64_t first, int64_t last) {
   return static_cast<int64_t>(static_cast<uint64_t>(last) - static_cast<uint64_t>(first));
 }
 
-// what one frame does: decided from the state before it, so that every block of a launch decides alike
+// the changes of one frame, decided from the state before it, so that every block of a launch decides alike
 struct Step {
   int first = -1;             // tier the frame enters, -1 = it leaves at once
   int length = 0;             // full tiers on its way down
@@ -40,7 +40,7 @@ struct Step {
   int64_t fresh = -1;         // slot the frame takes
 };
 
-// list places whose link has to be computed anew, per tier
+// list places whose link must be computed again, per tier
 struct Dirty {
   int count[kMaxTiers] = {};
   int64_t place[kMaxTiers][4];
@@ -68,7 +68,7 @@ VMEMORY_HD inline bool is_finite(A x) {
   return x - x == A(0);
 }
 
-// what a full tier gives up
+// the victim of a full tier
 struct Leaving {
   int64_t place = 0;  // its list place
   int64_t slot = -1;
@@ -88,8 +88,8 @@ VMEMORY_HD Leaving leaver(const Geometry& g, const Stream<A>& s, int tier, int64
   return {place, listed(g, s, tier, place), -1};
 }
 
-// What the list place gives up where a caller chose it. A merging rule folds it into its older neighbour; the first of
-// a list has none, so that the next is folded into it. What is not finite is not merged.
+// The victim that a caller chose, by list place. A merging rule folds it into its older neighbour; the first of a list
+// has none, so the next one is folded into it. An entry that is not finite is not merged.
 template <class A>
 VMEMORY_HD Leaving named(const Geometry& g, const Stream<A>& s, int tier, int64_t place) {
   const Leaving alone{place, listed(g, s, tier, place), -1};
@@ -135,7 +135,7 @@ VMEMORY_HD Leaving choose(const Geometry& g, const Stream<A>& s, int tier, int64
   return leaver(g, s, tier, older, newer, best);
 }
 
-// pick(tier) says what a full tier gives up; length holds the entries of each tier
+// pick(tier) returns the victim of a full tier; length is the number of entries of each tier
 template <class Pick>
 VMEMORY_HD void decide(const Geometry& g, int64_t frame, const int64_t* length, const Pick& pick, Step* step) {
   step->length = 0;
@@ -160,7 +160,7 @@ VMEMORY_HD void decide(const Geometry& g, int64_t frame, const int64_t* length, 
   step->fresh = step->length > 0 ? step->slot[0] : free;
 }
 
-// victim[tier] is the slot that a full tier gives up; one that it does not hold leaves the choice to the rule
+// victim[tier] is the slot that a full tier gives up; a slot that it does not hold leaves the choice to the rule
 template <class A>
 Step decide(const Geometry& g, const Stream<A>& s, const int64_t* victim) {
   Step step;
@@ -175,7 +175,7 @@ Step decide(const Geometry& g, const Stream<A>& s, const int64_t* victim) {
   return step;
 }
 
-// columns of a step as the operator returns it: these, then for each tier the slot it gives up, then where that goes
+// columns of a step as the operator returns it: these, then the slot that each tier gives up, then their targets
 enum { kStepTier, kStepFresh, kStepMerged, kStepHead };
 
 VMEMORY_HD inline void write_step(const Geometry& g, const Step& step, int64_t* out) {
@@ -225,7 +225,7 @@ VMEMORY_HD void insert(const Geometry& g, const Stream<A>& s, int tier, int64_t 
   if (place < n) dirty->add(tier, place + 1);
 }
 
-// the lists, entries and counters after the step; norms of demoted slots travel, new ones are the caller's
+// updates lists, entries and counters; norms of demoted slots move along, the caller computes new ones
 template <class A>
 VMEMORY_HD void apply(const Geometry& g, const Stream<A>& s, const Step& step, double time, double mass, Dirty* dirty) {
   const int64_t frame = s.counter[kSeen]++;

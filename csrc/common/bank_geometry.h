@@ -1,4 +1,4 @@
-// Where everything of a tiered memory lies: tiers, slots, token rows, links and reduction maps. Host and device.
+// The layout of a tiered memory: tiers, slots, token rows, links and reduction maps. Host and device.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ struct Geometry {
     while (slot < slot0[tier]) --tier;
     return tier;
   }
-  // a slot of the tier, whatever a list that was handed in holds
+  // the slot clamped to the tier, since a given list may contain any number
   VMEMORY_HD int64_t inside(int tier, int64_t slot) const {
     const int64_t last = slot0[tier] + capacity[tier] - 1;
     return slot < slot0[tier] ? slot0[tier] : slot > last ? last : slot;
@@ -61,7 +61,7 @@ struct Geometry {
   VMEMORY_HD int64_t descriptor_of(int tier) const { return R > 1 ? tier : 0; }
 };
 
-// Where a map lies in the packed table: for each source <= tier the composed row and column weights, tier by tier,
+// Offsets of maps in the packed table: for each source <= tier the composed row and column weights, tier by tier,
 // then for each tier but the last the row and column weights of the step to the next.
 struct MapOffsets {
   int64_t rows[kMaxTiers][kMaxTiers], columns[kMaxTiers][kMaxTiers];

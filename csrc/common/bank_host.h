@@ -56,7 +56,7 @@ struct Maps {
 };
 
 // Adds cells of a frame to its descriptors, channels [d0, d1) of the first K, in one order: streaming and planning sum
-// alike, so that both decide alike. Cells that are not valid are not read.
+// in the same order, so that both decide alike. Cells that are not valid are not read.
 template <class T>
 struct Describe {
   using A = acc_t<T>;
@@ -109,7 +109,7 @@ struct Describe {
   }
 };
 
-// a frame's cell masses as floats, or null when every cell is there
+// a frame's cell masses as floats, or null if every cell exists
 struct FrameMass {
   std::vector<float> mass;
   double total;
@@ -131,7 +131,7 @@ struct Bank {
   T* slots = nullptr;     // [L, D]; null while planning
   float* mass = nullptr;  // [L]
 
-  // One frame's way in: reductions are laid out once, then every slice of channels moves on its own.
+  // The move of one frame: reductions are prepared once, then every slice of channels moves independently.
   struct Passage {
     Step step;
     const T* frame = nullptr;
@@ -179,7 +179,7 @@ struct Bank {
       pool_cells(*p.enter, 0, g.cells(step.first), p.frame, row(step.fresh), g.D, d0, d1);
       describe.add(p.frame, 0, g.H, nullptr, d0, d1);
     } else {
-      // the frame takes its victim's rows while they are still in cache, as soon as nothing below needs them
+      // the frame overwrites its victim's rows while they are in cache, as soon as no lower tier needs them
       int64_t done = 0;
       for (int64_t i = 0; demotes && i < p.demote[0]->height; ++i) {
         const AxisMap<A>& rows = maps.step_rows[step.first];
@@ -243,7 +243,7 @@ struct Bank {
     std::copy(fresh, fresh + g.R * g.K, s.descriptor + step.fresh * g.R * g.K);
   }
 
-  // source cells that each token stands for, after the tokens have moved
+  // the number of source cells in each token, after the tokens have moved
   void move_mass(const Passage& p) const {
     const Step& step = p.step;
     for (int i = step.length - 1; i >= 0; --i) {
@@ -253,7 +253,7 @@ struct Bank {
         float* to = mass + g.row_of(step.merged);
         for (int64_t c = 0; c < g.cells(tier); ++c) to[c] += from[c];
       } else if (step.target[i] >= 0) {
-        // the shared windows were made without masses: theirs are all alike
+        // the shared windows were made without masses, for equal masses
         const A scale = p.demote[i] == &maps.step[tier] ? static_cast<A>(*from) : A(1);
         write_mass(*p.demote[i], scale, g.cells(tier), mass + g.row_of(step.target[i]));
       }

@@ -89,7 +89,7 @@ struct QuantizedMove {
     const Geometry& g = bank.g;
     const int64_t to = g.row_of(p.step.fresh);
     run(g.cells(p.step.first), [&](int64_t begin, int64_t end) {
-      // reduced tokens are rounded to the frames' own dtype first, as those of a floating memory are
+      // reduced tokens are rounded to the frames' dtype first, as in a memory of floating tokens
       std::vector<T> token(rows.D);
       for (int64_t k = begin; k < end; ++k) {
         if (p.enter) pool_cell(*p.enter, k, p.frame, g.D, token.data(), 0, g.D);

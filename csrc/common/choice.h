@@ -5,7 +5,7 @@
 
 namespace vmemory {
 
-// whether `x` is chosen over `best`, which was looked at before it
+// whether `x` is chosen over `best`, which precedes it
 template <class A>
 constexpr bool beats(A x, A best) {
   return x > best || (x != x && best == best);

@@ -1,4 +1,4 @@
-// Attention weights of one head made anew, block by block of keys: queries in the lanes, keys in the rows.
+// Recomputes the attention weights of one head, block by block of keys: queries in the lanes, keys in the rows.
 #pragma once
 
 #include "common/attention.h"
@@ -40,7 +40,7 @@ class ScoreBlocks {
     copy_rows(keys, first, count, tile_rows(count), wide_, keys_.get());
   }
 
-  // f(tile) for the tiles of which at least the last query sees the first key of the block; score(j) is then made
+  // f(tile) for the tiles whose last query sees the first key of the block; score(j) is computed before
   template <class F>
   void for_tiles(const F& f) {
     for_query_tiles<A>(count_, [&](const QueryTile& t) {
@@ -74,8 +74,8 @@ class ScoreBlocks {
   Lines<A> query_, keys_, score_;
 };
 
-// For each query in the lanes: the largest score, one over the sum, how many keys it sees, and what the backward pass
-// subtracts.
+// For each query in the lanes: the largest score, the inverse of the sum, the number of visible keys, and the mean term
+// of the backward pass.
 template <class A>
 struct QueryStats {
   using Int = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
@@ -101,7 +101,7 @@ struct QueryStats {
     const int64_t at = t.first + w * kLanes<A>;
     return exp<A>(load(score) - load(most.get() + at)) * load(inverse.get() + at);
   }
-  // x where there is a query and it sees the key, else 0, whatever x is there
+  // x where a query exists and sees the key, else 0, even if x is NaN
   vec<A> where_seen(const QueryTile& t, int64_t w, int64_t key, vec<A> x) const {
     typedef Int ints __attribute__((vector_size(kVectorBytes)));
     if (!causal && t.count == t.width<A>()) return x;

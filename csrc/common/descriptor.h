@@ -9,8 +9,8 @@
 
 namespace vmemory {
 
-// The mean over a frame's cells, summed in groups of four and the groups in levels. Cells may be handed over piece by
-// piece; the grouping, and so the result to the bit, does not depend on the pieces.
+// The mean over a frame's cells, summed in groups of four and the groups in levels. Cells may be added in pieces; the
+// grouping, and thus the result bit for bit, does not depend on the pieces.
 template <class T>
 class CellSum {
   using A = acc_t<T>;
@@ -23,7 +23,7 @@ class CellSum {
     next_ = 0;
   }
 
-  // cells up to `end`, as far as they fill whole groups; cell c begins at frame + c * pitch
+  // adds cells up to `end` that fill whole groups; cell c begins at frame + c * pitch
   void add(const T* frame, int64_t pitch, int64_t end) {
     for (; next_ + 4 <= end; next_ += 4) add_group(frame, pitch, 4);
   }

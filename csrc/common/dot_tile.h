@@ -9,7 +9,7 @@
 namespace vmemory {
 
 constexpr int kTileRows = 4;
-// a register for every sum, for every query's vector and for one row's; with squares one query fewer
+// registers: one for every sum, for every query's vector and for one row's vector; with squares one query fewer
 #if defined(__AVX512F__)
 constexpr int kTileQueries = 6;
 #else
@@ -35,7 +35,7 @@ inline vec<A> load_row(const T* p) {
   if constexpr (std::is_same_v<T, nibbles>) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<A, float>) {
-      // the table is looked up by the low four bits: what the shift leaves above them does no harm
+      // the lookup uses the low four bits, so the bits above them may have any value
       const __m512 table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
       const __m128i pairs = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
       const __m128i apart = _mm_unpacklo_epi8(pairs, _mm_srli_epi16(pairs, 4));
@@ -57,7 +57,7 @@ inline vec<A> load_row(const T* p) {
     return out;
   } else if constexpr (std::is_same_v<T, int8_t>) {
 #if defined(__AVX512F__)
-    // GCC widens bytes one by one otherwise
+    // otherwise GCC widens bytes one by one
     if constexpr (std::is_same_v<A, float>) {
       const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
       return reinterpret_cast<vec<A>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(raw)));
@@ -96,7 +96,7 @@ inline vec<A> load_row(const T* p, int64_t n) {
   if constexpr (std::is_same_v<T, nibbles> && std::is_same_v<A, float>) {
     const __m128i raw = _mm_maskz_loadu_epi8(static_cast<uint16_t>((1u << (n + 1) / 2) - 1), p);
     const vec<A> x = load_row<A>(reinterpret_cast<const T*>(&raw));
-    // an odd number of channels leaves half a byte, which may hold anything
+    // with an odd number of channels the last half byte is undefined
     return reinterpret_cast<vec<A>>(_mm512_maskz_mov_ps(mask, reinterpret_cast<__m512>(x)));
   }
   if constexpr (sizeof(T) == 2) {
@@ -149,13 +149,13 @@ inline void sum_four(vec<float> a, vec<float> b, vec<float> c, vec<float> d, flo
   std::memcpy(out, &sums, sizeof sums);
 }
 
-// What a tile reads ahead for a later one: of its own rows first to last, those that stand `rows` later in the list.
+// The rows that a tile prefetches for a later one: those that are `rows` after its own rows first to last.
 struct Ahead {
   int64_t rows;
   int first, last;
 };
 
-// f(0) ... f(N - 1) written out: indices known early keep arrays of vectors in registers
+// f(0) ... f(N - 1) unrolled, because compile-time indices keep arrays of vectors in registers
 template <int... I, class F>
 __attribute__((always_inline)) inline void unrolled(std::integer_sequence<int, I...>, const F& f) {
   (f(std::integral_constant<int, I>{}), ...);

@@ -35,7 +35,7 @@ Axis<A> reduction(bool area, int64_t n, int64_t m) {
     } else {
       const auto taps = bilinear_taps<A>(i, n, m);
       axis.add(taps.low, A(1) - taps.high_weight);
-      // 0 times infinity is no number
+      // 0 times infinity is NaN
       if (taps.high_weight > A(0)) axis.add(taps.high, taps.high_weight);
     }
     axis.close();
@@ -91,7 +91,7 @@ struct RowScratch {
   }
 };
 
-// store_some, past the caches where that was found worth it
+// store_some, past the caches for large results
 template <class T>
 inline void put(T* p, vec<acc_t<T>> x, int64_t lanes, bool streamed) {
   if constexpr (sizeof(T) >= 4) {
@@ -109,7 +109,7 @@ void map_row(const GridMap<acc_t<T>>& map, int64_t i, const T* in, int64_t width
   scratch.cell.clear();
   scratch.weight.clear();
   for (int64_t j = 0; j < w; ++j) scratch.add_window(map, i, j, in, width, pitch);
-  // what is read after this row
+  // the rows that are read next, to prefetch them
   if (i + 1 < map.rows.size() && w > 0) scratch.add_window(map, i + 1, 0, in, width, pitch);
   scratch.cell.insert(scratch.cell.end(), 4, in);
   const T* const* cell = scratch.cell.data();

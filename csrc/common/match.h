@@ -12,7 +12,7 @@
 
 namespace vmemory {
 
-// Where the rows of a group of clips stand in matching order: `cls` of each of `groups` clips of `tokens`, then the
+// The order of the rows of a group of clips in matching: `cls` of each of `groups` clips of `tokens`, then the
 // rest. Even rows from `front` on look for partners among the odd ones.
 struct Sequence {
   int64_t tokens, cls, groups, front;
@@ -32,7 +32,7 @@ struct Sequence {
   }
 };
 
-// the factor that gives a row the length 1
+// the inverse norm of a row
 template <class T>
 acc_t<T> inverse_norm(const T* row, int64_t D) {
   using A = acc_t<T>;
@@ -40,7 +40,7 @@ acc_t<T> inverse_norm(const T* row, int64_t D) {
   return A(1) / (norm < A(1e-8) ? A(1e-8) : norm);
 }
 
-constexpr int64_t kPartners = 4 * kProductRows;  // partners looked at together
+constexpr int64_t kPartners = 4 * kProductRows;  // partners per block
 constexpr int64_t kMatchBytes = 7 << 16;         // packed rows that stay in the second-level cache beside them
 
 // kPairs: bfloat16 as it is stored, in the processor's own products of pairs, and scaled afterwards
@@ -87,7 +87,7 @@ class Matcher {
     for (int64_t j = 0; j < odds; j += kPartners) {
       const int64_t n = std::min(kPartners, odds - j), filled = tile_rows(n);
       for (int64_t i = 0; i < filled; ++i) {
-        // the last tile is filled up with a row it has: its scores are not looked at
+        // the last tile repeats a row to be complete; the repeated scores are not used
         const int64_t row = sequence.odd(j + std::min(i, n - 1));
         factor_.get()[i] = inverse[row];
         copy(x + row * channels_, inverse[row], partners_.get() + i * wide_);

@@ -32,10 +32,10 @@ inline vec<double> exp2(vec<double> x) {
 }
 
 inline vec<float> exp2(vec<float> x) {
-  // minimax on [-1/2, 1/2], relative error 2e-9
+  // minimax polynomial on [-1/2, 1/2], relative error 2e-9
   static constexpr float c[] = {1.0f,           0.69314718246f,    0.24022646248f,   0.05550328642f,
                                 0.00961848907f, 0.00133999309037f, 0.00015345808060f};
-  // beyond these lie infinity and zero; a NaN passes both comparisons
+  // outside these bounds the results are infinity and zero; NaN passes both comparisons
   x = x > 160.0f ? broadcast(160.0f) : x;
   x = x < -160.0f ? broadcast(-160.0f) : x;
 #if defined(__AVX512F__)
@@ -45,7 +45,7 @@ inline vec<float> exp2(vec<float> x) {
   return reinterpret_cast<vec<float>>(_mm512_scalef_ps(reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(n)));
 #else
   typedef int32_t ints __attribute__((vector_size(kVectorBytes)));
-  constexpr float kRound = 12582912.0f;  // adding and taking it away leaves an integer
+  constexpr float kRound = 12582912.0f;  // adding and subtracting it rounds to an integer
   const vec<float> n = (x + kRound) - kRound;
   const vec<float> y = polynomial(c, x - n);
   const ints whole = __builtin_convertvector(n, ints), half = whole >> 1;

@@ -1,4 +1,4 @@
-// From the scores of the best partners to who merges, and the order of what is left.
+// Builds a merge plan from the scores of the best partners.
 #pragma once
 
 #include "common/match.h"

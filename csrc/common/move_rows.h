@@ -8,7 +8,7 @@
 
 namespace vmemory {
 
-// rows of one tensor by bytes: what they mean does not matter for moving them
+// rows of one tensor as bytes, because a move does not depend on the dtype
 struct Rows {
   const char* from;
   char* to;

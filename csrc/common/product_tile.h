@@ -5,7 +5,7 @@
 
 namespace vmemory {
 
-// sums, the vectors of a row of B and what they are multiplied by fill the registers: thirty-two of them, or sixteen
+// sums, vectors of a row of B and factors fill the registers: thirty-two of them, or sixteen
 #if defined(__AVX512F__)
 constexpr int kProductRows = 8, kProductVectors = 3;
 #else
@@ -14,8 +14,8 @@ constexpr int kProductRows = 4, kProductVectors = 3;
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// Rows in whole tiles. A tile reads and writes all its rows, so that whatever holds n rows of A or C has room for so
-// many; what lies in those past n does not matter, and nobody reads what comes of it.
+// Rows rounded up to whole tiles. A tile reads and writes all its rows, so a buffer of n rows of A or C must have room
+// for them. The rows past n may have any content, and their results are not used.
 constexpr int64_t tile_rows(int64_t n) { return round_up(n, kProductRows); }
 
 // C[r][w] (+)= sum over k of A(r, k) B[k][w] for kProductRows rows and W vectors of columns. A(r, k) is
@@ -43,7 +43,7 @@ void product_tile(const A* a, int64_t a_step, const A* b, int64_t b_step, int64_
   unrolled<R>([&](auto r) __attribute__((always_inline)) {
     unrolled<W>([&](auto w) __attribute__((always_inline)) {
       A* to = c + r * c_step + w * L;
-      // added at the end: what c holds already is not rounded K times more
+      // added at the end, so that the content of c is not rounded K more times
       store(to, kAdd ? load(to) + sum[r * W + w] : sum[r * W + w]);
     });
   });

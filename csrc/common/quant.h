@@ -22,7 +22,7 @@ constexpr uint8_t packed(int low, int high) {
 template <class T>
 inline float row_scale(const T* x, int64_t D, int64_t bits) {
   using A = acc_t<T>;
-  // four of each, so that no step waits for the one before
+  // four accumulators of each kind, so that no step waits for the previous one
   vec<A> peak[4] = {}, rest[4] = {};
   int64_t turn = 0;
   for_channels<A>(D, [&](int64_t d, int64_t lanes) {

@@ -74,8 +74,8 @@ class LevelSum {
   std::vector<A> level_;
 };
 
-// The rows read next are fetched into the second-level cache meanwhile: side by side, rows are too many and too short
-// for the hardware to follow, and half of the memory's rate is lost. A prefetch never faults.
+// Prefetches the next rows into the second-level cache: parallel rows are too many and too short for the hardware
+// prefetcher, which would cost half of the memory's bandwidth. A prefetch never faults.
 template <int K, bool kWeighted, class T, class F>
 inline void sum_group(const T* const* row, const T* const* next, const acc_t<T>* weight, int64_t D, const F& f) {
   using A = acc_t<T>;

@@ -1,4 +1,4 @@
-// The rows of a memory that a search reads, whatever a filter leaves out.
+// The rows of a memory that a search reads, with an optional filter.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ class SearchedRows {
   SearchedRows(const T* first, int64_t stored, const bool* where, int64_t begin, int64_t end, int64_t ahead)
       : first_(first), stored_(stored), where_(where), at_(begin), end_(end), ahead_(ahead) {}
 
-  // the size of the next block, 0 at the end; whatever stands behind the last row may be read
+  // the size of the next block, 0 at the end; bytes after the last row may be read
   int64_t next() {
     std::copy(slot + taken_, slot + held_, slot);
     std::copy(row + taken_, row + held_, row);

@@ -69,7 +69,7 @@ void make_keys(const T* score, int64_t n, key_t<T>* key) {
 constexpr int kRadixBits = 11;
 constexpr int kRadix = 1 << kRadixBits;
 
-// counts keys by their leading bits; neighbours count apart, so that equal ones do not wait for each other
+// counts keys by their leading bits; neighbours use separate counters, so that equal keys do not wait for each other
 template <class U>
 class Histogram {
  public:
@@ -130,7 +130,7 @@ void each_kept(const U* key, int64_t n, Cut<U> cut, const F& f) {
   }
 }
 
-// one row with segments: keys are dealt out to their segments, each finds its cut, one walk keeps the order
+// one row with segments: keys are distributed to their segments, each finds its cut, and one pass keeps the order
 template <class T>
 class SegmentedRow {
   using U = key_t<T>;
@@ -166,7 +166,7 @@ class SegmentedRow {
     }
     int64_t total = 0, kept = 0;
     for (const int64_t budget : budgets_) total += budget;
-    // every token is written and the kept ones stay: which they are cannot be predicted
+    // every token is written and only kept ones advance the position, because a branch would be mispredicted
     for (int64_t i = 0; i < n_ && kept < total; ++i) {
       const int64_t g = id(i);
       if (g == G_) continue;

@@ -5,7 +5,7 @@
 
 namespace vmemory {
 
-// What is larger than this is not read again before it has left the caches. Written past them, its lines are not
+// A larger result is evicted from the caches before it is read again. Written past them, its lines are not
 // fetched first, which is a third of a copy's traffic.
 constexpr int64_t kStreamedBytes = int64_t(1) << 25;
 
@@ -16,7 +16,7 @@ inline bool worth_streaming(const T* out, int64_t pitch, int64_t bytes) {
          pitch * sizeof(T) % kVectorBytes == 0;
 }
 
-// A whole aligned vector. The thread calls `finish_streams` before anyone may read what it wrote.
+// A whole aligned vector. The thread must call `finish_streams` before another thread reads the result.
 template <class A>
 inline void stream(A* p, vec<A> x) {
 #if defined(__AVX512F__)

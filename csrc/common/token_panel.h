@@ -11,19 +11,19 @@
 
 namespace vmemory {
 
-// terms summed in a register before they join the rest: the longer, the faster and the less exact
+// number of terms summed in a register before they are added to the total; more terms are faster and less exact
 template <class T>
 constexpr int64_t kDepth = sizeof(T) == 2 ? 512 : 64;
 
-// the bits of bfloat16 in the upper halves, rounded to nearest even; the lower halves hold what was cut off
+// the bits of bfloat16 in the upper halves, rounded to nearest even; the lower halves are undefined
 inline vec_u32 rounded_bits(vec<float> x) {
   const vec_u32 bits = reinterpret_cast<vec_u32>(x);
   const auto is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
   return is_nan ? (bits | 0x00400000u) : bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
-// Tokens of a block lie side by side, a channel a row: a weight matrix is then read as it is, no thread packs it, and
-// what the first product writes is what the second one reads. Stored as vectors of A or, kPairs, as pairs of bfloat16
+// Tokens of a block are contiguous, one channel per row: a weight matrix is then read without packing, and
+// the second product reads the result of the first in place. Stored as vectors of A or, kPairs, as pairs of bfloat16
 // of neighbouring channels.
 template <class T, bool kPairs>
 struct Panel {
@@ -51,7 +51,7 @@ struct Panel {
     }
   }
 
-  // channels c and c + 1; the second is passed over where channels are not paired
+  // channels c and c + 1; the second is ignored if channels are not paired
   void put(int64_t c, int64_t t, vec<A> first, vec<A> second) const {
     if constexpr (kPairs) {
       const vec_u32 both = rounded_bits(first) >> 16 | (rounded_bits(second) & 0xffff0000u);

@@ -1,4 +1,4 @@
-// The k best of many scored slots, the same whatever the order in which threads find them.
+// The k best of many scored slots, independent of the order in which threads find them.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@ inline bool ranks_before(const Scored<A>& a, const Scored<A>& b) {
   return a.score == b.score ? a.slot < b.slot : a.score > b.score;
 }
 
-// Candidates gather behind the best k found so far and are sifted out together, so that a slot costs a comparison with
+// Candidates are collected behind the best k found so far and selected together, so a slot costs a comparison with
 // the k-th best score, and no more than a constant on average if it passes.
 template <class A>
 class TopK {

@@ -58,7 +58,7 @@ constexpr int64_t kLanes = kVectorBytes / sizeof(A);
 typedef uint16_t vec_u16 __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t vec_u32 __attribute__((vector_size(kVectorBytes)));
 
-// one rounding where the processor has it, whatever the compiler would make of the sum
+// one rounding if the processor supports it, independent of the compiler's contraction
 inline vec<float> multiply_add(vec<float> a, vec<float> b, vec<float> c) {
 #if defined(__AVX512F__)
   return reinterpret_cast<vec<float>>(
@@ -89,7 +89,7 @@ inline vec_u16 load_u16(const void* p) {
 }
 
 inline vec_u32 widen_u16(vec_u16 x) {
-  // GCC widens the two halves apart otherwise
+  // otherwise GCC widens the two halves separately
 #if defined(__AVX512F__)
   return reinterpret_cast<vec_u32>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(x)));
 #elif defined(__AVX2__)
@@ -225,7 +225,7 @@ inline A sum(vec<A> x) {
 
 template <class A>
 inline vec<A> broadcast(A x) {
-  // not zero plus x: that is another number for -0, and the compiler would add
+  // a subtraction, because 0 + x differs for x = -0 and the compiler would emit the addition
   return x - vec<A>{};
 }
 

@@ -1,4 +1,4 @@
-// What the operators on neighbours in time demand of their arguments.
+// Argument checks of the operators on neighbours in time.
 #pragma once
 
 #include "torch/expect.h"

@@ -1,4 +1,4 @@
-// What the operators on attention demand of their arguments.
+// Argument checks of the attention operators.
 #pragma once
 
 #include "contracts/stored.h"

@@ -1,4 +1,4 @@
-// What the tiered memory's operators demand of their arguments.
+// Argument checks of the tiered memory's operators.
 #pragma once
 
 #include "torch/bank_args.h"

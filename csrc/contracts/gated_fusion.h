@@ -1,4 +1,4 @@
-// What the gate between two readings demands of its arguments.
+// Argument checks of the gated fusion.
 #pragma once
 
 #include "torch/expect.h"

@@ -1,4 +1,4 @@
-// What the reductions of token grids demand of their arguments.
+// Argument checks of the pooling operators.
 #pragma once
 
 #include "torch/expect.h"

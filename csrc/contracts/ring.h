@@ -1,4 +1,4 @@
-// What the memories of fixed slots demand of their arguments.
+// Argument checks of the memories of fixed slots.
 #pragma once
 
 #include "torch/expect.h"

@@ -1,4 +1,4 @@
-// What choosing and moving of tokens demand of their arguments.
+// Argument checks of selecting and gathering tokens.
 #pragma once
 
 #include "torch/expect.h"

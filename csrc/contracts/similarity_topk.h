@@ -1,4 +1,4 @@
-// What the search for similar slots demands of its arguments.
+// Argument checks of the similarity search.
 #pragma once
 
 #include "contracts/stored.h"

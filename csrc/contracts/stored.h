@@ -1,4 +1,4 @@
-// What operators demand of rows that may be stored in int8 or, two values a byte, in uint8.
+// Argument checks of rows that may be stored in int8 or, two values per byte, in uint8.
 #pragma once
 
 #include "torch/expect.h"
@@ -11,12 +11,12 @@ inline int64_t stored_channels(const Argument& rows, int64_t channels) {
   return rows.type() == dtype::uint8 ? (channels + 1) / 2 : channels;
 }
 
-// quantised, or of the type of what they are compared with
+// quantised, or of the same type as `other`
 inline void stored_beside(const Argument& rows, const Argument& other) {
   quantized(rows) ? rows.beside(other) : rows.like(other);
 }
 
-// a scale for quantised rows and only then; its shape is the caller's to check
+// a scale for quantised rows and only then; the caller checks its shape
 inline const Argument& scale_of(const Argument& rows, const Argument& scale) {
   VMEMORY_CHECK(scale.given() == quantized(rows),
                 "scale: expected one with int8 or uint8 rows and only then, they are ", dtype::name(rows.type()));

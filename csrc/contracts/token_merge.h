@@ -1,11 +1,11 @@
-// What matching, merging and unmerging of tokens demand of their arguments.
+// Argument checks of matching, merging and unmerging tokens.
 #pragma once
 
 #include "torch/expect.h"
 
 namespace vmemory::contract {
 
-// front: rows that take no part, in matching order; of the others the even ones find partners among the odd
+// front: rows that take no part, in matching order; even rows of the others find partners among the odd rows
 inline void bipartite_match(const Tensor& metric_, int64_t r, int64_t front, int64_t cls, int64_t groups) {
   const Argument metric("metric", metric_);
   metric.shape({kAny, kAny, kAny}).floating();

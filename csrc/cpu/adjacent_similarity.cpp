@@ -121,7 +121,7 @@ void similarity_backward(const T* x, const Shape& s, const acc_t<T>* grad, const
                          T* out) {
   using A = acc_t<T>;
   const int64_t frame = s.N * s.D;
-  // whole frames: what is written has to be written in order, or every huge page comes to the cache twice
+  // whole frames, because writes out of order would fetch every huge page into the cache twice
   const Walk walk(s, s.T, s.D * sizeof(T), std::numeric_limits<int64_t>::max());
   parallel_bytes(s.S * walk.blocks * walk.pieces, s.template bytes<T>(), [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {

@@ -25,7 +25,7 @@ void row_stats(const MapSizes& z, const Rows<T>& query, const Rows<T>& keys, int
         const vec<A> before = load(m);
         vec<A> now = before;
         for (int64_t j = 0; j < n; ++j) now = vmax<A>(load(blocks.score(t, j, w)), now);
-        // a query that has met nothing but -inf must not take -inf from it
+        // -inf - (-inf) would be NaN for a query whose scores so far are all -inf
         const vec<A> base = now > -std::numeric_limits<A>::infinity() ? now : vec<A>{};
         vec<A> sums[4] = {};
         for (int64_t j = 0; j < n; ++j) sums[j % 4] += exp<A>(load(blocks.score(t, j, w)) - base);
@@ -63,7 +63,7 @@ void column_sums(ScoreBlocks<A>& blocks, const QueryStats<A>& stats, const Rows<
   }
 }
 
-// Maps whose rows fit the second-level cache are made once instead of twice: the weights of a tile of queries and all
+// Maps whose rows fit the second-level cache are computed once instead of twice: the weights of a tile of queries and
 // keys are kept until the sums of its rows are known.
 constexpr int64_t kPanelBytes = 1 << 20;
 constexpr int64_t kPanelQueries = 480;  // per partial sum, whatever the number of threads
@@ -124,7 +124,7 @@ class Panel {
   void exponentiate(const QueryTile& t, int64_t w, int64_t seen, A* largest, A* sums) {
     vec<A> most = broadcast(-std::numeric_limits<A>::infinity());
     for (int64_t j = 0; j < seen; ++j) most = vmax<A>(load(at(t, j, w)), most);
-    // a query that has met nothing but -inf must not take -inf from it
+    // -inf - (-inf) would be NaN for a query whose scores so far are all -inf
     const vec<A> base = most > -std::numeric_limits<A>::infinity() ? most : vec<A>{};
     vec<A> total{};
     for (int64_t k = 0; k < seen; k += kKeyBlock) {

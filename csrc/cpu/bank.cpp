@@ -108,7 +108,7 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
   dispatch_floating(frames.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
     dispatch_stored<T>(slots.scalar_type(), [&](auto q) {
-      // what is stored in few bits is computed with in float32
+      // quantised tokens are computed in float32
       if constexpr (std::is_same_v<T, double> && kQuantized<typename decltype(q)::type>) {
         VMEMORY_CHECK(false, "frames: expected float32, float16 or bfloat16 for slots in 8 or 4 bits");
       } else {
@@ -118,7 +118,7 @@ void bank_push_(const Tensor& slots, const Tensor& mass, const Tensor& descripto
   });
 }
 
-// One read of the whole video: descriptors of every frame and, while its cells are in cache, the smallest tier's form.
+// One read of the whole video: descriptors of every frame and, while its cells are in cache, the pooled smallest tier.
 // `pooled` [S, T, cells, D] is empty when a second read of the survivors is no dearer. Then the decisions are replayed
 // on descriptors alone, stream by stream.
 using Plan = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor> bank_gather(const Tensor& frames_, std::optional<Tens
       for (int tier = 0; tier < g.tiers; ++tier) {
         const int64_t w = g.width[tier];
         const A ratio = static_cast<A>(H * W) / static_cast<A>(g.cells(tier));
-        // by cell, not by slot: every thread touches every slot alike, whatever tier it lies in
+        // by cell, not by slot, so that every thread has the same share of every slot
         parallel(g.cells(tier), 1, [&](int64_t begin, int64_t end) {
           Windows<A> window;
           std::vector<A> sum(D);

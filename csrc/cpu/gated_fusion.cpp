@@ -20,7 +20,7 @@ struct Arguments {
 template <Activation kKind, bool kPairs, class T>
 void fuse(const Arguments<T>& x, const Sizes& z) {
   using A = acc_t<T>;
-  // what the backward pass needs: the activation of relu tells its slope, others keep what they were taken of
+  // for the backward pass: relu's slope follows from its value, other activations need their argument
   const bool keep_argument = x.hidden != nullptr && kKind != Activation::kRelu;
   const TokenBlocks<A> blocks(z.n, torch::stable::get_num_threads());
   const auto run = [&](int64_t at, int64_t tokens, int64_t vectors) {
@@ -35,7 +35,7 @@ void fuse(const Arguments<T>& x, const Sizes& z) {
       hidden.for_pairs(z.H, [&](int64_t c, int64_t t, int64_t next) {
         hidden.put(c, t, activate<kKind, A>(hidden.get(c, t)), activate<kKind, A>(hidden.get(next, t)));
       });
-    // the result takes the place of the working tokens, which nobody reads again
+    // the result overwrites the working tokens, which are not read again
     for_products(x.w2, x.b2, z.D, z.H, hidden, [&](int64_t c, int64_t t, vec<A> u, vec<A> v) {
       const auto blend = [&](int64_t channel, vec<A> y) {
         const vec<A> gate = logistic<A>(y);

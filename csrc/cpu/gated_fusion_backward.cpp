@@ -12,8 +12,8 @@ struct Sizes {
   int64_t padded() const { return round_up(n, kLanes<float>); }
 };
 
-// Null where nobody asked. gate_slope [D, padded] and hidden_slope [H, padded] are the gradients of what the sigmoid
-// and the activation were taken of.
+// Null if not required. gate_slope [D, padded] and hidden_slope [H, padded] are the gradients of the arguments of the
+// sigmoid and of the activation.
 template <class T>
 struct Arguments {
   const T *grad, *working, *episodic, *w2, *b2, *hidden, *w1_turned, *w2_turned;
@@ -65,8 +65,8 @@ void into_tokens(const Arguments<T>& x, const Sizes& z) {
       argument.for_pairs(z.H, [&](int64_t c, int64_t t, int64_t next) {
         activated.put(c, t, activate<kKind, A>(argument.get(c, t)), activate<kKind, A>(argument.get(next, t)));
       });
-    // the gate is computed again rather than kept; its gradient takes the place of the result's, and what reaches the
-    // tokens past the gate that of the tokens
+    // the gate is computed again, not stored; its gradient overwrites the result's, and the tokens' direct gradient
+    // overwrites the tokens
     const auto& hidden = kKind == Activation::kRelu ? argument : activated;
     for_products(x.w2, x.b2, z.D, z.H, hidden, [&](int64_t c, int64_t t, vec<A> u, vec<A> v) {
       vec<A> direct[2], other[2], slope[2];

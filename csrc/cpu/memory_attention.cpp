@@ -41,7 +41,7 @@ class Piece {
     }
   }
 
-  // outputs, and what the backward pass makes the weights from: the largest score and the sum
+  // outputs, and the largest score and the sum, from which the backward pass computes the weights
   template <class T>
   void write(int64_t queries, int64_t valid, T* out, int64_t step, A* largest, A* sum) const {
     Lines<A> row(wide_);
@@ -72,7 +72,7 @@ class Piece {
       const vec<A> before = load(most);
       vec<A> largest = before;
       for (int64_t j = 0; j < count; ++j) largest = vmax<A>(load(p + j * width), largest);
-      // a query that has met nothing but -inf must not take -inf from it
+      // -inf - (-inf) would be NaN for a query whose scores so far are all -inf
       const vec<A> base = largest > -std::numeric_limits<A>::infinity() ? largest : vec<A>{};
       const vec<A> shrink = exp<A>(before - base);
       vec<A> sum[4] = {};
@@ -94,7 +94,7 @@ class Piece {
   Lines<A> query_, out_, keys_, values_, weight_, most_, total_;
 };
 
-// where the output goes: rounded, or, where the backward pass wants it, as it was accumulated; the other is null
+// the output, rounded or, for the backward pass, as accumulated; the other pointer is null
 template <class T>
 struct Out {
   T* rounded;

@@ -58,7 +58,7 @@ class Head {
     }
   }
 
-  // keys [first, first + count): what they send to the queries, and, if asked for, what they are sent
+  // keys [first, first + count): their contribution to the queries' gradient, and their own gradient if required
   template <class T, class Q>
   void add_block(const Rows<Q>& keys, const Rows<Q>& values, int64_t first, int64_t count, T* to_keys, T* to_values) {
     const int64_t filled = tile_rows(count);
@@ -144,7 +144,7 @@ void clear_invalid(const SlotSizes& z, const int64_t* count, T* out) {
   });
 }
 
-// `partial` [pieces, S, N, G, E]: what each piece of the keys sends to the queries
+// `partial` [pieces, S, N, G, E]: the contribution of each piece of the keys to the queries' gradient
 template <class T, class Q>
 void backward(const SlotSizes& z, const Saved<T>& x, const Slots<Q>& slots, const int64_t* count, int64_t pieces,
               acc_t<T>* partial, T* to_keys, T* to_values) {

@@ -138,7 +138,7 @@ class Replace {
     return stream >= 0 && s_.M > 0 && count_[stream] >= s_.M;
   }
 
-  // by chunks of the frames, summed in one order; item M of a row is the frame's own norm
+  // by chunks of the frames, summed in a fixed order; item M of a row is the frame's own norm
   void compare_frames() {
     const int64_t chunks = std::max<int64_t>(1, (frame_ + kChunk - 1) / kChunk), items = rows_ * (s_.M + 1) * chunks;
     std::vector<Products<A>> part(items);
@@ -168,7 +168,7 @@ class Replace {
     }
   }
 
-  // by the means over the tokens; those of the slots are at hand or made from the slots
+  // by the means over the tokens; the means of the slots are given or computed
   void compare_means(A* mean) {
     const int64_t each = means_ ? 1 : s_.M + 1, items = rows_ * each;
     std::vector<A> made(means_ ? 0 : rows_ * s_.M * s_.D);

@@ -79,7 +79,7 @@ class Row {
       for (const Part& part : part_) held += part.histogram.count(digit);
     }
     each([&](Part& part, int64_t first, int64_t n) {
-      // one place more: every key is written, those of the digit stay
+      // one more element, because every key is written and only keys with the digit advance the position
       part.candidate.resize(part.histogram.count(digit) + 1);
       U* to = part.candidate.data();
       for (int64_t i = first; i < first + n; ++i) {

@@ -31,7 +31,7 @@ struct Tile {
   Ahead ahead;
 };
 
-// even tiles; the first takes the rows' norms along
+// even tiles; the first also computes the rows' norms
 std::vector<Tile> tiles_of(int64_t queries, bool squares, int64_t rows_ahead) {
   static_assert(kTileQueries >= 3, "an even tile has two places at least, so that the first has a query");
   const int64_t work = queries + squares, n = (work + kTileQueries - 1) / kTileQueries;
@@ -111,7 +111,7 @@ struct Memory {
 
 // rows of one stream that one thread searches
 struct Segment {
-  int64_t stream, begin, end, keep, found;  // `found`: where its best are kept for each query
+  int64_t stream, begin, end, keep, found;  // `found`: position of its best results for each query
 };
 
 // best[q] over rows [begin, end) of a stream, for `count` queries from the first of a block
@@ -138,7 +138,7 @@ void scan(const Sizes& z, const Memory<T, A>& memory, const Queries<A>& queries,
                        memory.where ? memory.where + part.stream * z.M : nullptr, part.begin, part.end, ahead);
   for (int64_t n; (n = rows.next()) > 0;) {
     for (int64_t b = 0; b < n; b += near) {
-      // the last tile is filled up with rows whose dots are not looked at
+      // the last tile is completed with rows whose products are not used
       const int64_t end = std::min(near, (n - b + kTileRows - 1) / kTileRows * kTileRows);
       const auto run = [&](auto from, const auto* const* row, bool reads_ahead) {
         using F = typename decltype(from)::type;

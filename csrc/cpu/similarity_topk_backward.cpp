@@ -83,7 +83,7 @@ void into_query(const Sizes& z, const U* query, const Found<T, A>& found, U* out
   });
 }
 
-// every found row sums what its queries send it, in their order, in one thread and in the accumulation type
+// every found row sums the gradients of its queries in their order, in one thread and in the accumulation type
 template <class T, class A>
 void into_memory(const Sizes& z, const T* query, const Found<T, A>& found, const Share<A>* share, T* out) {
   std::vector<std::pair<int64_t, int64_t>> entries;

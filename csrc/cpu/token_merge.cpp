@@ -10,7 +10,7 @@ ScalarType wide_of(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// the share of a row in its token: a row alone is the token, rows without any size count alike
+// the weight of a row in its token: 1 for a single row, equal for rows whose sizes sum to 0
 template <class A>
 A share_of(A size, A total, int64_t count) {
   if (count == 1) return A(1);
@@ -32,7 +32,7 @@ class Gathered {
   template <bool kWeighted>
   void sum(const T* x, int64_t D, const int64_t* order, int64_t n, const A* weight, T* to) {
     row_.resize(n + 4);
-    // a few more are named: they are fetched ahead
+    // four more rows are listed, to prefetch them
     for (int64_t i = 0; i < n + 4; ++i) row_[i] = x + order[std::min(i, n - 1)] * D;
     sum_rows<kWeighted>(row_.data(), weight, n, D, levels_,
                         [&](int64_t d, vec<A> s, int64_t lanes) { store_some(to + d, s, lanes); });

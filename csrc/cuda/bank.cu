@@ -7,7 +7,7 @@
 namespace vmemory::bank {
 namespace {
 
-constexpr int64_t kMaxShared = 48 << 10;  // what every device grants without asking
+constexpr int64_t kMaxShared = 48 << 10;  // available on every device without a request
 
 // the kernel for 16-byte accesses where addresses and rows allow them, else the one for single elements
 template <class T>

@@ -1,4 +1,4 @@
-// What a block does to a stream's lists once its tokens have moved: the host's apply(), norms and links. Torch-free.
+// The update of a stream's lists by a block after its tokens moved: the host's apply(), norms and links. Torch-free.
 #pragma once
 
 #include "bank_step.cuh"
@@ -16,7 +16,7 @@ __device__ void relist_by_warp(const Geometry& g, const Stream<A>& s, const Chan
   const int64_t low = from < to ? from : to, count = from < to ? to - from : from - to;
   for (int64_t base = 0; base < count; base += kWarp) {
     const int64_t k = base + lane_of();
-    // towards the front from the front, towards the back from the back: nothing is read after it was written
+    // in the direction of the move, so that nothing is read after it was overwritten
     const int64_t write = from < to ? low + k : from - k, read = from < to ? write + 1 : write - 1;
     int64_t slot = -1;
     A cosine = 0;
@@ -36,7 +36,7 @@ __device__ void relist_by_warp(const Geometry& g, const Stream<A>& s, const Chan
   }
 }
 
-// apply() by a block, with norms and links; who reads them next waits for the block first. dots.square(r, merged) is
+// apply() by a block, with norms and links; readers must synchronise the block first. dots.square(r, merged) is
 // the squared norm of the fresh or the merged slot's descriptor, dots.product(item, pair) the product of a pair's; both
 // by a warp.
 template <class A, class Dots>

@@ -94,7 +94,7 @@ __device__ A dot_rows(const A* x, const A* y, int64_t K) {
   return warp_sum(sum);
 }
 
-// descriptors by the frame they belong to, so that none is copied
+// descriptors indexed by frame, so that none is copied
 template <class A>
 struct SeenDots {
   const Geometry& g;
@@ -104,7 +104,7 @@ struct SeenDots {
   int64_t frame;  // the newest
 
   __device__ A* row(int64_t of, int64_t r) const { return seen + (of * g.R + r) * g.K; }
-  // a merged slot's descriptor lies where its first frame's was
+  // a merged slot's descriptor overwrites that of its first frame
   __device__ A* slot_row(int64_t slot, int64_t r) const { return row(s.entry[slot * 4 + kFrame], r); }
   __device__ A square(int r, bool merged) const {
     const A* x = merged ? slot_row(step.merged, 0) : row(frame, r);

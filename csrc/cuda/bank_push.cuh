@@ -52,7 +52,7 @@ struct PushShared {
   }
 };
 
-// sums over slices of K what the blocks of a stream left; one order whatever the launch
+// sums the blocks' parts over slices of K, in an order that does not depend on the launch
 template <class A>
 struct PartialDots {
   const A* partial;
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 2) push_kernel(const __grid_constant
     if (d0 < g.K) sum_products(a, s, work, partial, slice);
   }
 
-  // release what the block wrote, then acquire what the others did, if it is the last
+  // release the block's writes, then acquire those of the others if this block is the last
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
@@ -244,7 +244,7 @@ struct DecideArgs {
   int64_t state_streams;
 };
 
-// what the next frame of a stream does, by a block
+// decides the next frame of a stream, by a block
 template <class A>
 __global__ void __launch_bounds__(kThreads, 2) decide_kernel(const __grid_constant__ DecideArgs<A> a) {
   Work<A>& work = *dynamic_shared<Work<A>>();

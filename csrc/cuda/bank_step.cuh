@@ -1,4 +1,4 @@
-// What one frame does to a stream, found by a block: the host's decide() with a warp for each tier. Torch-free.
+// The decision for one frame of a stream by a block: the host's decide() with a warp for each tier. Torch-free.
 #pragma once
 
 #include "bank_tokens.cuh"
@@ -8,7 +8,7 @@ namespace vmemory::bank {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kLinksPerTier = 4;
 
-// what a step does to one tier's list
+// the change of one tier's list in a step
 struct Change {
   int64_t before;    // entries before it
   int64_t removed;   // list place that is given up, -1 = none
@@ -24,7 +24,7 @@ struct Pair {
   int tier;
 };
 
-// what the threads of a block share about one step
+// shared data of a block's threads about one step
 template <class A>
 struct Work {
   int64_t counter[kLength + kMaxTiers];
@@ -39,14 +39,14 @@ struct Work {
 __device__ inline int warp_of() { return threadIdx.x / kWarp; }
 __device__ inline int lane_of() { return threadIdx.x % kWarp; }
 
-// the same tree for whatever is summed, and the same result in every lane
+// a fixed tree of additions, with the same result in every lane
 template <class A>
 __device__ A warp_sum(A x) {
   for (int k = kWarp / 2; k > 0; k /= 2) x += __shfl_xor_sync(kAllLanes, x, k);
   return x;
 }
 
-// A product that no sum is fused with: which of the two a compiler would fuse is its choice, and decisions hang on it.
+// A product that is not contracted with a sum: a compiler may contract either product, which would change decisions.
 __device__ inline float times(float x, float y) { return __fmul_rn(x, y); }
 __device__ inline double times(double x, double y) { return __dmul_rn(x, y); }
 
@@ -113,7 +113,7 @@ __device__ int64_t kept_slot(const Geometry& g, const Stream<A>& s, const Change
   return listed(g, s, tier, c.removed >= 0 && k >= c.removed ? k + 1 : k);
 }
 
-// what the step does to a tier, by a warp
+// the change of a tier by the step, by a warp
 template <class A>
 __device__ Change change_by_warp(const Geometry& g, const Stream<A>& s, const Step& step, int tier, int64_t n) {
   Change c{n, -1, -1, -1};
@@ -141,17 +141,17 @@ __device__ Change change_by_warp(const Geometry& g, const Stream<A>& s, const St
   return c;
 }
 
-// what the frame does to the stream: every block of a launch finds the same
+// the decision for the stream; every block of a launch computes the same one
 template <class A>
 __device__ void decide_by_block(const Geometry& g, const Stream<A>& s, const int64_t* victim, Work<A>& work) {
   const int warp = warp_of();
-  // lists end inside their tiers, whatever a state that was handed in says
+  // clamped to the tier, since a given state may contain any number
   if (threadIdx.x < kLength + g.tiers) {
     const int tier = static_cast<int>(threadIdx.x) - kLength;
     const int64_t n = s.counter[threadIdx.x];
     work.counter[threadIdx.x] = tier < 0 ? n : n < 0 ? 0 : n > g.capacity[tier] ? g.capacity[tier] : n;
   }
-  // each warp reads its own: the counters that are shared come with the next barrier
+  // each warp reads its own counter, because the shared copies are visible after the next barrier only
   if (warp < g.tiers && s.counter[kLength + warp] >= g.capacity[warp]) {
     const Leaving leaving = choose_by_warp(g, s, warp, s.counter[kSeen], g.capacity[warp], victim ? victim[warp] : -1);
     if (lane_of() == 0) work.leaving[warp] = leaving;
@@ -179,7 +179,7 @@ __device__ inline int64_t place_of(const Change& c, const Step& step, int which)
   if (which < 2) {
     place = c.inserted < 0 ? -1 : c.inserted + which;
   } else {
-    // what the removal joined, and what the merged slot is linked to on its older side
+    // the link that joins the removed entry's neighbours, and the merged slot's link to its older neighbour
     if (c.removed < 0 || (which == 3 && step.merged < 0)) return -1;
     place = which == 2 ? c.removed : c.removed - 1;
     if (place < 1) return -1;
@@ -199,7 +199,7 @@ __device__ Pair pair_of(const Geometry& g, const Stream<A>& s, const Work<A>& wo
     const Change& c = work.change[tier];
     const int64_t k = item - g.slot0[tier];
     if (c.inserted < 0 || k >= c.inserted) return none;
-    // appended, so that every other entry comes before
+    // the entry is appended, so every other entry precedes it
     const int64_t other = kept_slot(g, s, c, tier, k), a = c.slot - g.slot0[tier], b = other - g.slot0[tier];
     return {c.slot, other, g.link0[tier] + a * g.capacity[tier] + b, g.link0[tier] + b * g.capacity[tier] + a, tier};
   }

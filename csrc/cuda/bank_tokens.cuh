@@ -123,7 +123,7 @@ __device__ void pool_slice(const T* in, const float* mass, const bool* valid, co
     const Window<A> window{rows, columns, cell / columns.m, cell % columns.m, mass, valid};
     A held = 0, sum[V] = {};
     window.each([&](const int* from, const A* share, const A* weight) {
-      // loads wait for the weights alone, not for the masses
+      // loads depend on the weights only, not on the masses
       Pack<T, V> x[kTaps] = {};
 #pragma unroll
       for (int k = 0; k < kTaps; ++k)
@@ -171,7 +171,7 @@ struct Describe {
   int source;
 };
 
-// weights that a descriptor has for the rows and columns of the input: the mean of what its tier will see
+// a descriptor's weights for rows and columns of the input: the mean in its tier
 template <class A>
 __device__ void find_shares(const Geometry& g, const MapOffsets& maps, const A* table, int source, A* share) {
   const int sides = static_cast<int>(g.H + g.W);

@@ -22,7 +22,7 @@ class Device {
       : index_(on.get_device_index()), guard_(on.get_device_index()), stream_(current_stream(on)) {}
   Device(const Device&) = delete;
 
-  // a kernel on torch's current stream; what a device refuses is an error that begins with `what`
+  // launches a kernel on torch's current stream; an error message begins with `what`
   template <class... P, class... Given>
   void launch(const char* what, void (*kernel)(P...), dim3 grid, int threads, size_t shared, Given&&... given) const {
     start<P...>(what, kernel, grid, threads, shared, false, {static_cast<P>(given)...});

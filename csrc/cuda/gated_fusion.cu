@@ -5,7 +5,7 @@
 namespace vmemory::fusion {
 namespace {
 
-// The products are cuBLAS's, through torch: what is left is memory traffic, and each pass below reads and writes once.
+// cuBLAS computes the products, through torch. The rest is memory traffic, and each pass below reads and writes once.
 // float32 and float64 only: the two products that make up the hidden layer are rounded before they are added.
 struct Call {
   const Device& device;
@@ -18,7 +18,7 @@ struct Call {
     return *this;
   }
 
-  // make(tag<T>, std::integral_constant<int, V>) gives the functor that every place is visited with
+  // make(tag<T>, std::integral_constant<int, V>) returns the functor that is called for every element
   template <class Make>
   void run(int64_t size, const Make& make) const {
     if (size == 0) return;
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_fusion_backward
     return HiddenSlope<T, v()>{mutable_data<T>(slopes), data<T>(saved), kind};
   });
   const auto into_tokens = [&](const Tensor& to, int64_t first) {
-    // the gate's slope is used up
+    // the gate's slope is not needed any more
     product_into(gate, slopes, columns_of(w1, first, D));
     Call{device, working, D}.touches(to).touches(gate).run(n * D, [&](auto type, auto v) {
       using T = typename decltype(type)::type;

@@ -1,4 +1,4 @@
-// What surrounds the products of a gated fusion, forward and backward, each in one pass. Torch-free.
+// The element-wise passes around the products of a gated fusion, forward and backward. Torch-free.
 #pragma once
 
 #include "pack.cuh"
@@ -48,7 +48,7 @@ __device__ void put(T* to, const G& g) {
   store_pack(to, out);
 }
 
-// u and v are the products of the two inputs; the activation takes u's place, what it was taken of goes to `argument`
+// u and v are the products of the two inputs; the activation overwrites u, its argument is written to `argument`
 template <class T, int V>
 struct Hidden {
   T* u;
@@ -78,7 +78,7 @@ struct Activated {
   }
 };
 
-// the result takes the place of y
+// the result overwrites y
 template <class T, int V>
 struct Blend {
   T* y;
@@ -95,7 +95,7 @@ struct Blend {
   }
 };
 
-// the gate's slope takes the place of y; what reaches the tokens past the gate goes where it is asked for
+// the gate's slope overwrites y; the direct gradients of the tokens are written if required
 template <class T, int V>
 struct GateSlope {
   T* y;

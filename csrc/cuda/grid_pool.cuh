@@ -60,7 +60,7 @@ __device__ Sum<acc_t<T>, V> pooled(const Args& a, const T* frame, int64_t i, int
     const int64_t y0 = window_begin(i, a.H, a.h), y1 = window_end(i, a.H, a.h);
     const int64_t x0 = window_begin(j, a.W, a.w), x1 = window_end(j, a.W, a.w);
     for (int64_t y = y0; y < y1; ++y) {
-      // row by row: large windows lose fewer bits
+      // summed row by row, because large windows then round less
       Sum<A, V> across;
       const T* row = frame + y * a.W * a.D + d;
 #pragma unroll 2
@@ -74,7 +74,7 @@ __device__ Sum<acc_t<T>, V> pooled(const Args& a, const T* frame, int64_t i, int
   } else {
     const auto y = bilinear_taps<A>(i, a.H, a.h), x = bilinear_taps<A>(j, a.W, a.w);
     const T *low = frame + y.low * a.W * a.D + d, *high = frame + y.high * a.W * a.D + d;
-    // a tap of weight 0 is not read: 0 times infinity is no number
+    // a tap of weight 0 is not read, because 0 times infinity is NaN
     const auto across = [&](const T* row) {
       Sum<A, V> of;
       of.add(load_pack<V>(row + x.low * a.D), A(1) - x.high_weight);

@@ -23,8 +23,8 @@ __device__ inline int64_t target(const int64_t* streams, int64_t row, int64_t S)
   return stream < S ? stream : kNone;
 }
 
-// A stream's counter, which `added` frames join. One that cannot be, below 0 or past the end, counts as the nearest
-// that can: waiting for it to be checked would cost more.
+// A stream's counter, to which `added` frames are added. A value below 0 or too large counts as the nearest possible
+// one, because checking it on the host would wait for the device.
 __device__ inline int64_t counted(const int64_t* count, int64_t stream, int64_t added) {
   const int64_t n = count[stream], most = INT64_MAX - added;
   return n < 0 ? 0 : n > most ? most : n;
@@ -58,7 +58,7 @@ struct PushArgs {
   int64_t S, M, T, last, units, pieces, blocks;  // last: frames written a row; blocks: of a row
 };
 
-// the block that arrives last counts, when all others have read
+// the last block to arrive updates the counter, after all others have read it
 template <class Unit>
 __global__ void __launch_bounds__(kThreads) ring_push_kernel(const __grid_constant__ PushArgs<Unit> a) {
   const int64_t row = blockIdx.x / a.blocks, k = blockIdx.x % a.blocks, stream = target(a.streams, row, a.S);
@@ -94,7 +94,7 @@ struct ReplaceArgs {
 __device__ inline float guarded(float norm) { return norm < 1e-8f ? 1e-8f : norm; }
 __device__ inline double guarded(double norm) { return norm < 1e-8 ? 1e-8 : norm; }
 
-// one order of summation for every caller
+// the same order of summation for every caller
 template <class A>
 __device__ A sum_of_warp(A x) {
   for (int k = kWarp / 2; k > 0; k /= 2) x += __shfl_xor_sync(~0u, x, k);
@@ -141,7 +141,7 @@ class Replace {
     }
   }
 
-  // products of what is compared, whole frames or means, in chunks: a block a chunk of one slot
+  // products of the compared vectors, whole frames or means, in chunks: one block per chunk of a slot
   template <bool kMean>
   __device__ void find_products() const {
     const int64_t items = a_.rows * (a_.M + 1) * a_.chunks, size = kMean ? a_.D : a_.N * a_.D;

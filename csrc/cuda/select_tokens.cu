@@ -10,7 +10,7 @@ namespace {
 // what every device grants without asking, less what the kernel itself declares
 constexpr int64_t kMaxShared = (48 << 10) - kWarps * sizeof(unsigned);
 
-// up to here one block is done before several would have met
+// up to this size one block finishes before several blocks could synchronise
 constexpr int64_t kFewPieces = 4;
 
 template <class T, int kBudgets>
@@ -18,7 +18,7 @@ void launch(const Device& device, SelectArgs<T, kBudgets>& args, const Tensor& l
   using U = key_t<T>;
   for (int g = 0; g < kBudgets && g < args.segments; ++g)
     args.budget[g] = static_cast<int>(std::min(budgets[g], args.N));
-  // as many bits a digit as the counts of all segments leave room for
+  // as many bits per digit as the counters of all segments have room for
   args.bits = 4;
   for (const int bits : {8, kRadixBits})
     if (Search<U>::bytes(args.segments, bits) <= kMaxShared) args.bits = bits;

@@ -14,8 +14,8 @@ constexpr int kItems = 4;  // scores a thread has in flight
 constexpr int kMaxSegments = 4096;
 constexpr unsigned kWhole = ~0u;
 
-// What a block knows of each segment: the leading digits of its cut, how many are kept among those that share them, and
-// a position: of equal keys those before it are kept.
+// A block's data of each segment: the leading digits of its cut, the number kept among keys that share them, and
+// a position: of equal keys those before the position are kept.
 template <class U>
 struct Search {
   U* prefix;

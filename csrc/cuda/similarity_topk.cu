@@ -39,7 +39,7 @@ void search(const Device& device, Args& args, int64_t S) {
 std::tuple<Tensor, Tensor> similarity_topk(const Tensor& query_, const Tensor& memory_, std::optional<Tensor> count_,
                                            std::optional<Tensor> where_, std::optional<Tensor> scale_,
                                            std::optional<Tensor> norm, int64_t k, std::string metric) {
-  // `norm` is not read: the rows are, and their squares are summed while the next ones are waited for
+  // `norm` is not used: the kernel is bound by reading the rows, so summing their squares costs no time
   contract::similarity_topk(query_, memory_, count_, where_, scale_, norm, k, metric);
   const Device device(query_);
   const Tensor query = dense(query_), memory = dense(memory_);
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> similarity_topk(const Tensor& query_, const Tensor& m
   Args args{};
   args.Q = Q, args.M = M, args.D = D, args.k = static_cast<int>(k);
   args.cosine = metric == "cosine";
-  // the groups that are chosen are read a second time, by one block a query
+  // the chosen groups are read a second time, by one block per query
   args.group = k <= 64 ? 4 * kRows : kRows;
   args.groups = (M + args.group - 1) / args.group;
   const Tensor best = make(query, {S, Q, args.groups}, ScalarType::Long);

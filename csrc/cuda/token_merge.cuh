@@ -7,14 +7,14 @@ namespace vmemory::merging {
 
 constexpr int kThreads = 128;
 
-// the share of a row in its token: a row alone is the token, rows without any size count alike
+// the weight of a row in its token: 1 for a single row, equal for rows whose sizes sum to 0
 template <class A>
 __device__ A share_of(A size, A total, int64_t count) {
   if (count == 1) return A(1);
   return total > A(0) ? size / total : A(1) / static_cast<A>(count);
 }
 
-// a number of a plan inside [low, high]: those of a plan that was not made by matching are not waited for and checked
+// a number of a plan, clamped to [low, high], because checking a plan would wait for the device
 __device__ inline int64_t inside(int64_t x, int64_t low, int64_t high) { return x < low ? low : x > high ? high : x; }
 
 template <class T>

@@ -27,7 +27,7 @@ uint64_t payload_for(const std::vector<uint64_t>& cells, uint64_t width) {
   std::vector<uint64_t> sizes;
   for (uint64_t n : cells)
     if (n > 0) sizes.push_back(n * width);
-  // a memory of no entries lets none go
+  // no entry leaves a memory without entries
   if (sizes.empty()) return width;
   const auto taken = [&sizes](uint64_t payload) {
     double ratio = 0;
@@ -78,7 +78,7 @@ void Archive::check_process() const {
     throw std::runtime_error("archive: expected the process that made it, got one forked from it, which cannot write");
 }
 
-// whether such a block can come from `write`: everything that is done with what it says rests on it
+// whether `write` can have written this block; all further use of the header depends on this check
 bool Archive::written_here(const BlockHeader& header) const {
   const auto& [stream, frame, first, last, frames, level] = header.facts.numbers;
   if (level < -1 || level + 1 >= static_cast<int64_t>(cells_.size())) return false;
@@ -108,7 +108,7 @@ void Archive::recover() {
     }
     const bool other = std::memcmp(&entry.facts, &header->facts, sizeof entry.facts) != 0;
     if (other || entry.places[header->part] != kNowhere) {
-      // no writer gives two frames one number: neither is what it says
+      // no writer gives two frames one number, so neither can be trusted
       entry.torn = true;
       free_.push_back(place);
     } else {
@@ -118,10 +118,10 @@ void Archive::recover() {
   for (auto it = entries_.begin(); it != entries_.end();) {
     const auto& [sequence, entry] = *it++;
     index(sequence, entry.facts);
-    // a killed process wrote over some of its blocks, or did not come to write them all
+    // a killed process overwrote some of its blocks, or did not write all of them
     if (entry.torn || std::count(entry.places.begin(), entry.places.end(), kNowhere) > 0) drop(sequence);
   }
-  // what is free is zero; those in front are taken first
+  // free blocks are zero; the first blocks are used first
   for (uint64_t place : free_) blocks_.wipe(place);
   std::sort(free_.rbegin(), free_.rend());
 }
@@ -156,7 +156,7 @@ void Archive::write(uint64_t row) {
   if (free_.size() < parts) throw std::logic_error("archive: expected room for a frame once all others have left");
   Entry entry{{free_.end() - static_cast<int64_t>(parts), free_.end()}, facts};
   free_.resize(free_.size() - parts);
-  // what is free is zero, also the rest of a larger frame that made room
+  // free blocks are zero, also the rest of a larger frame that was evicted
   for (auto place = free_.rbegin(); place != free_.rend() && !blocks_.wiped(*place); ++place) blocks_.wipe(*place);
   size_t piece = 0;
   uint64_t from = 0;
@@ -220,7 +220,7 @@ void Archive::put(uint64_t n) {
   check_worker();
   if (n > staging_.room)
     throw std::invalid_argument("n: expected at most " + std::to_string(staging_.room) + ", got " + std::to_string(n));
-  // what the thread cannot write is refused here, where somebody can be told
+  // rows that the thread cannot write are refused here, because the caller can handle an error
   for (uint64_t row = 0; row < n; ++row) {
     const int64_t level = staging_.numbers[row * 6 + 5];
     if (level < -1 || level + 1 >= static_cast<int64_t>(cells_.size()) || cells_[static_cast<size_t>(level + 1)] == 0)

@@ -17,7 +17,7 @@
 
 namespace vmemory::host {
 
-// where a batch of frames lies until the thread has written it: row i of each part, of the numbers and of the clock
+// memory of a batch of frames until the thread has written it: row i of each part, of the numbers and of the clock
 struct Staging {
   std::vector<const char*> parts;
   const int64_t* numbers;
@@ -37,19 +37,19 @@ class Archive {
 
   // memory of batches, as long as the archive or another stage call; rows of a part lie `rows` tokens apart
   void stage(const Staging& staging, uint64_t rows);
-  // has the first n frames of the staging memory written, which belongs to the thread until then
+  // lets the thread write the first n frames of the staging memory, which must not change until then
   void put(uint64_t n);
-  // whether the thread has frames still to write; like all below it throws what stopped the thread, where something did
+  // whether the thread has frames to write; this and all functions below throw the error that stopped the thread
   bool busy();
-  // waits until all that was put lies in its blocks
+  // waits until all frames given to `put` are in their blocks
   void wait();
-  // waits, and for a file until it lies on disk
+  // waits as above, and for a file until it is on disk
   void sync();
   // sequence and facts of the frames that overlap [t0, t1], oldest frame first; all of the stream with any
   std::vector<std::pair<uint64_t, Facts>> find(int64_t stream, double t0, double t1, bool any);
   // payload bytes copied to out (room bytes there), 0 when the frame has left meanwhile; never a part of them
   uint64_t read(uint64_t sequence, void* out, uint64_t room);
-  // overwrites the frames that overlap [t0, t1] with zeros, or all of the stream with any; sync brings that to the disk
+  // overwrites frames that overlap [t0, t1] with zeros, or all of the stream with any; call sync to write this to disk
   uint64_t erase(int64_t stream, double t0, double t1, bool any);
   uint64_t held();
   // sequence of the next frame: all there are have smaller ones

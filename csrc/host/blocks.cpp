@@ -55,7 +55,7 @@ uint64_t sum(const Page& page) { return checksum(page.tag, kTag, page.magic ^ pa
 [[noreturn]] void fail(const std::string& what) { throw std::runtime_error(what); }
 [[noreturn]] void fail_by_errno() { fail(std::strerror(errno)); }
 
-// a tag as a file has it, which may hold anything
+// a tag from a file, which may contain any bytes
 std::string shown(const char* tag) {
   std::string text(tag, strnlen(tag, kTag));
   std::replace_if(text.begin(), text.end(), [](char c) { return c < ' ' || c > '~'; }, '?');
@@ -98,14 +98,14 @@ void Blocks::open(const std::string& path, const std::string& tag) {
     data_ = static_cast<char*>(mapped);
     return;
   }
-  // what is no file is not waited for
+  // non-blocking, because opening a pipe or device could wait forever
   file_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, 0666);
   if (file_ < 0) fail_by_errno();
   struct stat facts;
   if (fstat(file_, &facts) != 0) fail_by_errno();
   if (!S_ISREG(facts.st_mode)) fail("expected a regular file");
   if (flock(file_, LOCK_EX | LOCK_NB) != 0) fail("another archive has this file open");
-  // again: whoever made the file may have done so since, or removed it
+  // checked again, because another process may have created or removed the file since
   if (fstat(file_, &facts) != 0) fail_by_errno();
   if (facts.st_nlink == 0) fail("the file was removed while it was opened");
   const uint64_t size = static_cast<uint64_t>(facts.st_size);
@@ -191,7 +191,7 @@ std::optional<BlockHeader> Blocks::sealed(uint64_t place) {
 
 void Blocks::seal(uint64_t place, BlockHeader header) {
   const uint64_t used = sizeof header + header.size, before = used_[place];
-  // nothing of what lay here and was longer
+  // clear the rest of a longer previous payload
   if (before > used) std::memset(scratch_.data() + used, 0, before - used);
   header.magic = kMagic;
   header.checksum = sum(header, draft());

@@ -1,5 +1,5 @@
-// Blocks of one size in RAM or in a file, each sealed by a checksum. A file is read and written by calls, not mapped:
-// what others do to it (cut it short, fill the disk) is then an error and not a signal.
+// Blocks of one size in RAM or in a file, each sealed by a checksum. A file is read and written by calls, not mapped,
+// so that a truncated file or a full disk is an error and not a signal.
 #pragma once
 
 #include <array>
@@ -10,7 +10,7 @@
 
 namespace vmemory::host {
 
-// what is known of a frame: stream, frame, first, last, frames merged, level; seconds: time, start, stop
+// facts about a frame: stream, frame, first, last, frames merged, level; seconds: time, start, stop
 struct Facts {
   std::array<int64_t, 6> numbers;
   std::array<double, 3> clock;
@@ -36,18 +36,18 @@ class Blocks {
   Blocks(const Blocks&) = delete;
   Blocks& operator=(const Blocks&) = delete;
 
-  // bytes of n blocks and what else there is
+  // bytes of n blocks and the header page
   static uint64_t bytes(uint64_t n, uint64_t payload) { return kPage + n * stride(payload); }
   static uint64_t stride(uint64_t payload) { return (sizeof(BlockHeader) + payload + 63) / 64 * 64; }
 
   uint64_t count() const { return count_; }
   uint64_t payload() const { return payload_; }
-  // what a block of the opened file holds; nothing if it is not sealed: then it is wiped, or has to be before it is
+  // the header of a block of the opened file, or nothing if it is not sealed; such a block must be wiped before it is
   // used
   std::optional<BlockHeader> sealed(uint64_t place);
-  // where the payload of the next block to be sealed is put together
+  // the buffer for the payload of the next block to be sealed
   char* draft() { return scratch_.data() + sizeof(BlockHeader); }
-  // writes the draft's header.size bytes of payload with the header; killed in between the block counts as torn
+  // writes the draft's header.size bytes of payload with the header; a kill in between leaves a torn block
   void seal(uint64_t place, BlockHeader header);
   // the payload copied to out, `size` bytes; false if the block was altered from outside
   bool read(uint64_t place, uint64_t sequence, uint64_t part, char* out, uint64_t size) const;

@@ -57,7 +57,7 @@ uint64_t read_frame(Archive& archive, uint64_t sequence, const py::buffer& out) 
 // the worker is joined without the interpreter's lock
 struct Freed {
   void operator()(Archive* archive) const {
-    // neither the thread nor what it held is there in a forked process: nothing to wait for, nothing to put in order
+    // in a forked process neither the thread nor its locks exist, so there is nothing to wait for
     if (archive->forked()) return;
     py::gil_scoped_release release;
     delete archive;

@@ -120,7 +120,7 @@ void settle_grid() {
       if (f->state == State::kInGrid) ++f->grid_barriers, ++f->barriers, ++f->warp_barriers, wake(*f);
 }
 
-// every fiber runs this for ever: one thread of a launch after another
+// the loop of every fiber: it runs one thread of a launch after another
 void live() {
   for (;;) {
     launch.body(launch.bound);
@@ -177,7 +177,7 @@ Fiber& next() {
   return f;
 }
 
-// what keeps every thread that is left from going on
+// the reasons why no remaining thread can continue
 std::string stuck() {
   std::set<std::string> places;
   for (const auto& b : blocks)
@@ -316,7 +316,7 @@ SIMT_API void simt_configure(uint64_t seed, int order, int preempt, int side_by_
   simt::random_state = seed * 0x9E3779B97F4A7C15ull | 1;
 }
 
-// what was found since the last call, a line each
+// the findings since the last call, one per line
 SIMT_API const char* simt_reports() {
   static std::string text;
   text.clear();

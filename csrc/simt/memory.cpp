@@ -112,7 +112,7 @@ void check_cell(Cell& c, const Range& range, bool write, bool atomic, const void
   }
   const Moment me = now();
   if (!write) {
-    // of two readers at least one is not who will write
+    // of two different readers at least one is not the next writer
     if (c.read[0].thread != me.thread) c.read[1] = c.read[0];
     c.read[0] = me;
     return;
@@ -220,7 +220,7 @@ unsigned atomic_add(unsigned* at, unsigned x) {
   return old;
 }
 
-// lets others see what the block did before its last barrier, and the thread what it learnt at atomics
+// publishes the block's writes before its last barrier, and acquires those seen at atomics
 void fence() {
   Fiber& me = *engine.running;
   join(me.acquired, me.seen);
@@ -274,7 +274,7 @@ ACCESSES(16)
 void __tsan_read_range(void* p, size_t bytes) { simt::access(p, bytes, false, __builtin_return_address(0)); }
 void __tsan_write_range(void* p, size_t bytes) { simt::access(p, bytes, true, __builtin_return_address(0)); }
 
-// the host's code in the same files: nothing to check, but it has to run
+// host code in the same files needs these functions, but has nothing to check
 void __tsan_init() { simt::engine.checked = true; }
 void __tsan_vptr_update(void**, void*) {}
 int __tsan_atomic32_fetch_add(volatile int* p, int x, int) { return __atomic_fetch_add(p, x, __ATOMIC_SEQ_CST); }

@@ -1,4 +1,4 @@
-// What the emulator learns about tensors. Included by torch/stable.h in its place.
+// The emulator's hooks for tensors. torch/stable.h includes this file in place of its own.
 #pragma once
 
 #include "simt/memory.h"

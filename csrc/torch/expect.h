@@ -1,5 +1,5 @@
-// What operators demand of their arguments, checked once a call and before anything is allocated or changed. Each
-// message names the argument, what was expected and what came.
+// Argument checks of operators, made once per call before anything is allocated or changed. Each
+// message names the argument, the expectation and the given value.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +34,7 @@ inline const char* name(int32_t type) {
 }
 }  // namespace dtype
 
-// A tensor argument. An optional one that was not given meets every demand.
+// A tensor argument. An optional argument that was not given passes every check.
 class Argument {
  public:
   Argument(const char* name, const Tensor& t) : name_(name), tensor_(&t) {
@@ -123,7 +123,7 @@ class Argument {
     return *this;
   }
 
-  // rows that begin with 0, grow and end with `last`: each names where what belongs to it begins
+  // rows of offsets that begin with 0, do not decrease and end with `last`
   const Argument& starts(int64_t last) const {
     if (!given() || !on_cpu()) return *this;
     const Tensor all = dense(*tensor_);

@@ -39,7 +39,7 @@ template <class... Parts>
 #define VMEMORY_CHECK(condition, ...) ((condition) ? void() : ::vmemory::fail("vmemory: ", __VA_ARGS__))
 
 #ifndef VMEMORY_SIMT
-// what the emulator of a device is told (simt/tensors.h), and nobody else
+// used by the device emulator only (simt/tensors.h)
 inline void known(const Tensor&) {}
 inline void made(const Tensor&) {}
 inline void written(const Tensor&) {}
@@ -93,8 +93,8 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-// A large buffer comes fresh from the kernel each time, and touching it in 4 KB pages can cost more than computing what
-// goes into it. Advice only: where huge pages are switched off it changes nothing.
+// A large buffer is newly mapped each time, and touching it in 4 KB pages can cost more than computing its content.
+// This is advice only: without huge pages it has no effect.
 inline void advise_huge_pages(void* begin, size_t bytes) {
   constexpr uintptr_t kPage = uintptr_t(2) << 20;
   if (bytes < 2 * kPage) return;
@@ -129,7 +129,7 @@ void parallel(int64_t n, int64_t grain, const F& f) {
   torch::stable::parallel_for(0, n, grain < 1 ? 1 : grain, f);
 }
 
-// Threads worth waking for so much memory traffic: one that sleeps takes about as long to wake as a megabyte to read.
+// Number of threads for this much memory traffic: waking a thread takes about as long as reading a megabyte.
 inline int64_t threads_for(int64_t bytes) {
   return std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(1, bytes >> 20));
 }
