@@ -16,6 +16,7 @@ from vmemory.banks.loading import load
 from vmemory.banks.policies import POLICIES, make
 from vmemory.banks.reservoir import ReservoirBank
 from vmemory.banks.single import MergingBank, RingBank, UniformBank
+from vmemory.banks.token_merging import TokenMergingBank
 from vmemory.banks.tokens import Entries, MemoryTokens, Retrieved
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "ReservoirBank",
     "Retrieved",
     "RingBank",
+    "TokenMergingBank",
     "UniformBank",
     "format_bytes",
     "load",

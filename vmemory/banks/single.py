@@ -111,10 +111,12 @@ class MergingBank(SingleTierBank):
     """Neighbouring frames merged where they are most alike, each kept as the weighted mean of its span.
 
     A full bank folds the closest pair of list neighbours into one entry before the next frame enters; the entry keeps
-    its span, the mean of its times and the number of its frames. Holding n entries it equals MA-LMM's bank of n − 1
-    and the newest frame beside it. A frame with non-finite features leaves instead of being merged.
+    its span, the mean of its times and the number of its frames. With one token a frame and n entries it equals
+    MA-LMM's bank of n − 1 and the newest frame beside it; with more tokens `TokenMergingBank` does. A frame with
+    non-finite features leaves instead of being merged.
 
-    Source: MA-LMM (arXiv 2404.05726) section 3.2, MovieChat (arXiv 2307.16449).
+    Source: MA-LMM (arXiv 2404.05726) section 3.2; MovieChat (arXiv 2307.16449) merges neighbours by dot products and
+    without weights.
     """
 
     policy = "merging"
