@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -41,12 +42,15 @@ def test_demo(run: Run, film: None, tmp_path: Path) -> None:
     code, text, _ = run("demo", "--out", out, "--budget", "256KiB")
     assert code == 0
     assert "300 frames to 4:59" in text
-    assert re.search(r"the trailer at 0:12 +\(truly at 0:18\)\n.*\n0:18 ", text)
+    assert re.search(r"^picture of the trailer at 0:12 \(truly at 0:18\): 0:18, ", text, re.M)
+    table = text[text.index("\nmemory ") :].splitlines()[2:]
+    assert 3 <= len(list(takewhile(lambda line: not line.startswith("found"), table))) <= 12
     unbounded = re.search(r"^unbounded +(\d+) +\S+ MiB +(\d+) ", text, re.M)
     assert unbounded
     assert unbounded[1] == "600"
     assert int(unbounded[2]) >= 85
-    shrunk = re.search(r"(\d+) visual tokens became (\d+)\b", text)
+    assert text.splitlines()[-1] == f"report: {out / 'report.html'}"
+    shrunk = re.search(r"(\d+) visual tokens became (\d+)\b", (out / "report.html").read_text())
     assert shrunk
     assert int(shrunk[1]) > 3 * int(shrunk[2])
     page = check_page(out)

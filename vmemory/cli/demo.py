@@ -17,14 +17,14 @@ from vmemory.cli.common import (
     Question,
     answer_all,
     check_writable,
+    concepts_text,
     make_bank,
     make_encoder,
-    print_answers,
     timecode,
 )
 from vmemory.cli.errors import Interrupted
 from vmemory.cli.report import Report, write_report
-from vmemory.cli.scores import Scores, measure, print_scores
+from vmemory.cli.scores import Scores, measure, print_best
 from vmemory.cli.stream import summary
 from vmemory.cli.terminal import Terminal
 from vmemory.cli.tiny_model import chat_text, chatted
@@ -89,23 +89,36 @@ def demo(
     out.mkdir(parents=True, exist_ok=True)
     memory.save(out / "film.vmem")
     terminal = Terminal()
-    terminal.line(summary(memory, watched))
+    terminal.line(summary(memory, watched).partition("\n")[0])
     terminal.line()
 
     still = next(iter(FrameSource(trailer, start=STILL, size=size))).image
     questions = answer_all(memory, TEXTS, [], 5)
     picture = f"the trailer at {timecode(STILL)}"
     questions.append(Question(picture, still, memory.find(still, 5, apart=APART), trailer_to_film(STILL)))
-    print_answers(terminal, questions)
-    scores = None if watched.interrupted else _scores(recorder, between, times, trailer, encoder)
-    if scores is not None:
-        print_scores(terminal, scores)
-        terminal.line(chat_text(chatted(trailer)))
-        terminal.line()
-    report = Report(memory, questions, watched=watched, warning=source.warning, scores=scores)
+    for asked in questions:
+        terminal.line(_answer(asked))
+    terminal.line()
+    report = Report(memory, questions, watched=watched, warning=source.warning)
+    if not watched.interrupted:
+        with Terminal(stderr=True).status("looking up frames of the trailer in every kind of memory"):
+            report.scores = _scores(recorder, between, times, trailer, encoder)
+        print_best(terminal, report.scores)
+        report.chat = chat_text(chatted(trailer))
     terminal.line(f"report: {write_report(out, report)}")
     if watched.interrupted:
         raise Interrupted(f"interrupted after {memory.latency.frames} frames; kept what was seen")
+
+
+def _answer(asked: Question) -> str:
+    """A line: the question, the best moment and the encoder's word for it, and the two next best moments."""
+    words = f"picture of {asked.text}" if asked.image is not None else repr(asked.text)
+    truth = "" if asked.truth is None else f" (truly at {timecode(asked.truth)})"
+    if not asked.answers:
+        return f"{words}{truth}: nothing is held"
+    best, *others = asked.answers[:3]
+    also = f"; then {', '.join(timecode(answer.time) for answer in others)}" if others else ""
+    return f"{words}{truth}: {timecode(best.time)}, {concepts_text(best)}{also}"
 
 
 def _scores(recorder: Recorder, between: Recorder, times: list[float], trailer: Path, encoder: FrameEncoder) -> Scores:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Report:
         watched: Where the time went; None for a memory that was loaded.
         warning: About the source.
         scores: Trailer localisation.
+        chat: What a video language model said of the trailer, and what that cost.
+        attribution: Of the video, where no memory tells it.
     """
 
     memory: VideoSearch | None = None
@@ -47,7 +49,8 @@ class Report:
     watched: Watched | None = None
     warning: str | None = None
     scores: Scores | None = None
-    attribution: str | None = field(default=None)
+    chat: str | None = None
+    attribution: str | None = None
 
 
 def write_report(folder: Path, report: Report) -> Path:
@@ -61,6 +64,7 @@ def write_report(folder: Path, report: Report) -> Path:
         "dark": DARK,
         "blank": "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=",
         "warning": report.warning,
+        "chat": report.chat,
         "title": "Finding moments again",
         "facts": [],
         "footer": _footer(report),

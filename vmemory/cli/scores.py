@@ -9,7 +9,7 @@ from rich.table import Table
 
 from vmemory.banks import format_bytes
 from vmemory.cli.curve import label
-from vmemory.cli.terminal import Terminal
+from vmemory.cli.terminal import Terminal, plain_table
 from vmemory.eval.features import Features
 from vmemory.eval.trailer import (
     BUDGETS,
@@ -77,6 +77,25 @@ def table_of(caption: str, group: Sequence[Score]) -> dict[str, Any]:
             for score in group
         ],
     }
+
+
+def print_best(terminal: Terminal, scores: Scores) -> None:
+    """One table: what the best form of each policy finds at the smallest budget, and a memory of every frame."""
+    caption, group = next(iter(scores.by_bytes.items()))
+    best: dict[str, Score] = {}
+    for score in group:
+        if score.setup.policy not in best or score.hits > best[score.setup.policy].hits:
+            best[score.setup.policy] = score
+    rows = [*sorted(best.values(), key=lambda score: -score.hits), scores.unbounded]
+    asked = f"{scores.unbounded.asked} frames of the trailer looked up in memories of the film, {caption}"
+    terminal.line(asked, style="bold")
+    table = plain_table("memory", "held", "bytes", "found", "error", right=("held", "bytes", "found", "error"))
+    for row in table_of("", rows)["rows"]:
+        table.add_row(*(str(row[key]) for key in ("name", "entries", "nbytes", "hits", "error")))
+    terminal.print(table)
+    explained = f"found: within {TOLERANCE:g} s, or in a merged span that holds it; error: median; more in the report"
+    terminal.line(explained, style="dim")
+    terminal.line()
 
 
 _COLUMNS = ("memory", "held", "bytes", "found", "exact", "detail", "error", "push")
