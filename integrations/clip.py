@@ -1,4 +1,4 @@
-"""CLIP: one embedding a video, with fewer frames before the tower, fewer tokens inside it, or a memory behind it."""
+"""CLIP: one embedding per video, with fewer frames before the tower, fewer tokens in it, or a memory after it."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from vmemory.ops._checks import check_device, check_tensor, shape_of
 
 
 class AllFrames:
-    """Nothing between the frames and their mean."""
+    """A placeholder for a memory that keeps all frames."""
 
 
 def encode_video(model: Any, pixel_values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """One embedding a video, of norm 1: the mean of its frames' directions. Differentiable.
+    """Return one embedding per video, of norm 1: the mean of its frames' directions. Differentiable.
 
     Args:
-        model: CLIP, with or without a memory at work.
+        model: CLIP, with or without an enabled memory.
         pixel_values: `[B, T, 3, H, W]`, as the model's processor makes each frame; T at least 1.
-        mask: `[B, T]` bool, frames that exist; what stands elsewhere is not read. None = all.
+        mask: `[B, T]` bool, True where a frame exists; other frames are not read. None = all.
 
     Returns:
-        `[B, D]` in the dtype of the model's embeddings; a video without a frame gets zeros.
+        `[B, D]` in the dtype of the model's embeddings; zeros for a video without a frame.
 
     Raises:
-        TypeError, ValueError: An argument does not fit, or not the compressor; the message names it.
+        TypeError, ValueError: An argument does not fit, or does not fit the compressor; the message names it.
 
     Source: mean pooling of CLIP4Clip (arXiv 2104.08860).
     """
@@ -67,7 +67,7 @@ def encode_video(model: Any, pixel_values: Tensor, mask: Tensor | None = None) -
 
 
 def _embedded(model: Any, frames: Tensor) -> Tensor:
-    """Embeddings `[B, T, D]` of frames `[B, T, 3, H, W]`, `memory_chunk_frames` at a time."""
+    """Embed frames `[B, T, 3, H, W]` to `[B, T, D]`, `memory_chunk_frames` at a time."""
     flat = frames.flatten(0, 1)
     chunk = prompt_memory_of(model).config.memory_chunk_frames or len(flat)
     made = [model.get_image_features(part.contiguous()).pooler_output for part in flat.split(max(chunk, 1))]
@@ -76,7 +76,7 @@ def _embedded(model: Any, frames: Tensor) -> Tensor:
 
 
 def _mean(frames: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Embeddings `[B, T, D]` to one of norm 1 a video."""
+    """Reduce embeddings `[B, T, D]` to one of norm 1 per video."""
     wide = torch.promote_types(frames.dtype, torch.float32)
     directions = F.normalize(frames.to(wide), dim=-1)
     if mask is None:
@@ -87,7 +87,7 @@ def _mean(frames: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _remembered(model: Any, prompts: Any, pixel_values: Tensor, exists: Tensor) -> list[KeptVideo | None]:
-    """What the memory leaves of each video's embeddings; None of a video without frames."""
+    """Compress each video's embeddings with the memory; None for a video without frames."""
     chunk = prompts.config.memory_chunk_frames
     whole = _embedded(model, pixel_values) if chunk is None else None
     kept: list[KeptVideo | None] = []
@@ -117,7 +117,7 @@ def _reduces_frames(memory: Any) -> bool:
 
 @register_adapter("clip")
 class ClipVideos(RemoteCodeAdapter):
-    """`encode_video` beside `get_image_features`, which stays as it is; a memory sees frames of 1 × 1 tokens."""
+    """Add `encode_video` to CLIP; `get_image_features` is unchanged, and a memory gets frames of 1 × 1 tokens."""
 
     pixels = "pixel_values"
     methods = ("get_image_features",)

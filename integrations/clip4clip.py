@@ -1,6 +1,6 @@
-"""CLIP4Clip and STOP with fewer frames before their vision tower, or fewer tokens inside it, and the true mask.
+"""CLIP4Clip and STOP: fewer frames before the vision tower, or fewer tokens inside it, with a matching mask.
 
-Both are research code rather than a package: a model is recognised by its methods.
+Both are research code and not packages, so a model is recognised by its methods.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STATE = "_vmemory_clip4clip"
 
 
 def family(model: nn.Module) -> Literal["clip4clip", "stop"]:
-    """Which of the two a model is, by its methods.
+    """Return which of the two a model is, by its methods.
 
     CLIP4Clip has `get_visual_output(video, video_mask, shaped, video_frame)`, STOP
     `get_visual_output(video, unified_visual_prompt, video_mask, video_frame)` and `video_frames`; both have
@@ -50,39 +50,42 @@ def _parameters(model: nn.Module, name: str) -> set[str]:
 
 
 class CompressedVideo(NamedTuple):
-    """Videos with K frames each, laid out as they came: CLIP4Clip's `[b, pair, K, 1, C, H, W]` or, flat,
-    `[b · pair · K, C, H, W]`, STOP's `[b, pair, K, C, H, W]`; float32. mask `[b · pair, K]` in the dtype of the mask
-    that came, 0 = padding."""
+    """Videos with K frames each, in the layout of the input.
+
+    CLIP4Clip: `[b, pair, K, 1, C, H, W]` or flat `[b · pair · K, C, H, W]`; STOP: `[b, pair, K, C, H, W]`; float32.
+    mask `[b · pair, K]` in the dtype of the input's mask, 0 = padding.
+    """
 
     video: Tensor
     mask: Tensor
 
 
 def attach(model: nn.Module, compressor: nn.Module | None = None) -> Attachment:
-    """Let a CLIP4Clip or STOP model compress its videos. This instance only.
+    """Attach a compressor to one instance of a CLIP4Clip or STOP model.
 
-    Afterwards `get_visual_output` compresses what it is given, and `get_similarity_logits` reads the mask that belongs
-    to a visual output instead of the caller's: training and evaluation loops stay as they are, on several devices too.
-    The mask lies in the visual output itself: a frame that does not exist has one value in all its channels, wherever
-    the tensor is moved. What is learned is `model.vmemory`, and trains or evaluates as the model does.
+    Then `get_visual_output` compresses its input, and `get_similarity_logits` uses the mask of the visual output
+    instead of the caller's. Training and evaluation loops need no change, also on several devices. The mask is encoded
+    in the visual output: a missing frame has the same value in all its channels, even after the tensor is moved. The
+    learned part is `model.vmemory`, which follows the model's training mode.
 
     Args:
-        model: Unwrapped; wrap it for distributed training after this.
+        model: An unwrapped model; wrap it for distributed training afterwards.
         compressor: A `FrameSelector`, `FrameResampler` or `AdaptiveFrameResampler`, which works on pixels before the
             tower, or `TempMe(model.clip)`, which merges inside it (CLIP4Clip only). STOP's tower takes exactly
-            `model.video_frames` frames. None: what the `tempme_*` options in `model.task_config` say, and nothing
-            where they do not say `use_tempme`.
+            `model.video_frames` frames. None = the compressor of the `tempme_*` options in `model.task_config`, none
+            without `use_tempme`.
 
     Returns:
         An `Attachment`.
 
     Raises:
-        TypeError: `model` is neither CLIP4Clip nor STOP, or cannot merge inside its tower; or `compressor` is none.
-        ValueError: `model.vmemory` is taken; `compressor` merges in another model's tower or makes another number of
-            frames than STOP takes; an option has no such value.
+        TypeError: `model` is neither CLIP4Clip nor STOP, or cannot merge inside its tower; or `compressor` is not a
+            compressor.
+        ValueError: `model.vmemory` exists; `compressor` merges in another model's tower or returns another number of
+            frames than STOP takes; an option has an unknown value.
 
-    Source: CLIP4Clip (arXiv 2104.08860); STOP (CVPR 2025); the TempMe and STOP integration, which told the model that
-    every compressed frame exists.
+    Source: CLIP4Clip (arXiv 2104.08860); STOP (CVPR 2025); the TempMe and STOP integration, whose mask marks every
+    compressed frame as existing.
     """
     kind = family(model)
     if hasattr(model, "vmemory") or _STATE in model.__dict__:
@@ -115,10 +118,10 @@ def _check_compressor(model: Any, kind: str, compressor: nn.Module) -> None:
 
 
 class Attachment:
-    """What `attach` did to a model. A context manager that detaches on exit.
+    """The handle of an attached compressor, a context manager that detaches on exit.
 
     Attributes:
-        model: The model; a copy or replica of it has an attachment of its own, see `attachment`.
+        model: The model; a copy or replica has an attachment of its own, see `attachment`.
     """
 
     def __init__(self, model: nn.Module, compressor: nn.Module | None) -> None:
@@ -140,14 +143,14 @@ class Attachment:
         self.model.__dict__[_STATE] = self
 
     def moved(self, replica: nn.Module) -> None:
-        """Attach to a replica of the model the way the model is."""
+        """Attach the compressor to a replica of the model in the same way."""
         other = copy.copy(self)
         other.model = replica
         other._put()
 
     @property
     def compressor(self) -> nn.Module | None:
-        """The compressor with the model's own weights, or None where nothing is attached."""
+        """The compressor with the model's own weights, or None if nothing is attached."""
         if self._given is None or not self._hooks:
             return self._given
         model: Any = self.model
@@ -155,10 +158,10 @@ class Attachment:
         return self._given.inside(model.clip, learned) if isinstance(self._given, TempMe) else learned
 
     def detach(self) -> None:
-        """Give the model back as it was; again is no error.
+        """Restore the original model; a second call has no effect.
 
         Raises:
-            RuntimeError: Somebody has replaced a method since, and would be cut off.
+            RuntimeError: A method was replaced again since, and this replacement would be lost.
         """
         for name, method in self._hooks.items():
             if self.model.__dict__.get(name) is not method:
@@ -174,7 +177,7 @@ class Attachment:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within the context the model is the one it was."""
+        """Disable the compressor within a context."""
         before, self._enabled = self._enabled, False
         try:
             yield
@@ -192,19 +195,19 @@ class Attachment:
         self.detach()
 
     def original(self, name: str) -> Any:
-        """The method as it was before."""
+        """Return an original method."""
         return self._before[name] if name in self._before else getattr(type(self.model), name).__get__(self.model)
 
     def compress(self, video: Any, video_mask: Any) -> CompressedVideo:
-        """What the model makes of a video before its tower; changes nothing. For loops of one's own.
+        """Compress a video as before the model's tower, for your own loop; the model is not changed.
 
         Args:
-            video: As the model takes it: `[b, pair, T, 1, C, H, W]` or flat `[b · pair · T, C, H, W]` for CLIP4Clip,
-                `[b, pair, T, C, H, W]` for STOP; anything `torch.as_tensor` takes.
+            video: The model's input: `[b, pair, T, 1, C, H, W]` or flat `[b · pair · T, C, H, W]` for CLIP4Clip,
+                `[b, pair, T, C, H, W]` for STOP; any type that `torch.as_tensor` accepts.
             video_mask: `[b, pair, T]` or `[b · pair, T]`, not 0 where a frame exists; any dtype.
 
         Raises:
-            TypeError: TempMe merges inside the tower: there is no shorter video.
+            TypeError: The compressor is a TempMe, which merges inside the tower and returns no shorter video.
             ValueError: Shapes do not fit each other or the compressor, or the tower takes another number of frames.
         """
         if isinstance(self.compressor, TempMe):
@@ -228,12 +231,12 @@ class Attachment:
 
 
 def attachment(model: nn.Module) -> Attachment | None:
-    """What is attached to a model, for instance to a copy; None where nothing is."""
+    """Return the attachment of a model, for example of a copy, or None."""
     return model.__dict__.get(_STATE)
 
 
 def _frames(video: Tensor, video_mask: Any) -> tuple[Tensor, Tensor]:
-    """Frames `[B, T, C, H, W]` and which exist, `[B, T]` bool."""
+    """Return frames `[B, T, C, H, W]` and their mask, `[B, T]` bool."""
     if not isinstance(video_mask, Tensor) or video_mask.dim() < 2:
         got = list(video_mask.shape) if isinstance(video_mask, Tensor) else type(video_mask).__name__
         raise ValueError(f"video_mask: expected a tensor [b, pair, T] or [B, T], got {got}")
@@ -247,23 +250,23 @@ def _frames(video: Tensor, video_mask: Any) -> tuple[Tensor, Tensor]:
 
 
 def _merged(merging: TempMe, video: Tensor, video_mask: Any) -> tuple[Tensor, Tensor]:
-    """Embeddings of frames `[B, T, E]` and their mask."""
+    """Return embeddings of frames `[B, T, E]` and their mask."""
     frames, exists = _frames(video, video_mask)
     embedded = merging(frames, exists).frames
     return embedded.float(), exists.to(video_mask.dtype)
 
 
 def _marked(visual: Tensor, mask: Tensor) -> Tensor:
-    """Frames `[B, K, D]` that do not exist as 1 throughout, which no mask of the model lets through.
+    """Set missing frames of `[B, K, D]` to 1 in all channels; the model's masks exclude them.
 
-    Moved, cast, cut or normalised, such a frame has one value in all channels. A 0 would become NaN where the model
-    divides by the norm, and no mask removes that.
+    After a move, cast, slice or normalisation such a frame still has one value in all channels. A frame of zeros would
+    become NaN in a division by the norm, which no mask removes.
     """
     return visual.masked_fill((mask == 0)[..., None], 1)
 
 
 def _mask_of(visual: Tensor) -> Tensor:
-    """`[B, K]` bool, the frames of a visual output that exist."""
+    """Return `[B, K]` bool, the existing frames of a visual output."""
     return (visual != visual[..., :1]).any(-1)
 
 
@@ -275,7 +278,7 @@ def _get_visual_output(state: Attachment, original: Any, call: inspect.BoundArgu
     given["video"], mask = state.compress(given["video"], mask)
     given |= {"video_mask": mask, "video_frame": mask.shape[1]}
     visual: Tensor = original(*call.args, **call.kwargs)
-    # STOP makes one vector of a video
+    # STOP returns one vector per video
     return visual if state.kind == "stop" else _marked(visual, mask)
 
 
@@ -298,9 +301,9 @@ _INSTEAD = {"get_visual_output": _get_visual_output, "get_similarity_logits": _g
 
 
 class _Method:
-    """A method of one model; takes the arguments of the one it stands for.
+    """A replacement for a method of one model, with the same arguments.
 
-    A bound function would be pickled as the attribute of that name, which is the method it replaces.
+    A bound function would be pickled as the attribute of its name, which is the method it replaces.
     """
 
     def __init__(self, state: Attachment, name: str) -> None:
@@ -318,7 +321,7 @@ class _Method:
 
 
 class _Replicate:
-    """Replicas, as `torch.nn.parallel.replicate` makes them for a device each, with methods of their own."""
+    """A function that makes replicas for `torch.nn.parallel.replicate`, with replaced methods of their own."""
 
     def __init__(self, state: Attachment) -> None:
         self.state = state

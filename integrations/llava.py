@@ -1,4 +1,4 @@
-"""LLaVA with frames given as pictures: the pictures of a row are the frames of one video."""
+"""LLaVA with frames as pictures: the pictures of a row are the frames of one video."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vmemory.models.registry import register_adapter
 
 @register_adapter("llava", "vipllava")
 class Llava(Adapter):
-    """A run of placeholders a picture, with what was written between them; plain positions."""
+    """Adapter with one run of placeholders per picture, text between the runs, and plain positions."""
 
     modality = "image"
     pixels = "pixel_values"
@@ -40,11 +40,11 @@ class Llava(Adapter):
         return Encoded([Clip(row, C) for row in rows if len(row)], output)
 
     def pack(self, output: Any, tokens: Sequence[Tensor]) -> Any:
-        # VipLlava takes one tensor
+        # VipLlava needs one tensor
         return one_tensor(tokens) if torch.is_tensor(output.pooler_output) else as_pooling(list(tokens))
 
     def _pictures(self, model: nn.Module, inputs: Inputs) -> list[int]:
-        """Pictures in each row of the prompt; without a prompt they are all one video's."""
+        """Return the number of pictures in each row of the prompt; without a prompt all belong to one video."""
         ids, total = inputs.get("input_ids"), len(inputs["pixel_values"])
         if ids is None:
             return [total]

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: one run of placeholders a video, square frames, plain positions."""
+"""LLaVA-NeXT-Video: one run of placeholders per video, square frames, plain positions."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ from vmemory.models.registry import register_adapter
 
 @register_adapter("llava_next_video")
 class LlavaNextVideo(SquareFrameAdapter):
-    """Frames after the model's own spatial pooling."""
+    """Adapter whose frames are the result of the model's own spatial pooling."""

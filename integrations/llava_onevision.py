@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: square frames, a newline behind each video, plain positions."""
+"""LLaVA-OneVision: square frames, a newline after each video, plain positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmemory.models.registry import register_adapter
 
 @register_adapter("llava_onevision")
 class LlavaOnevision(SquareFrameAdapter):
-    """The newline is always kept."""
+    """Adapter that always keeps the newline."""
 
     newline = 1
 

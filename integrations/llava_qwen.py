@@ -1,4 +1,4 @@
-"""LLaVA-NeXT's `LlavaQwenForCausalLM`: one sentinel a video, of which the model makes tokens and newlines inside."""
+"""LLaVA-NeXT's `LlavaQwenForCausalLM`: one sentinel per video, which the model expands to tokens and newlines."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from vmemory.models.hooks import original
 from vmemory.models.registry import register_adapter
 from vmemory.models.remote_code import RemoteCodeAdapter, arguments_of, prompt_memory_of
 
-# on tokens that a memory left: the place of each in the flattened T·H·W grid, and the side of the grid
+# attribute of a tensor of kept tokens: their places in the flattened T·H·W grid, and the side of the grid
 _SOURCE = "vmemory_source"
 
 
 def memory_of(prompts: Any) -> Any:
-    """The memory proper."""
+    """Return the memory without a geometry module around it."""
     return prompts.memory.memory if isinstance(prompts.given, GeometryFusion) else prompts.memory
 
 
 def prepare_inputs_labels_for_multimodal(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's own."""
+    """Call the model's own method."""
     name = "prepare_inputs_labels_for_multimodal"
     prompts, prepare = prompt_memory_of(model), original(model, name)
     given = arguments_of(model, name, args, kwargs)
@@ -43,9 +43,9 @@ def prepare_inputs_labels_for_multimodal(model: Any, *args: Any, **kwargs: Any) 
 
 
 def encode_images(model: Any, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Projected tokens `[T, n, D]`, `memory_chunk_frames` frames at a time, with geometry where the memory has it.
+    """Return projected tokens `[T, n, D]`, `memory_chunk_frames` frames at a time, with geometry if the memory adds it.
 
-    What forks hand over beside the images belongs to all of them, which then are encoded at once.
+    Further arguments, which some forks pass, refer to all images, which are then encoded at once.
     """
     prompts, encode = prompt_memory_of(model), original(model, "encode_images")
     if not prompts.enabled:
@@ -61,9 +61,9 @@ def encode_images(model: Any, images: Tensor, *args: Any, **kwargs: Any) -> Tens
 
 
 def get_2dPool(model: Any, image_feature: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A video's tokens `[T, n, D]` pooled, with a memory of as many tokens before and any other behind.
+    """Pool a video's tokens `[T, n, D]`; a memory that keeps every token works before it, any other after.
 
-    Where a memory leaves fewer they come as `[1, N, D]`.
+    If the memory returns fewer tokens, the result is `[1, N, D]`.
     """
     prompts, pool = prompt_memory_of(model), original(model, "get_2dPool")
     if not prompts.enabled:
@@ -91,7 +91,7 @@ def _remembered(prompts: Any, tokens: Tensor) -> KeptVideo:
 
 
 def add_token_per_grid(model: Any, image_feature: Tensor) -> Tensor:
-    """Tokens `[N, D]` with a newline behind each row of a frame that has any."""
+    """Add a newline after each row of a frame with remaining tokens, to tokens `[N, D]`."""
     source, side = getattr(image_feature, _SOURCE, (None, 1))
     if source is None:
         plain: Tensor = original(model, "add_token_per_grid")(image_feature)
@@ -100,7 +100,7 @@ def add_token_per_grid(model: Any, image_feature: Tensor) -> Tensor:
 
 
 def add_token_per_frame(model: Any, image_feature: Tensor) -> Tensor:
-    """Tokens `[1, N, D]` with a newline behind each frame that has any."""
+    """Add a newline after each frame with remaining tokens, to tokens `[1, N, D]`."""
     source, side = getattr(image_feature, _SOURCE, (None, 1))
     if source is None:
         plain: Tensor = original(model, "add_token_per_frame")(image_feature)
@@ -109,11 +109,11 @@ def add_token_per_frame(model: Any, image_feature: Tensor) -> Tensor:
 
 
 def _with_newlines(tokens: Tensor, newline: Tensor, group: Tensor) -> Tensor:
-    """Tokens `[N, D]` with a newline `[D]` behind the last of each `group [N]`, which ascends."""
+    """Insert a newline `[D]` into tokens `[N, D]` after the last token of each group in `group [N]`, ascending."""
     N = len(group)
     last = torch.cat([group[1:] != group[:-1], group.new_ones(min(N, 1), dtype=torch.bool)])
     ends = last.nonzero().flatten()
-    # where a token and its group's newline stand: every group before adds a place
+    # positions of tokens and newlines: every previous group adds one position
     at = torch.arange(N, device=group.device) + last.cumsum(0) - last.long()
     order = torch.cat([at, at[ends] + 1]).argsort()
     return torch.cat([tokens, newline.to(tokens).expand(len(ends), -1)])[order]
@@ -121,7 +121,7 @@ def _with_newlines(tokens: Tensor, newline: Tensor, group: Tensor) -> Tensor:
 
 @register_adapter("llava_qwen", detect=lambda model: LlavaQwen.fits(model))
 class LlavaQwen(RemoteCodeAdapter):
-    """No placeholders to count: each video has its own tokens, and each row of a batch its own videos."""
+    """Adapter without placeholders: each video has its own tokens, and each row of a batch its own videos."""
 
     pixels = "images"
     methods = ("get_model", "get_vision_tower")

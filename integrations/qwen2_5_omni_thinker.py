@@ -1,4 +1,4 @@
-"""The thinkers of Qwen2.5-Omni and Qwen3-Omni: as Qwen2.5-VL, with sound in the prompt."""
+"""The thinkers of Qwen2.5-Omni and Qwen3-Omni: like Qwen2.5-VL, with sound in the prompt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vmemory.models.registry import register_adapter
 
 @register_adapter("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
 class Qwen25OmniThinker(PatchRowAdapter):
-    """Attach to `model.thinker`; what it says is text, since speech is made from the prompt as it was."""
+    """Adapter of `model.thinker`; it generates text only, because speech generation needs the original prompt."""
 
     uses_mrope = True
     generates_audio = True

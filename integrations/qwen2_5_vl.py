@@ -1,4 +1,4 @@
-"""Qwen2.5-VL: as Qwen2-VL, with seconds in the positions."""
+"""Qwen2.5-VL: like Qwen2-VL, with seconds in the positions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vmemory.models.registry import register_adapter
 
 @register_adapter("qwen2_5_vl")
 class Qwen25VL(Qwen2VL):
-    """`second_per_grid_ts` tells the seconds between frames."""
+    """Adapter that reads the seconds between frames from `second_per_grid_ts`."""
 
     def temporal_position(self, model: Any, frame: int, seconds: float) -> int:
         return int(seconds * model.config.vision_config.tokens_per_second)

@@ -1,4 +1,4 @@
-"""Qwen2-VL: one run of placeholders a video, three-row positions whose gaps are real time."""
+"""Qwen2-VL: one run of placeholders per video, three-row positions whose gaps are real time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vmemory.models.registry import register_adapter
 
 @register_adapter("qwen2_vl")
 class Qwen2VL(PatchRowAdapter):
-    """A frame of the memory is a pair of the video's: `temporal_patch_size` is 2."""
+    """Adapter whose memory frames are pairs of video frames (`temporal_patch_size` is 2)."""
 
     uses_mrope = True
 

@@ -1,4 +1,4 @@
-"""Qwen3-VL and Qwen3.5: times as text in front of frames. Qwen3-VL's deepstack features ride behind the tokens."""
+"""Qwen3-VL and Qwen3.5: times as text before frames. Qwen3-VL's deepstack features are extra channels of tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vmemory.models.registry import register_adapter
 
 @register_adapter("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 class Qwen3VL(Qwen2VL):
-    """Every frame stands between its own vision marks; gaps in the positions are closed, since text tells the time."""
+    """Adapter with vision marks around every frame; gaps in the positions are closed, because text states the time."""
 
     frame_text = True
     mean = std = (0.5, 0.5, 0.5)
@@ -19,5 +19,5 @@ class Qwen3VL(Qwen2VL):
         return (first + last) / 2
 
     def video_text(self, frames: Sequence[tuple[float, int]], token: str, tail: int) -> str:
-        # chat templates put the marks of a whole video around this
+        # chat templates add the marks of the whole video
         return "".join(f"<{t:.1f} seconds><|vision_start|>{token * n}<|vision_end|>" for t, n in frames)

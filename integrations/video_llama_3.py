@@ -1,4 +1,4 @@
-"""VideoLLaMA3 as transformers has it: tokens pruned by pixel difference, times as text in front of frames."""
+"""VideoLLaMA3 of transformers: tokens pruned by pixel difference, times as text before frames."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vmemory.models.registry import register_adapter
 
 @register_adapter("video_llama_3")
 class VideoLlama3(PatchRowAdapter):
-    """`Time 0.0s:` and a frame's tokens, as many as differ from the frame before; plain positions."""
+    """Adapter with `Time 0.0s:` before a frame's tokens that differ from the previous frame; plain positions."""
 
     frame_text = True
     mean = std = (0.5, 0.5, 0.5)

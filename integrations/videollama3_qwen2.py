@@ -1,4 +1,4 @@
-"""VideoLLaMA3's original remote code, `Videollama3Qwen2ForCausalLM`: videos shrink where it drops tokens itself."""
+"""VideoLLaMA3's original remote code, `Videollama3Qwen2ForCausalLM`, hooked where it drops tokens itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vmemory.models.remote_code import RemoteCodeAdapter, arguments_of, prompt_m
 
 
 class Visual(NamedTuple):
-    """A picture or a video among the tokens of a prompt: its tokens start at `first`."""
+    """A picture or video in the tokens of a prompt, from index `first` on."""
 
     first: int
     grid: tuple[int, int, int]
@@ -32,12 +32,12 @@ class Visual(NamedTuple):
 
 @dataclass
 class Call:
-    """One prompt on its way.
+    """Data of one prompt between the replaced methods.
 
     Attributes:
-        visuals: In the order of their tokens.
-        own: The model drops tokens by pixel difference, too.
-        here: `[n]` int64, tokens that have a placeholder; None = all. Long prompts are cut in training.
+        visuals: Pictures and videos in the order of their tokens.
+        own: Whether the model also drops tokens by pixel difference.
+        here: `[n]` int64, tokens with a placeholder; None = all. Training truncates long prompts.
     """
 
     visuals: list[Visual]
@@ -46,7 +46,7 @@ class Call:
 
 
 def visuals_of(grid_sizes: Tensor, merge_sizes: Tensor, modals: Sequence[str] | None) -> list[Visual]:
-    """What the tower's output holds; pixels of text-only samples (`"text"`) are no visual."""
+    """Return the pictures and videos in the tower's output; pixels of text-only samples (`"text"`) do not count."""
     found, first = [], 0
     for place, ((t, h, w), m) in enumerate(zip(grid_sizes.tolist(), merge_sizes.tolist(), strict=True)):
         modal = ("video" if t > 1 else "image") if modals is None else modals[place]
@@ -57,7 +57,7 @@ def visuals_of(grid_sizes: Tensor, merge_sizes: Tensor, modals: Sequence[str] | 
 
 
 def prepare_inputs_labels_for_multimodal(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's own, on its way through the branch that drops tokens."""
+    """Call the model's own method so that it takes the branch that drops tokens."""
     name = "prepare_inputs_labels_for_multimodal"
     prompts, prepare = prompt_memory_of(model), original(model, name)
     given = arguments_of(model, name, args, kwargs)
@@ -82,12 +82,12 @@ def prepare_inputs_labels_for_multimodal(model: Any, *args: Any, **kwargs: Any) 
 
 
 def encode_images(model: Any, pixel_values: Tensor, grid_sizes: Tensor, merge_sizes: Tensor) -> Tensor:
-    """The model's own, `memory_chunk_frames` of a video at a time.
+    """Call the model's own method on `memory_chunk_frames` frames of a video at a time.
 
-    Frames do not see each other in this tower, but for its eager attention: it adds its mask to the scores as 0 and 1.
+    Frames are independent in this tower, except in its eager attention, which adds a mask of 0 and 1 to the scores.
 
     Raises:
-        ValueError: There is more than one piece for a tower with eager attention.
+        ValueError: The tower has eager attention, and the video has more than one piece.
     """
     prompts, encode = prompt_memory_of(model), original(model, "encode_images")
     chunk = prompts.config.memory_chunk_frames
@@ -117,14 +117,14 @@ def _sees_all_frames(model: Any) -> bool:
 
 
 def _get_compression_mask(model: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """The model's own where it drops tokens anyway, else all."""
+    """Return the model's own mask if it drops tokens anyway, otherwise a mask of all tokens."""
     mask: Tensor = original(model, "_get_compression_mask")(*args, **kwargs)
     call = prompt_memory_of(model).adapter.call
     return mask if call is None or call.own else torch.ones_like(mask)
 
 
 def _maybe_truncate_visual_tokens(model: Any, features: Tensor, mask: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The model's own, which is asked which tokens stay."""
+    """Call the model's own method, and record which tokens stay."""
     truncate, call = original(model, "_maybe_truncate_visual_tokens"), prompt_memory_of(model).adapter.call
     if call is None:
         return truncate(features, mask, *args, **kwargs)
@@ -141,7 +141,7 @@ def _compress_visual_tokens(
     position_ids: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Features `[N, D]` and what goes with them `[L]`, of which the memory keeps fewer."""
+    """Compress features `[N, D]` and the matching prompt tensors `[L]` with the memory."""
     prompts = prompt_memory_of(model)
     call: Call | None = prompts.adapter.call
     if call is None:
@@ -194,7 +194,7 @@ def _clip(tokens: Tensor, visual: Visual, valid: Tensor | None = None, time: Ten
 
 
 def _renumbered(position_ids: Tensor | None, keep: Tensor) -> Tensor | None:
-    """Positions `[L]` of packed prompts, each of which starts at 0, without what is gone."""
+    """Renumber positions `[L]` of packed prompts, each from 0, without removed tokens."""
     if position_ids is None:
         return None
     prompt = (position_ids == 0).cumsum(0)[keep]
@@ -209,15 +209,15 @@ def encode_images_with_memory(
     modals: Sequence[str] | None = None,
     timestamps: Any = None,
 ) -> Tensor:
-    """Visual tokens `[N, D]` as `encode_images` gives them, fewer where a video went through the memory.
+    """Return visual tokens `[N, D]` like `encode_images`, with the videos compressed by the memory.
 
-    `MemoryHandle.last_prompt` tells where each comes from, and `get_memory_bank` afterwards holds the last video.
+    `MemoryHandle.last_prompt` has the sources of the tokens; `get_memory_bank` then holds the last video.
 
     Args:
-        model: With a memory attached.
-        pixel_values, grid_sizes, merge_sizes: As `encode_images` takes them.
-        modals: `"video"`, `"image"` or `"text"` for each; None = a video where it has several frames.
-        timestamps: Seconds of the videos' frames, one after the other; None = unknown.
+        model: A model with an attached memory.
+        pixel_values, grid_sizes, merge_sizes: Arguments of `encode_images`.
+        modals: `"video"`, `"image"` or `"text"` for each; None = `"video"` if it has several frames.
+        timestamps: Seconds of the frames of all videos, concatenated; None = unknown.
 
     Raises:
         ValueError: Times do not fit the frames or do not increase within a video.
@@ -248,7 +248,7 @@ def encode_images_with_memory(
 
 
 def _holding(prompts: Any, clip: Clip) -> Any:
-    """A bank that holds a video; None where the memory holds nothing."""
+    """Return a bank with the video pushed into it, or None if the memory is not a bank."""
     (H, W), C = clip.frames.shape[1:3], clip.frames.shape[3]
     like = {"key_dim": clip.key_dim, "device": clip.frames.device, "dtype": clip.frames.dtype}
     bank = prompts.memory
@@ -264,22 +264,22 @@ def _holding(prompts: Any, clip: Clip) -> Any:
 
 
 def get_memory_bank(model: Any) -> Any:
-    """The bank that holds the last video of `encode_images_with_memory`; before, the memory given to `attach`."""
+    """Return the bank with the last video of `encode_images_with_memory`, or before one the memory of `attach`."""
     prompts = prompt_memory_of(model)
     given = prompts.memory if hasattr(prompts.memory, "compress") else None
     return given if prompts.adapter.bank is None else prompts.adapter.bank
 
 
 def has_memory_bank(model: Any) -> bool:
-    """Whether videos go through a memory now."""
+    """Return whether videos are compressed by a memory."""
     return bool(prompt_memory_of(model).enabled)
 
 
 @register_adapter("videollama3_qwen2", detect=lambda model: Videollama3Qwen2.fits(model))
 class Videollama3Qwen2(RemoteCodeAdapter):
-    """Real placeholders, times as text in front of frames, plain positions, prompts packed into one row.
+    """Adapter with real placeholders, times as text before frames, plain positions, and prompts packed into one row.
 
-    The class is written for transformers 4.46 and is known by its methods alone.
+    The model's class is written for transformers 4.46 and is recognised by its methods.
     """
 
     pixels = "pixel_values"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# imported when they are first asked for: torch takes seconds, and what reads video comes with an extra
+# imported on first use, because torch takes seconds and video readers need an extra
 _ROOMS = ("banks", "compress", "eval", "kv", "ops", "search", "session", "sources")
 _NAMES = {
     "FrameSource": "sources",

@@ -1,4 +1,4 @@
-"""One call puts a memory into a Hugging Face video model, another takes it out; the model's code stays as it is."""
+"""Attach a memory to a Hugging Face video model and detach it, without changing the model's code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ABSENT = "(absent)"
 
 
 class MemoryHandle:
-    """A memory in a model, as `attach` returns it; as a context manager it detaches at the end."""
+    """The handle of an attached memory; as a context manager it detaches the memory at the end."""
 
     def __init__(self, prompts: PromptMemory) -> None:
         self._prompts = prompts
@@ -38,7 +38,7 @@ class MemoryHandle:
 
     @property
     def model(self) -> nn.Module:
-        """The model that the memory is in."""
+        """The model with the memory."""
         return self._prompts.model
 
     @property
@@ -48,20 +48,20 @@ class MemoryHandle:
 
     @property
     def memory(self) -> Any:
-        """What reduces videos: the memory, a function that makes one, or None where `config` makes one a video.
+        """The memory, a function that makes one, or None if `config` makes one for each video.
 
-        A memory with weights is `model.vmemory`, with whatever others (PEFT's `modules_to_save`) put around it there.
+        A memory with weights is `model.vmemory`, including a wrapper around it (PEFT's `modules_to_save`).
         """
         return self._prompts.memory
 
     @property
     def last_prompt(self) -> list[VideoTokens]:
-        """For each video of the last prompt: `tokens_before` and `tokens_after`, and where the tokens come from."""
+        """For each video of the last prompt: `tokens_before`, `tokens_after`, and the sources of the kept tokens."""
         return self._prompts.last_prompt
 
     @contextmanager
     def disabled(self) -> Iterator[nn.Module]:
-        """Let everything pass untouched for as long as the block lasts; it gets the model."""
+        """Disable the memory within a context, which gets the model."""
         before, self._prompts.enabled = self._prompts.enabled, False
         try:
             yield self.model
@@ -69,10 +69,10 @@ class MemoryHandle:
             self._prompts.enabled = before
 
     def detach(self) -> nn.Module:
-        """Take the memory out of the model and return the model; nothing of the memory stays in it.
+        """Remove the memory and all hooks from the model, and return the model.
 
         Raises:
-            ValueError: It is not in the model any more.
+            ValueError: The memory is not attached any more.
         """
         model = self.model
         if attached(model) is not self:
@@ -84,13 +84,13 @@ class MemoryHandle:
 
 
 def attached(model: nn.Module) -> MemoryHandle | None:
-    """Return the handle of the memory in a model, or None."""
+    """Return the handle of the memory attached to a model, or None."""
     prompts: PromptMemory | None = base_of(model).__dict__.get(IN_MODEL)
     return None if prompts is None else prompts.handle
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of `torch.compile` and PEFT, or the model."""
+    """Return the model inside wrappers of `torch.compile` and PEFT, or the model itself."""
     compiled = model._modules.get("_orig_mod")
     if compiled is not None:
         return base_of(compiled)
@@ -103,7 +103,7 @@ def adapter_of(model: nn.Module) -> Adapter:
     """Return the adapter of a model's family.
 
     Raises:
-        TypeError: Not a module.
+        TypeError: `model` is not a module.
         ValueError: No family fits, or the installed transformers is too old for it.
     """
     if not isinstance(model, nn.Module):
@@ -135,29 +135,30 @@ def _load_families() -> None:
 
 
 def attach(model: nn.Module, memory: MemoryLike | None = None, config: ConfigLike | None = None) -> MemoryHandle:
-    """Put a memory into a model: from now on its videos go through it, in `forward` and in `generate`.
+    """Attach a memory to a model; `forward` and `generate` then compress the videos of their prompts.
 
-    Only this instance changes: a forward pre-hook and a `generate` of its own (remote code: its methods that prepare a
-    prompt; CLIP: `encode_video`), `model.vmemory` where the memory has weights, which train or evaluate as the model
-    does, and the settings in `model.config`. `MemoryHandle.detach` takes all of it back. Where `generate` itself is
-    sharded (`register_fsdp_forward_method`) the memory comes first.
+    Only this instance changes. It gets a forward pre-hook and its own `generate` (remote code: its methods that prepare
+    a prompt; CLIP: `encode_video`), the settings in `model.config` and, for a memory with weights, the submodule
+    `model.vmemory`. `MemoryHandle.detach` removes all of it. Attach before `register_fsdp_forward_method` is applied to
+    `generate`.
 
     Args:
         model: A model of a family in `integrations/`, also inside the wrappers of PEFT and `torch.compile`.
-        memory: A policy's name (`"merging"`), a memory (with `compress(clip, time, valid=…)` giving `MemoryTokens`; a
-            bank fits videos of its own grid alone), or a function that makes one from `dim`, `grid`, `key_dim`,
-            `device` and `dtype`. None = what `config` says. An untrained `DualMemory` changes the model unless it is
-            made with `residual=True`, as by `config`. LLaVA-Qwen also takes a `GeometryFusion`, CLIP a `TempMe` or a
-            frame compressor, and with neither memory nor settings it pools all frames.
-        config: A `MemoryConfig`, a dict, or an object with such attributes; None = `model.config`.
+        memory: A policy's name (`"merging"`); a memory, or any object whose `compress(clip, time, valid=…)` returns
+            `MemoryTokens` (a bank supports videos of its own grid only); or a function that makes one from `dim`,
+            `grid`, `key_dim`, `device` and `dtype`. None = a memory made from `config`. An untrained `DualMemory`
+            changes the model's output unless it has `residual=True`, which `config` sets. LLaVA-Qwen also accepts a
+            `GeometryFusion`; CLIP accepts a `TempMe` or a frame compressor, and without memory and settings it pools
+            all frames.
+        config: A `MemoryConfig`, a dict, or an object with these attributes; None = `model.config`.
 
     Returns:
-        A handle: `detach()`, `disabled()`; as a context manager it detaches at its end.
+        A `MemoryHandle`; as a context manager it detaches at its end.
 
     Raises:
-        TypeError: `model` is no module, `memory` nothing of the above.
-        ValueError: An unknown family or setting, a memory already there, or a transformers that is too old; nothing has
-            changed then.
+        TypeError: `model` is not a module, or `memory` none of the above.
+        ValueError: The family or a setting is unknown, a memory is already attached, or transformers is too old.
+            Nothing has changed.
     """
     if isinstance(model, nn.Module):
         model = base_of(model)
@@ -186,16 +187,16 @@ def compress_inputs(
     *,
     generating: bool = True,
 ) -> Inputs:
-    """Do to a prompt what `attach` does, for people with their own loop; the model is not changed.
+    """Compress the videos of a prompt as `attach` does, for your own loop; the model is not changed.
 
     Args:
-        model: As in `attach`; a memory in it is what compresses where neither `memory` nor `config` is given.
-        inputs: Of `forward` or `generate`: pixels, `input_ids [B, L]`, …
+        model: As in `attach`. Its attached memory is used if neither `memory` nor `config` is given.
+        inputs: Inputs of `forward` or `generate`: pixels, `input_ids [B, L]`, …
         memory, config: As in `attach`.
-        generating: For `generate`, which wants padding on the left; else for `forward`.
+        generating: Whether for `generate`, which needs padding on the left; otherwise for `forward`.
 
     Returns:
-        Inputs without pixels, with `mm_encoder_outputs`, ids, masks, labels and positions that fit each other.
+        Inputs without pixels, with `mm_encoder_outputs` and matching ids, masks, labels and positions.
 
     Raises:
         ValueError: As in `attach`, or no video in the inputs.

@@ -125,7 +125,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent(parent: int) -> None:
-    """Have this process killed when its parent, process `parent`, ends in any way. A child calls it."""
+    """End this process when its parent, process `parent`, ends in any way; for child processes."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before
         os.kill(os.getpid(), signal.SIGKILL)

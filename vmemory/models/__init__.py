@@ -1,1 +1,1 @@
-"""What every model family shares: how its videos are encoded, how its prompts shrink with them."""
+"""Shared code of the model families: encoding videos, compressing them, and shrinking prompts."""

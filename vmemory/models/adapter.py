@@ -1,4 +1,4 @@
-"""What a model family tells about itself, in one class a family: where features come from and how they go back."""
+"""Base class of the model families: it encodes a model's videos and writes compressed tokens back."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Inputs = dict[str, Any]
 
 @dataclass
 class Clip:
-    """One video as the vision tower saw it.
+    """The features of one video, as the vision tower returned them.
 
     Attributes:
         frames: `[T, H, W, C]` features, one row per token.
-        key_dim: The first `key_dim` channels are the tokens proper, which similarity looks at; what rides behind them
-            (deepstack features) is reduced alike.
+        key_dim: Number of leading channels that similarity uses. Further channels (deepstack features) are reduced with
+            the same weights.
         valid: `[T, H, W]` bool, tokens that have a placeholder in the prompt; None = all.
-        tail: `[k, C]` rows behind the frames that are always kept (LLaVA's newline).
-        time: `[T]` float64 seconds where the inputs tell them.
+        tail: `[k, C]` rows after the frames that are always kept (LLaVA's newline).
+        time: `[T]` float64 seconds if the inputs have them, else None.
     """
 
     frames: Tensor
@@ -38,28 +38,28 @@ class Clip:
 
     @property
     def placeholders(self) -> int:
-        """Tokens the prompt holds for it."""
+        """Number of placeholders in the prompt for this video."""
         grid = self.frames.shape[:3].numel() if self.valid is None else int(self.valid.sum())
         return grid + (0 if self.tail is None else self.tail.shape[0])
 
 
 class Encoded(NamedTuple):
-    """Videos in the order of the prompt, and the tower's output that `Adapter.pack` imitates."""
+    """Videos in the order of the prompt, and the tower's output, whose form `Adapter.pack` copies."""
 
     clips: list[Clip]
     output: Any
 
 
 class Adapter:
-    """A model family. Subclasses say what differs; `register_adapter` makes them known.
+    """Base class of a model family's adapter; `register_adapter` registers subclasses.
 
     Attributes:
         modality: `"video"`, or `"image"` where frames travel as images.
-        pixels: Name of the model input that holds the frames.
-        consumed: Inputs that describe the pixels and go with them.
-        frame_text: Every frame has a run of placeholders of its own, with its time as text in front.
-        uses_mrope: Positions are rows for time, height and width.
-        generates_audio: The model also makes speech from hidden states of the prompt as it was.
+        pixels: Name of the model input with the frames.
+        consumed: Inputs that describe the pixels and are removed with them.
+        frame_text: Whether every frame has its own run of placeholders, after its time as text.
+        uses_mrope: Whether positions have rows for time, height and width.
+        generates_audio: Whether the model also generates speech from hidden states of the original prompt.
     """
 
     modality = "video"
@@ -74,7 +74,7 @@ class Adapter:
     generates_audio = False
 
     def check(self, model: nn.Module) -> None:
-        """Raise ValueError where the model cannot be hooked."""
+        """Raise ValueError if the model cannot be hooked."""
         if "mm_encoder_outputs" not in inspect.signature(type(model).forward).parameters:
             from transformers import __version__
 
@@ -84,20 +84,20 @@ class Adapter:
             )
 
     def install(self, model: nn.Module, memory: Any) -> None:
-        """Hook the model for a `PromptMemory`; functions of the model that undo it are appended to `memory.undo`."""
+        """Install the hooks of a `PromptMemory`, and append functions that undo this to `memory.undo`."""
         install_prompt_hook(model, memory)
 
     def resolve_memory(self, model: nn.Module, memory: Any, settings: MemoryConfig) -> Any:
-        """The memory as it goes to work; None = what `settings` says.
+        """Return the memory to use for the argument of `attach`; None = a memory made from `settings`.
 
         Args:
-            model: The model it is for.
-            memory: As given to `attach`.
-            settings: With the policy that was named there.
+            model: The model.
+            memory: The argument of `attach`.
+            settings: The settings, with the policy that was named in `attach`.
 
         Raises:
-            TypeError: It is none.
-            ValueError: It is none for this family.
+            TypeError: `memory` is not a memory.
+            ValueError: `memory` does not fit this family.
         """
         if isinstance(memory, str):
             memory = None
@@ -120,40 +120,40 @@ class Adapter:
         return memory
 
     def trainable_module(self, memory: Any) -> nn.Module | None:
-        """What of a memory is trained with the model, as `model.vmemory`."""
+        """Return the module of a memory that is trained with the model, as `model.vmemory`, or None."""
         has = isinstance(memory, nn.Module) and next(memory.parameters(), None) is not None
         return memory if has else None
 
     def feature_module(self, model: nn.Module) -> Any:
-        """The module with `get_video_features`; which one it is changed between releases."""
+        """Return the module with `get_video_features`, which differs between releases of transformers."""
         inner = getattr(model, "model", model)
         return inner if hasattr(inner, f"get_{self.modality}_features") else model
 
     def placeholder_id(self, model: Any) -> int:
-        """Id of the token that stands for a visual token."""
+        """Return the id of the placeholder of a visual token."""
         return int(getattr(model.config, f"{self.modality}_token_id"))
 
     def hidden_size(self, model: Any) -> int:
-        """Channels of a visual token where it enters the language model."""
+        """Return the channels of a visual token at the input of the language model."""
         return int(model.config.get_text_config().hidden_size)
 
     def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
-        """Run the vision tower once, exactly as the model itself would."""
+        """Run the vision tower once, exactly as the model does."""
         raise NotImplementedError
 
     def iter_chunks(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
-        """For each video, inputs for `encode` of at most `chunk` of its frames each."""
+        """Yield for each video an iterator of inputs for `encode`, with at most `chunk` frames each."""
         raise NotImplementedError
 
     def pack(self, output: Any, tokens: Sequence[Tensor]) -> Any:
-        """Tokens `[N_i, C]` per video as the tower's output, the way the model takes it back."""
+        """Return tokens `[N_i, C]` per video in the form of the tower's output."""
         return as_pooling(list(tokens))
 
     def positions(self, model: nn.Module, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
-        """Positions `[3, B, L]` of the prompt as it is, and its rope deltas `[B, 1]`; None = plain positions."""
+        """Return positions `[3, B, L]` of the given prompt and its rope deltas `[B, 1]`; None = plain positions."""
         return None
 
-    # for streams, where frames come one after the other and the prompt is written last
+    # for streams: frames arrive one by one, and the prompt is written at the end
 
     def encode_frames(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Encoded:
         """Run the vision tower on frames of one video.
@@ -161,48 +161,48 @@ class Adapter:
         Args:
             model: The model.
             frames: `[n, 3, H, W]` uint8, n a multiple of `temporal_patch_size`.
-            processor: Of the model, whose pixel statistics count; None = the family's own.
-            size: (H, W) in pixels that frames are scaled to.
+            processor: The model's processor, for its pixel statistics; None = the family's own statistics.
+            size: (H, W) in pixels to which frames are scaled.
         """
         return self.encode(model, on_device(model, self.preprocess(model, frames, processor, size)))
 
     def temporal_patch_size(self, model: Any) -> int:
-        """Frames of the video that become one frame of the memory."""
+        """Return the number of video frames in one frame of the memory."""
         return 1
 
     def frame_time(self, first: float, last: float) -> float:
-        """Seconds of a frame of the memory out of those of its first and last frame of the video."""
+        """Return the seconds of a frame of the memory from those of its first and last video frame."""
         return first
 
     def preprocess(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
-        """Inputs for `encode` from `frames [n, 3, H, W]` uint8, scaled to `size`."""
+        """Return inputs for `encode` from `frames [n, 3, H, W]` uint8, scaled to `size`."""
         raise NotImplementedError
 
     def frame_size(self, model: nn.Module, size: tuple[int, int], tokens: int) -> tuple[int, int]:
-        """The size near `size` (H, W) at which a frame has at most so many tokens."""
+        """Return the size near `size` (H, W) at which a frame has at most `tokens` tokens."""
         raise NotImplementedError
 
     def size_of(self, model: nn.Module, grid: tuple[int, int]) -> tuple[int, int]:
-        """The size (H, W) of frames that have a grid of tokens."""
+        """Return the size (H, W) in pixels of frames with a given token grid."""
         return self.frame_size(model, grid, grid[0] * grid[1])
 
     def video_text(self, frames: Sequence[tuple[float, int]], token: str, tail: int) -> str:
-        """What stands for a video in a prompt: (seconds, tokens) per frame, `token` for each, `tail` behind them."""
+        """Return a video's text in a prompt: `token` for each of `frames` (seconds, tokens), then `tail` tokens."""
         return token * (sum(count for _, count in frames) + tail)
 
     def temporal_position(self, model: Any, frame: int, seconds: float) -> int:
-        """Position along time of a frame of the memory, counted from the start of the stream."""
+        """Return the temporal position of a frame of the memory, counted from the start of the stream."""
         return 0
 
     def set_rope_deltas(self, model: nn.Module, rope_deltas: Tensor | None) -> None:
-        """Tell the model where its prompt ends, which it keeps between calls."""
+        """Set the model's rope deltas, which it keeps between calls for the positions after the prompt."""
         for module in (self.feature_module(model), model):
             if rope_deltas is not None and hasattr(module, "rope_deltas"):
                 module.rope_deltas = rope_deltas
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes; weights that accelerate has put elsewhere are on no device."""
+    """Return the device on which a model computes, even if accelerate has offloaded its weights."""
     for module in model.modules():
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
         if device is not None:
@@ -211,15 +211,15 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
-    """What a model computes in, where its weights say: the dtype of the first that floats."""
-    # replicas of nn.DataParallel have no parameters, but what once were
+    """Return the dtype in which a model computes: that of its first floating weight."""
+    # replicas of nn.DataParallel have no parameters, only `_former_parameters`
     held = (part.__dict__.get("_former_parameters", part._parameters).values() for part in model.modules())
     weights = (weight for part in held for weight in part if weight is not None)
     return next((weight.dtype for weight in weights if weight.is_floating_point()), torch.float32)
 
 
 def on_device(model: nn.Module, inputs: Inputs) -> Inputs:
-    """Tensors where the model is, those that float in its dtype; all else as it is."""
+    """Move tensors to the model's device, floating ones in its dtype; other inputs are unchanged."""
     device, dtype = device_of(model), dtype_of(model)
     return {
         name: x.to(device, dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
@@ -228,24 +228,24 @@ def on_device(model: nn.Module, inputs: Inputs) -> Inputs:
 
 
 def as_pooling(tokens: Any) -> Any:
-    """Tokens as transformers' towers return them."""
+    """Return tokens in the output class of transformers' towers."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     return BaseModelOutputWithPooling(pooler_output=tokens)
 
 
 def one_tensor(tokens: Sequence[Tensor]) -> Any:
-    """Videos' tokens `[N_i, C]` as the towers return them whose models flatten all into one row.
+    """Return videos' tokens `[N_i, C]` as one tensor, for models that flatten the towers' output.
 
-    `[V, N, C]` where all have as many, so that beams copy whole videos; else an entry a token, `[ΣN, 1, C]`, of which
-    newer releases of transformers copy those of a row together.
+    `[V, N, C]` if all videos have equally many, so that beams copy whole videos. Otherwise one entry per token,
+    `[ΣN, 1, C]`; newer releases of transformers copy the entries of a row together.
     """
     same = len({len(video) for video in tokens}) == 1
     return as_pooling(torch.stack(list(tokens)) if same else torch.cat(list(tokens))[:, None])
 
 
 def check_copies(model: Any, inputs: Inputs) -> None:
-    """Raise ValueError where beams or several answers would hand a row the video of another."""
+    """Raise ValueError if beams or several answers would give a row the video of another row."""
     for kind, output in inputs["mm_encoder_outputs"].items():
         pooled = output.pooler_output
         if torch.is_tensor(pooled) and pooled.shape[0] > 1 == pooled.shape[1] and _copies_entry_by_entry(model, kind):
@@ -265,7 +265,7 @@ def _copies_entry_by_entry(model: Any, kind: str) -> bool:
 
 
 def known_arguments(function: Callable[..., Any], inputs: Mapping[str, Any], **renamed: str) -> Inputs:
-    """Those of `inputs` that `function` takes; `renamed` maps its name for an input to the input's."""
+    """Return the `inputs` that `function` accepts; `renamed` maps a parameter's name to the input's."""
     source = {**inputs, **{name: inputs.get(other) for name, other in renamed.items()}}
     names = inspect.signature(function).parameters
     return {name: value for name, value in source.items() if name in names and value is not None}

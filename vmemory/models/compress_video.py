@@ -1,4 +1,4 @@
-"""Compress one video of a prompt: what a memory keeps of it, and whose places that takes."""
+"""Compress one video of a prompt with a memory, and assign the kept tokens to placeholders."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from vmemory.models.adapter import Clip
 
 
 class KeptVideo(NamedTuple):
-    """A video as the model gets to see it.
+    """A compressed video, as the model reads it.
 
     Attributes:
         tokens: `[N, C]`, in the tower's dtype.
-        source: `[N]` int64, sorted and unique: the token of the flattened `T·H·W` grid whose place each one takes, one
-            that had a placeholder.
-        grid: Its (T, H, W).
+        source: `[N]` int64, sorted and unique: the token of the flattened `T·H·W` grid whose placeholder each kept
+            token takes.
+        grid: (T, H, W) of the video.
         valid: `[T, H, W]` bool, tokens that had a placeholder; None = all.
-        tail: `[k, C]` rows behind the frames, which stay; or None.
+        tail: `[k, C]` rows after the frames, which always stay; or None.
     """
 
     tokens: Tensor
@@ -33,23 +33,24 @@ class KeptVideo(NamedTuple):
 
     @property
     def tokens_before(self) -> int:
-        """Tokens that the prompt held for the video."""
+        """Number of the video's tokens in the original prompt."""
         T, H, W = self.grid
         cells = T * H * W if self.valid is None else int(self.valid.sum())
         return cells + (0 if self.tail is None else self.tail.shape[0])
 
     def summary(self) -> VideoTokens:
-        """Return what is worth keeping of it: no tokens, no gradients."""
+        """Return the counts and sources, without tokens and gradients."""
         tail = 0 if self.tail is None else self.tail.shape[0]
         return VideoTokens(self.source, self.grid, self.tokens_before, self.source.shape[0] + tail)
 
 
 class VideoTokens(NamedTuple):
-    """The tokens that stand for a video in a prompt, and where they come from.
+    """The number of a video's tokens in a prompt before and after compression, and their sources.
 
     Attributes:
-        source: `[N]` int64, sorted and unique: the token of the flattened `T·H·W` grid whose place each one takes.
-        grid: The (T, H, W) of the video.
+        source: `[N]` int64, sorted and unique: the token of the flattened `T·H·W` grid whose place each kept token
+            takes.
+        grid: (T, H, W) of the video.
         tokens_before: Tokens of the video in the caller's prompt.
         tokens_after: Tokens of the video that the model reads.
     """
@@ -61,15 +62,15 @@ class VideoTokens(NamedTuple):
 
 
 def compress_video(pieces: Iterator[Clip], config: MemoryConfig, memory: Any = None) -> KeptVideo:
-    """Return what a memory keeps of one video, given in pieces of some frames each.
+    """Compress one video, given in pieces of some frames each.
 
-    Where `config` makes the memory and no gradient is wanted, it takes each piece in as it comes, and what it does not
-    keep is forgotten: the bytes held do not grow with the video. Else the pieces are joined first.
+    If `config` makes the memory and no gradient is required, the pieces are pushed one by one, and the memory in use
+    does not grow with the video. Otherwise the pieces are joined first.
 
     Args:
-        pieces: At least one.
-        config: Makes the memory where none is given, and says which videos are too short for any.
-        memory: With `compress(clip, time, valid=…)`, or a callable that makes such a memory from `dim`, `grid`,
+        pieces: At least one piece.
+        config: Settings of the memory if none is given, and the length up to which videos are not compressed.
+        memory: An object with `compress(clip, time, valid=…)`, or a callable that makes one from `dim`, `grid`,
             `key_dim`, `device` and `dtype`.
     """
     first = next(pieces)
@@ -107,7 +108,7 @@ def _chained(first: Clip, second: Clip, rest: Iterator[Clip]) -> Iterator[Clip]:
 
 
 def _at_once(clip: Clip, config: MemoryConfig, memory: Any = None) -> KeptVideo:
-    """Compress a whole video by the memory's `compress`, which passes gradients."""
+    """Compress a whole video with the memory's `compress`, which is differentiable."""
     T, H, W, C = clip.frames.shape
     if config.short_video(given=memory is not None) >= T:
         return _untouched(clip)
@@ -122,10 +123,10 @@ def _at_once(clip: Clip, config: MemoryConfig, memory: Any = None) -> KeptVideo:
 
 
 def placed(source: Tensor, valid: Tensor | None) -> Tensor:
-    """Return the cells `[N]` that tokens `source [N]` take among those that exist, in order, each its own.
+    """Return distinct existing cells `[N]` for tokens `source [N]`, in order.
 
-    A pooled or merged token may stand for a cell that does not exist: it takes the next that does, of its own frame
-    where that has one left.
+    The source of a pooled or merged token may not exist. The token then takes the next existing cell, of its own frame
+    if possible.
 
     Args:
         source: Sorted and unique.
@@ -152,12 +153,12 @@ def placed(source: Tensor, valid: Tensor | None) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _planner(config: MemoryConfig, dim: int, grid: tuple[int, int], key_dim: int, dtype: torch.dtype) -> Any:
-    """A memory that holds nothing and only compresses; what it knows of its tiers is worth keeping between prompts."""
+    """Return a memory that only compresses; it is cached, because its layout is costly to compute."""
     return config.build(dim, grid, key_dim=key_dim, device="meta", dtype=dtype)
 
 
 def _untouched(clip: Clip) -> KeptVideo:
-    """Keep a video as it came."""
+    """Keep a video unchanged."""
     T, H, W, C = clip.frames.shape
     tokens, source = clip.frames.reshape(-1, C), torch.arange(T * H * W, device=clip.frames.device)
     if clip.valid is not None:
@@ -167,6 +168,6 @@ def _untouched(clip: Clip) -> KeptVideo:
 
 
 def _joined(clips: list[Clip]) -> Clip:
-    """Join the pieces of one video; times that start over in each piece are lost."""
+    """Join the pieces of one video; times that restart in each piece are dropped."""
     valid = None if clips[0].valid is None else torch.cat([c.valid for c in clips if c.valid is not None])
     return Clip(torch.cat([c.frames for c in clips]), clips[0].key_dim, valid, clips[-1].tail)

@@ -1,4 +1,4 @@
-"""What families have in common: pixels as rows of patches, or square frames."""
+"""Base adapters: pixels as rows of patches, or square frames."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vmemory.models.pixels import CLIP_MEAN, CLIP_STD, normalisation, patch_rows
 
 
 class PatchRowAdapter(Adapter):
-    """Families whose pixels are rows of patches, `[T·h·w, …]`, with `video_grid_thw` beside them: Qwen, VideoLLaMA3."""
+    """Adapter of families whose pixels are rows of patches `[T·h·w, …]` with `video_grid_thw`: Qwen, VideoLLaMA3."""
 
-    side = 2  # patches along each axis that become one token, where the inputs do not say
+    side = 2  # patches per token along each axis, unless the inputs state it
     mean, std = CLIP_MEAN, CLIP_STD
 
     def merge_size(self, model: Any, inputs: Inputs, video: int) -> int:
-        """Patches along each axis that become one token."""
+        """Return the number of patches per token along each axis."""
         return int(self.feature_module(model).visual.spatial_merge_size)
 
     def patch_size(self, model: Any) -> int:
-        """Pixels along each axis of a patch."""
+        """Return the pixels along each axis of a patch."""
         return int(model.config.vision_config.patch_size)
 
     def temporal_patch_size(self, model: Any) -> int:
@@ -43,13 +43,13 @@ class PatchRowAdapter(Adapter):
         return {"pixel_values_videos": rows, "video_grid_thw": torch.tensor([grid])}
 
     def features(self, model: nn.Module, inputs: Inputs) -> Any:
-        """The tower's output for all videos."""
+        """Return the tower's output for all videos."""
         return self.feature_module(model).get_video_features(
             inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
         )
 
     def seconds_per_frame(self, inputs: Inputs, video: int) -> float | None:
-        """Seconds between two of a video's frames, where the inputs tell."""
+        """Return the seconds between two frames of a video, if the inputs have them."""
         return None
 
     def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
@@ -86,9 +86,9 @@ class PatchRowAdapter(Adapter):
 
 
 class SquareFrameAdapter(Adapter):
-    """Families with `pixel_values_videos [B, T, 3, h, w]` and square grids of tokens: LLaVA."""
+    """Adapter of families with `pixel_values_videos [B, T, 3, h, w]` and square token grids: LLaVA."""
 
-    newline = 0  # rows the tower's output has behind each video's frames
+    newline = 0  # rows after each video's frames in the tower's output
     mean, std = CLIP_MEAN, CLIP_STD
 
     def frame_size(self, model: nn.Module, size: tuple[int, int], tokens: int) -> tuple[int, int]:
@@ -111,7 +111,7 @@ class SquareFrameAdapter(Adapter):
 
     def iter_chunks(self, model: nn.Module, inputs: Inputs, chunk: int) -> Iterator[Iterator[Inputs]]:
         for video in inputs["pixel_values_videos"]:
-            # the towers view these as rows, which takes contiguous ones
+            # the towers view the pixels as rows, so they must be contiguous
             yield (
                 {**inputs, "pixel_values_videos": video[None, first : first + chunk].contiguous()}
                 for first in range(0, len(video), chunk)

@@ -1,4 +1,4 @@
-"""Prompts that tell each frame's time in text in front of it: a frame without tokens loses its text too."""
+"""Remove the time text of frames without tokens, in prompts with the time as text before each frame."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Span = tuple[int, int]
 
 
 def runs_of(places: Tensor) -> list[Span]:
-    """Consecutive runs of sorted positions `[n]`, as half-open spans."""
+    """Return the consecutive runs of sorted positions `[n]`, as half-open spans."""
     if not len(places):
         return []
     cut = (places[1:] != places[:-1] + 1).nonzero().flatten() + 1
@@ -19,17 +19,17 @@ def runs_of(places: Tensor) -> list[Span]:
 
 
 def dead_spans(row: Tensor, keep: Tensor, places: Tensor, frames: int) -> list[Span]:
-    """Spans of a row `[L]` that hold frames without a kept token, with the text that belongs to them alone.
+    """Return the spans of a row `[L]` with frames that have no kept token, including their own text.
 
-    Text is found by its place between two runs of placeholders, never by its words: tokenizers join it with what
-    stands beside it. The first frame's own text starts where the first gap's first or second token last occurs at the
-    distance that this gap has; where it is not found, it stays.
+    Text is found by its position between two runs of placeholders, never by its words, because tokenizers join it with
+    neighbouring text. The first frame's own text starts at the last occurrence of the first gap's first or second token
+    at the distance of this gap; without an occurrence the text stays.
 
     Args:
         row: `[L]` ids of one prompt.
-        keep: `[L]` bool, False for placeholders that go.
+        keep: `[L]` bool, False for placeholders that are removed.
         places: Positions of the video's placeholders, sorted.
-        frames: Frames of the video; prompts with another number of runs do not tell times, and nothing is found.
+        frames: Frames of the video; prompts with another number of runs have no times, and nothing is removed.
     """
     runs = runs_of(places)
     if len(runs) != frames or frames < 2:
@@ -45,14 +45,14 @@ def dead_spans(row: Tensor, keep: Tensor, places: Tensor, frames: int) -> list[S
     if start is not None and any(live):
         begin, separator = start
         spans.append((begin, runs[0][1]))
-        # what now comes first needs nothing that separates it from a frame before
+        # the first remaining frame needs no separator before it
         end = runs[live.index(True) - 1][1]
         spans.append((end, end + separator))
     return spans
 
 
 def _own_text(before: list[int], gap: list[int]) -> tuple[int, int] | None:
-    """Where the first frame's text starts, and how many tokens of a gap only separate."""
+    """Return the start of the first frame's text, and the number of tokens of a gap that are separators."""
     best: tuple[int, int, int] | None = None
     for separator, first in enumerate(gap[:2]):
         if first not in before:
@@ -65,10 +65,10 @@ def _own_text(before: list[int], gap: list[int]) -> tuple[int, int] | None:
 
 
 def close_gaps(positions: Tensor, row: int, spans: list[Span]) -> None:
-    """Move what follows the spans of a row forward, in place: `positions [3, B, L]`.
+    """Close the gaps that removed spans of a row leave in `positions [3, B, L]`, in place.
 
-    Text tells the time here, so frames that left leave no hole. Spans start and end at text, where all three rows
-    agree.
+    The text states the time, so removed frames must leave no gap. Spans start and end at text, where all three rows
+    are equal.
     """
     length = positions.shape[-1]
     inner = [(start, stop) for start, stop in spans if stop < length]

@@ -1,4 +1,4 @@
-"""Spatial features beside the visual ones: each frame's tokens look at what a geometry encoder says of the frame."""
+"""Add spatial features to visual tokens, by cross-attention to the output of a geometry encoder."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from vmemory.ops._checks import check_int, check_tensor, shape_of
 
 
 class GeometryFusion(nn.Module):
-    """Tokens plus a share of what they find among their frame's geometry tokens: x + tanh(g) · attention(x, z).
+    """Add geometry to visual tokens by gated cross-attention: x + tanh(g) · attention(x, z).
 
-    g = 0 at first: until trained, a model with it is the model itself. It stands between projector and memory, of
-    pictures as of videos; give it to `vmemory.attach` as the memory, with the memory proper inside.
+    The gate g starts at 0, so an untrained module does not change the model. It works between projector and memory, for
+    pictures and videos. Pass it to `vmemory.attach` as the memory; its `memory` argument is the memory after it.
 
     Args:
         dim: Channels D of a visual token.
         geometry_dim: Channels E of a geometry token.
-        encoder: Frames `[T, 3, h, w]`, as the vision tower gets them, to geometry tokens `[T, P, E]`. Whether it is
-            trained is its own affair.
+        encoder: Maps frames `[T, 3, h, w]`, the input of the vision tower, to geometry tokens `[T, P, E]`. The caller
+            decides whether it is trained.
         heads: Attention heads, a divisor of `width`.
         width: Channels of queries, keys and values; None = `dim`.
-        memory: What the tokens go through next, as `attach` takes it but for names; None = what its `config` says. Of
-            a `DualMemory` only one with `residual=True` leaves a model as it is until trained.
-        device, dtype: Of the weights.
+        memory: The memory after this module, as in `attach` but not a name; None = a memory made from the `config` of
+            `attach`. An untrained `DualMemory` needs `residual=True` to leave the model unchanged.
+        device, dtype: Device and dtype of the weights.
 
     Raises:
         TypeError, ValueError: An argument does not fit; the message names it.
 
-    Source: the cross-attention fusion of VLM-3R (arXiv 2505.20279), without dropout and with a gate in the place of
-    its last norm.
+    Source: the cross-attention fusion of VLM-3R (arXiv 2505.20279), without dropout and with a gate instead of its last
+    norm.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class GeometryFusion(nn.Module):
         self.query = nn.Linear(dim, width, **like)
         self.key_value = nn.Linear(geometry_dim, 2 * width, **like)
         self.out = nn.Linear(width, dim, **like)
-        # one element, not none: FSDP shards no scalars
+        # one element and not a scalar, because FSDP does not shard scalars
         self.gate = nn.Parameter(torch.zeros(1, **like))
 
     def forward(self, tokens: Tensor, frames: Tensor) -> Tensor:
-        """Tokens `[T, n, D]` of the frames `[T, 3, h, w]` with their geometry.
+        """Return tokens `[T, n, D]` with the geometry of their frames `[T, 3, h, w]`.
 
         Raises:
-            TypeError, ValueError: `tokens`, or what the encoder makes of `frames`, has another form.
+            TypeError, ValueError: `tokens` or the encoder's output has another shape or type.
         """
         check_tensor("tokens", tokens, "[T, n, D]")
         if tokens.shape[-1] != self.dim:

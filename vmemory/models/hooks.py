@@ -1,4 +1,4 @@
-"""A forward pre-hook and methods of the instance, which take the place of its class's until they are taken out."""
+"""Install and remove a forward pre-hook and replacements of methods on one model instance."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from vmemory.models.turn import Turn, cache_in, mark, turn_in
 
-# where a model keeps the memory that is in it
+# the attribute of a model with its `PromptMemory`
 IN_MODEL = "_vmemory"
 _METHODS = "_vmemory_methods"
 _REPLICATE = "_replicate_for_data_parallel"
 
 
 class Shrinks(Protocol):
-    """What the hooks call of the `PromptMemory` in a model."""
+    """The methods of a `PromptMemory` that the hooks call."""
 
     undo: list[Any]
     config: Any
@@ -40,10 +40,10 @@ class Shrinks(Protocol):
 
 
 class Method:
-    """A function of one model in the place of its method, for as long as a memory is in it.
+    """A function that replaces a method of one model while a memory is attached.
 
-    Copies and pickles go with their model: a bound function would be pickled as the attribute of its name, which is the
-    method it replaces. Others may wrap it and still hold it when the memory is gone; then it is that method.
+    It is copied and pickled with its model. A bound function would be pickled as the attribute of its name, which is
+    the method it replaces. A wrapper may still hold it after the memory is detached; it then calls the original method.
     """
 
     def __init__(self, function: Callable[..., Any], model: nn.Module, name: str) -> None:
@@ -51,11 +51,11 @@ class Method:
         self.former: Any = model.__dict__.get(name)
 
     def original(self) -> Any:
-        """The method as it was."""
+        """Return the original method."""
         return getattr(type(self.model), self.name).__get__(self.model) if self.former is None else self.former
 
     def moved(self, model: nn.Module) -> Method:
-        """The method of a replica."""
+        """Return the replacement for a replica of the model."""
         other = copy.copy(self)
         other.model = model
         return other
@@ -73,10 +73,10 @@ class Method:
 
 
 def install_prompt_hook(model: nn.Module, memory: Shrinks) -> None:
-    """Hook `forward` and `generate` of one instance.
+    """Install hooks on `forward` and `generate` of one instance.
 
-    Everything is a function of the module that finds the memory through the model: copies of the model carry hooks of
-    their own. The hook runs in `__call__`, above whatever `forward` accelerate, Liger or a compiler left there.
+    The hooks are module-level functions that find the memory through the model, so copies of the model have hooks of
+    their own. The hook runs in `__call__`, before any `forward` that accelerate, Liger or a compiler installed.
     """
     before = model.register_forward_pre_hook(before_forward, with_kwargs=True)
     after = model.register_forward_hook(after_forward, with_kwargs=True)
@@ -85,9 +85,9 @@ def install_prompt_hook(model: nn.Module, memory: Shrinks) -> None:
 
 
 def install_methods(model: nn.Module, memory: Shrinks, functions: Mapping[str, Callable[..., Any]]) -> None:
-    """Give one instance methods, each a module-level function of the model and the method's arguments.
+    """Replace methods of one instance by module-level functions of the model and the method's arguments.
 
-    `original` finds the method that one of them replaces.
+    `original` returns the method that a function replaces.
     """
     _put(
         model, {name: Method(function, model, name) for name, function in {**functions, _REPLICATE: replicate}.items()}
@@ -101,7 +101,7 @@ def _put(model: nn.Module, methods: dict[str, Method]) -> None:
 
 
 def replicate(model: nn.Module) -> nn.Module:
-    """A replica, as `torch.nn.parallel.replicate` makes them for a device each, with methods of its own."""
+    """Return a replica for `torch.nn.parallel.replicate`, with replaced methods of its own."""
     replica: nn.Module = original(model, _REPLICATE)()
     former: dict[str, Method] = model.__dict__[_METHODS]
     _put(replica, {name: method.moved(replica) for name, method in former.items()})
@@ -110,7 +110,7 @@ def replicate(model: nn.Module) -> nn.Module:
 
 
 def original(model: nn.Module, name: str) -> Any:
-    """A method as it was before `install_methods`."""
+    """Return a method as it was before `install_methods`."""
     method: Method = model.__dict__[_METHODS][name]
     return method.original()
 
@@ -134,7 +134,7 @@ def _remove_hooks(model: nn.Module, before: int, after: int) -> None:
 
 
 class _Calls(threading.local):
-    """What calls on their way through models hand to the hook behind them, by the model's `id`; each thread's own."""
+    """Data that the pre-hook of a call passes to its post-hook, by the model's `id`, per thread."""
 
     def __init__(self) -> None:
         self.open: dict[int, tuple[Turn, Tensor | None]] = {}
@@ -144,7 +144,7 @@ _CALLS = _Calls()
 
 
 def before_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> Any:
-    """The forward pre-hook."""
+    """Shrink the prompt before `forward` (forward pre-hook)."""
     _CALLS.open.pop(id(model), None)
     memory: Shrinks = model.__dict__[IN_MODEL]
     if args:
@@ -165,7 +165,7 @@ def before_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, An
 
 
 def after_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any], output: Any) -> Any:
-    """The forward hook: logits at the caller's tokens, and a cache that knows what it holds."""
+    """Return logits at the caller's tokens, and mark the cache with the caller's prompt (forward hook)."""
     call = _CALLS.open.pop(id(model), None)
     if call is None:
         return None
@@ -173,35 +173,35 @@ def after_forward(model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any
     if isinstance(output, tuple):
         for cache in (x for x in output if hasattr(x, "get_seq_length")):
             mark(cache, turn)
-        # of a model that was asked for a tuple the logits are the first tensor of three dimensions
+        # in a tuple the logits are the first tensor of three dimensions
         at = next((i for i, x in enumerate(output) if isinstance(x, Tensor) and x.dim() == 3), None)
         if place is None or at is None:
             return None
         return (*output[:at], _gathered(output[at], place), *output[at + 1 :])
     mark(cache_in(output)[1], turn)
-    # fused losses give none
+    # fused losses return no logits
     if place is not None and output.get("logits") is not None:
         output["logits"] = _gathered(output["logits"], place)
     return output
 
 
 def _logits_wanted(column: Tensor, asked: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Which logits the model has to give, and `[B, n]` which of them stand for those that were asked for."""
+    """Return the logits that the model must compute, and `[B, n]` their indices for the requested ones."""
     wanted = column[:, -asked:] if isinstance(asked, int) else column[:, asked.to(column.device)]
     columns, place = wanted.unique(return_inverse=True)
     return columns, place
 
 
 def _gathered(logits: Tensor, place: Tensor) -> Tensor:
-    """`[B, n', V]` as `[B, n, V]`."""
+    """Gather logits `[B, n', V]` to `[B, n, V]`."""
     return logits[torch.arange(len(place), device=logits.device)[:, None], place.to(logits.device)]
 
 
 @torch.no_grad()
 def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-    """`generate` with a prompt shrunk beforehand; the caller gets back the prompt that was given.
+    """Run `generate` with a shrunk prompt, and return the caller's prompt in front of the answer.
 
-    As in the model's own there are no gradients, in the vision tower neither.
+    As in the model's own `generate`, there are no gradients, also in the vision tower.
     """
     memory: Shrinks = self.__dict__[IN_MODEL]
     former = original(self, "generate")
@@ -237,11 +237,11 @@ def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any)
 
 
 def _lengths(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dropped: int) -> dict[str, int]:
-    """`max_length` and `min_length` for a prompt without `dropped` of its tokens: both count the caller's prompt."""
+    """Return `max_length` and `min_length`, which count the caller's prompt, for a prompt shorter by `dropped`."""
     given, lengths = _given(args, kwargs), {}
     for name, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         value = generation_setting(model, given, name)
-        # a number of new tokens takes precedence
+        # `max_new_tokens` takes precedence
         if value and generation_setting(model, given, new_tokens) is None:
             lengths[name] = max(value - dropped, 0)
     return lengths
@@ -252,7 +252,7 @@ def _given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def generation_setting(model: Any, given: Mapping[str, Any], name: str) -> Any:
-    """What `generate` will take for a setting: of its arguments, their `generation_config`, or the model's; or None."""
+    """Return a setting of `generate`: from its arguments, their `generation_config`, or the model's; or None."""
     configs = (given.get("generation_config"), getattr(model, "generation_config", None))
     found = [given.get(name), *(getattr(config, name, None) for config in configs)]
     return next((value for value in found if value is not None), None)

@@ -1,4 +1,4 @@
-"""A model and what writes its prompts, from a folder or a hub."""
+"""Load a model and its processor from a folder or a hub."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import torch
 
 
 def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
-    """A video model in evaluation mode and its processor.
+    """Load a video model in evaluation mode and its processor.
 
-    The video processors of transformers need torchvision; a session prepares frames itself, so that without it the
-    tokenizer, its chat template and the statistics of the pixels are enough.
+    The video processors of transformers need torchvision. A session prepares frames itself, so without torchvision the
+    tokenizer, its chat template and the pixel statistics are enough.
 
     Args:
         name: A folder or a model's id on a hub.
         device: `"cpu"`, `"cuda"`, …
-        dtype: `"auto"` as stored, or `"bfloat16"`, `"float16"`, `"float32"`.
+        dtype: `"auto"` (as stored), `"bfloat16"`, `"float16"` or `"float32"`.
 
     Raises:
         ValueError: Not a model with text and pictures.
-        OSError: It is not there.
+        OSError: The model does not exist.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -36,7 +36,7 @@ def load_model(name: str, device: str = "cpu", dtype: str = "auto") -> tuple[Any
 
 
 def text_processor(name: str) -> Any:
-    """Tokenizer, chat template and pixel statistics of a model, without torchvision."""
+    """Load tokenizer, chat template and pixel statistics of a model, without torchvision."""
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
@@ -56,5 +56,5 @@ def text_processor(name: str) -> Any:
 
 
 def device_for(name: str | None) -> str:
-    """The device asked for, or a GPU where there is one."""
+    """Return the named device, or without a name a GPU if there is one."""
     return name or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""What may stand for a memory in a call."""
+"""Types that are accepted as a memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Memory = Bank | DualMemory
 
 
 class Compressor(Protocol):
-    """Anything that reduces a whole video at once; every memory is one."""
+    """An object that compresses a whole video at once; every memory is one."""
 
     def compress(self, clip: Tensor, time: Tensor | None = None, *, valid: Tensor | None = None) -> MemoryTokens:
-        """Return what is kept of the frames `clip [T, H, W, D]` with seconds `time [T]`; `valid` as in `Bank.push`."""
+        """Return the tokens kept of frames `clip [T, H, W, D]` with seconds `time [T]`; `valid` as in `Bank.push`."""
         ...
 
 
@@ -35,5 +35,5 @@ MemoryLike = str | Memory | Compressor | MemoryFactory | nn.Module
 
 
 def is_factory(memory: object) -> TypeGuard[MemoryFactory]:
-    """Whether this is a function that makes a memory; modules can be called too, and are none."""
+    """Return whether this is a function that makes a memory; a module is callable but no factory."""
     return callable(memory) and not isinstance(memory, nn.Module) and not hasattr(memory, "compress")

@@ -1,7 +1,7 @@
-"""From frames to a tower's pixels, one size for a whole stream and without torchvision.
+"""Convert frames to a tower's pixels, with one size for a whole stream and without torchvision.
 
-The processors of transformers share one pixel budget over all frames of a call: at 128 frames a frame shrinks to a few
-patches. A stream has no such number of frames, so its frame size is fixed once instead.
+The processors of transformers divide one pixel budget among all frames of a call: with 128 frames a frame shrinks to a
+few patches. A stream has no fixed number of frames, so its frame size is fixed once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalisation(processor: Any, mean: Triple, std: Triple) -> tuple[Triple, Triple]:
-    """Mean and deviation of a processor's frames, or a family's own."""
+    """Return mean and standard deviation of a processor's frames, or the family's own."""
     for name in ("video_processor", "image_processor"):
         part = getattr(processor, name, None)
         if part is not None and getattr(part, "image_mean", None) is not None:
@@ -33,7 +33,7 @@ def _triple(values: Any) -> Triple:
 
 
 def size_for(size: tuple[int, int], unit: int, tokens: int) -> tuple[int, int]:
-    """The size (H, W) of at most so many tokens, `unit` pixels along each axis a token, in the form of `size`."""
+    """Return the size (H, W) with the aspect ratio of `size` and at most `tokens` tokens of `unit` × `unit` pixels."""
     h, w = (max(1, round(length / unit)) for length in size)
     if h * w > tokens:
         shrink = math.sqrt(tokens / (size[0] * size[1])) * unit
@@ -42,16 +42,16 @@ def size_for(size: tuple[int, int], unit: int, tokens: int) -> tuple[int, int]:
 
 
 def square_size(model: Any) -> tuple[int, int]:
-    """The one size a square tower takes."""
+    """Return the only input size of a square tower."""
     size = int(model.config.vision_config.image_size)
     return size, size
 
 
 def scaled(frames: Tensor, size: tuple[int, int], mean: Triple, std: Triple) -> Tensor:
-    """`frames [n, 3, H, W]` uint8, bicubic to `size`, as normalised float32.
+    """Scale `frames [n, 3, H, W]` uint8 to `size` (bicubic) and normalise them to float32.
 
     Raises:
-        ValueError: Not such frames.
+        ValueError: The frames have another shape or dtype.
     """
     if frames.dim() != 4 or frames.shape[1] != 3 or frames.dtype != torch.uint8:
         raise ValueError(f"frames: expected uint8 [n, 3, H, W], got {frames.dtype} of shape {tuple(frames.shape)}")
@@ -63,9 +63,9 @@ def scaled(frames: Tensor, size: tuple[int, int], mean: Triple, std: Triple) -> 
 
 
 def patch_rows(pixels: Tensor, patch: int, merge: int, together: int) -> tuple[Tensor, list[int]]:
-    """`pixels [n, 3, H, W]` as rows of patches `[t·h·w, 3·together·patch²]` and the grid (t, h, w).
+    """Cut `pixels [n, 3, H, W]` into rows of patches `[t·h·w, 3·together·patch²]`; also return the grid (t, h, w).
 
-    Patches that become one token follow each other, `merge × merge` of them.
+    The `merge × merge` patches of a token are consecutive.
 
     Raises:
         ValueError: Frames do not divide into groups of `together`, or sides into `patch · merge`.

@@ -1,4 +1,4 @@
-"""A prompt shrinks with its videos: one keep-mask over the tokens, from which everything else is a gather."""
+"""Shrink a prompt with its videos: compute one keep-mask over its tokens, and gather everything by it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vmemory.models.turn import Turn
 
 
 class CompressedPrompt(NamedTuple):
-    """Inputs for the unchanged model, and what became of the prompt.
+    """A shrunk prompt: the inputs for the model, and their relation to the original prompt.
 
     Attributes:
         inputs: For `forward` or `generate`.
-        keep: `[B, L]` bool, tokens of the old prompt that are in the new one.
+        keep: `[B, L]` bool, tokens of the original prompt that are in the new one.
         rope_deltas: `[B, 1]` int64 for models that keep them between calls, else None.
-        turn: The old prompt beside the new one.
-        videos: What is kept of each video.
+        turn: The original and the new prompt.
+        videos: Each compressed video.
     """
 
     inputs: Inputs
@@ -36,20 +36,20 @@ class CompressedPrompt(NamedTuple):
 def compress_prompt(
     model: nn.Module, adapter: Adapter, inputs: Inputs, config: MemoryConfig, memory: Any, *, generating: bool
 ) -> CompressedPrompt:
-    """Encode the videos of a prompt, let a memory reduce them, and shrink the prompt to what it kept.
+    """Encode the videos of a prompt, compress them with a memory, and shrink the prompt accordingly.
 
-    Nothing of the model is changed.
+    The model is not changed.
 
     Args:
-        model: A model that takes `mm_encoder_outputs`.
-        adapter: Of its family.
-        inputs: Of `forward` or `generate`, with pixels and `input_ids [B, L]`.
-        config: Makes the memory where none is given; `memory_chunk_frames` at a time go through the tower.
-        memory: What reduces videos, or None.
-        generating: For `generate`, which wants padding on the left and a text row on top of three-row positions.
+        model: A model that accepts `mm_encoder_outputs`.
+        adapter: The adapter of its family.
+        inputs: Inputs of `forward` or `generate`, with pixels and `input_ids [B, L]`.
+        config: Settings of the memory if none is given; the tower encodes `memory_chunk_frames` at a time.
+        memory: A memory, or None.
+        generating: Whether for `generate`, which needs padding on the left and a text row above three-row positions.
 
     Raises:
-        ValueError: Placeholders and features do not fit each other, or the attention mask is not `[B, L]`.
+        ValueError: The numbers of placeholders and features differ, or the attention mask is not `[B, L]`.
     """
     ids: Tensor = inputs["input_ids"]
     mask: Tensor | None = inputs.get("attention_mask")
@@ -94,7 +94,7 @@ def compress_prompt(
 def _encoded(
     model: nn.Module, adapter: Adapter, inputs: Inputs, config: MemoryConfig, memory: Any
 ) -> tuple[list[KeptVideo], Any]:
-    """Run each video of the inputs through the tower and a memory; return what is kept, and an output of the tower."""
+    """Run each video of the inputs through the tower and a memory; return kept videos and an output of the tower."""
     if config.memory_chunk_frames is None:
         clips, output = adapter.encode(model, inputs)
         return [compress_video(iter((clip,)), config, memory) for clip in clips], output
@@ -111,7 +111,7 @@ def _encoded(
 
 
 def images(model: nn.Module, adapter: Adapter, inputs: Inputs) -> dict[str, Any]:
-    """Pictures beside the videos: `forward` takes either pixels or features, so they are encoded here too."""
+    """Encode the pictures beside the videos, because `forward` accepts either pixels or features."""
     if adapter.modality == "image" or inputs.get("pixel_values") is None:
         return {}
     get = adapter.feature_module(model).get_image_features
@@ -121,7 +121,7 @@ def images(model: nn.Module, adapter: Adapter, inputs: Inputs) -> dict[str, Any]
 def keep_mask(
     ids: Tensor, adapter: Adapter, model: nn.Module, kept: list[KeptVideo]
 ) -> tuple[Tensor, list[tuple[int, list[Span]]]]:
-    """Tokens `[B, L]` that stay, and per row of a video the spans that went with frames that have none left."""
+    """Return the mask of tokens `[B, L]` that stay, and per row the spans of frames without tokens."""
     L = ids.shape[1]
     places = (ids.flatten() == adapter.placeholder_id(model)).nonzero().flatten()
     wanted = sum(k.tokens_before for k in kept)
@@ -134,7 +134,7 @@ def keep_mask(
         at += len(mine)
         source, tail = k.source.to(ids.device), 0 if k.tail is None else k.tail.shape[0]
         if k.valid is not None:
-            # placeholders exist for valid cells alone
+            # only valid cells have placeholders
             source = (k.valid.flatten().long().cumsum(0) - 1).to(ids.device)[source]
         keep[mine[: len(mine) - tail]] = False
         keep[mine[source]] = True
@@ -148,7 +148,7 @@ def keep_mask(
 
 
 def padding_id(model: Any) -> int:
-    """The id that pads prompts."""
+    """Return the padding id of prompts."""
     for config in (model.config, model.config.get_text_config()):
         if getattr(config, "pad_token_id", None) is not None:
             return int(config.pad_token_id)
@@ -156,7 +156,7 @@ def padding_id(model: Any) -> int:
 
 
 def _gather(keep: Tensor, left: bool) -> Callable[[Tensor, int], Tensor]:
-    """How `[…, B, L]` becomes `[…, B, max kept]`: the kept columns in order, padding on the left or the right."""
+    """Return a function that gathers the kept columns of `[…, B, L]`, with padding on the left or the right."""
     count = keep.sum(-1, keepdim=True)
     longest = int(count.max())
     order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)
@@ -174,14 +174,14 @@ def _gather(keep: Tensor, left: bool) -> Callable[[Tensor, int], Tensor]:
 
 
 def _columns(keep: Tensor, left: bool) -> Tensor:
-    """`[B, L]`: where `_gather` puts each column or, of those that go, the last one kept before it."""
+    """Return `[B, L]`: the new column of each column, or of the last kept one before a removed column."""
     count = keep.sum(-1, keepdim=True)
     before = (keep.cumsum(-1) - 1).clamp(min=0)
     return before + (count.max() - count) if left else before
 
 
 def _offset(positions: Tensor, mask: Tensor) -> Tensor:
-    """`[B, 1]`: how far three-row positions `[3, B, L]` are ahead of plain ones behind the prompt."""
+    """Return `[B, 1]`: the offset of three-row positions `[3, B, L]` from plain ones after the prompt."""
     column = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask.bool(), column, -1).amax(-1, keepdim=True).clamp(min=0)
     ends = positions.amax(0).gather(1, last.to(positions.device))
@@ -189,9 +189,9 @@ def _offset(positions: Tensor, mask: Tensor) -> Tensor:
 
 
 def with_text_row(positions: Tensor, mask: Tensor | None) -> Tensor:
-    """`[4, B, L]`, what `generate` hands around: plain positions of the text on top of the three rows.
+    """Return `[4, B, L]` positions for `generate`: a row of plain text positions above the three rows.
 
-    Gaps in the top row would be read as borders of packed sequences.
+    transformers reads gaps in the top row as borders of packed sequences.
     """
     _, B, L = positions.shape
     if mask is None:

@@ -1,4 +1,4 @@
-"""A memory at work in a model: it takes the videos of each prompt and gives the model a shorter one."""
+"""The memory of a model: it compresses the videos of each prompt and shortens the prompt."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from vmemory.models.turn import Turn, cache_in, tokens_in
 
 
 class PromptMemory:
-    """What lies in `model.__dict__` while a memory is in the model; hooks and replaced methods call it.
+    """The object in `model.__dict__` while a memory is attached; hooks and replaced methods call it.
 
     Attributes:
-        model: The model it is in.
-        adapter: What is known of the model's family.
-        given: What reduces videos; None = a memory that `config` makes for each video's grid.
+        model: The model.
+        adapter: The adapter of the model's family.
+        given: The memory; None = a memory made from `config` for each video's grid.
         config: The settings.
-        enabled: Off lets everything pass untouched.
-        last_prompt: What became of each video of the last prompt.
-        undo: Functions of the model that take out what was put in.
+        enabled: If False, all calls pass unchanged.
+        last_prompt: The token counts and sources of each video of the last prompt.
+        undo: Functions of the model that remove the hooks and methods.
         handle: The handle that `attach` returned.
     """
 
@@ -39,24 +39,24 @@ class PromptMemory:
 
     @property
     def memory(self) -> Any:
-        """What reduces videos now: `given`, or what others (PEFT's `modules_to_save`) put around it in the model."""
+        """The memory in use: `given`, or its wrapper in the model (PEFT's `modules_to_save`)."""
         given = self.given
         if not isinstance(given, nn.Module) or self.model.__dict__.get(IN_MODEL) is not self:
             return given
         return self.model.vmemory if self.adapter.trainable_module(given) is given else given
 
     def moved(self, replica: nn.Module) -> None:
-        """Put the memory into a replica of the model the way it is in the model."""
+        """Attach the memory to a replica of the model in the same way."""
         other = copy.copy(self)
         other.model, other.adapter, other.last_prompt, other.undo = replica, copy.copy(self.adapter), [], []
         other.handle = type(self.handle)(other)
         replica.__dict__[IN_MODEL] = other
 
     def wants(self, inputs: Inputs) -> bool:
-        """Whether these inputs hold a video for the memory.
+        """Return whether these inputs contain a video for the memory.
 
         Raises:
-            ValueError: They do, without ids, with a cache that holds something, or with speech to come.
+            ValueError: They do, but without ids, with a cache that is not empty, or with speech generation.
         """
         if not self.enabled or inputs.get(self.adapter.pixels) is None:
             return False
@@ -71,7 +71,7 @@ class PromptMemory:
         return True
 
     def check_cache(self, name: str, cache: Any) -> None:
-        """Raise ValueError where a cache already holds something."""
+        """Raise ValueError if a cache is not empty."""
         held = tokens_in(cache)
         if held > 0:
             raise ValueError(
@@ -80,33 +80,33 @@ class PromptMemory:
             )
 
     def compress_video(self, pieces: Iterator[Clip]) -> KeptVideo:
-        """Return what the memory keeps of one video, given piece by piece."""
+        """Compress one video, given piece by piece."""
         return compress_video(pieces, self.config, self.memory)
 
     def compress_prompt(self, inputs: Inputs, generating: bool) -> CompressedPrompt:
-        """Return the prompt that the model reads instead, and what became of its videos; the model is not changed."""
+        """Return the shortened prompt with its compressed videos; the model is not changed."""
         return compress_prompt(self.model, self.adapter, inputs, self.config, self.memory, generating=generating)
 
     def shrink(self, inputs: Inputs, generating: bool) -> tuple[Inputs, Turn]:
-        """Return the inputs for the model, beside what was given; the model is told where its prompt ends."""
+        """Return the inputs for the model and the original prompt, and set the model's rope deltas."""
         new = self.compress_prompt(inputs, generating)
         self.record(new.videos)
         self.adapter.set_rope_deltas(self.model, new.rope_deltas)
         return new.inputs, new.turn
 
     def record(self, videos: list[KeptVideo]) -> None:
-        """Keep what became of the videos of a prompt."""
+        """Store the token counts and sources of a prompt's videos."""
         self.last_prompt = [video.summary() for video in videos]
 
     def check_copies(self, inputs: Inputs) -> None:
-        """Raise ValueError where beams or several answers would see other videos than their row's."""
+        """Raise ValueError if beams or several answers would see another row's video."""
         check_copies(self.model, inputs)
 
     def continued(self, inputs: Inputs, turn: Turn) -> Inputs:
-        """Return inputs of `generate` on top of a cache whose prompt has shrunk; videos given again are in it already.
+        """Return inputs of `generate` for a cache with a shortened prompt; its videos are not encoded again.
 
         Raises:
-            ValueError: They do not begin with that prompt, or hold a new video.
+            ValueError: The inputs do not begin with this prompt, or contain a new video.
         """
         if inputs.get("input_ids") is None:
             raise ValueError("input_ids: expected ids beside a cache that holds a prompt with its videos, got none")
@@ -118,5 +118,5 @@ class PromptMemory:
         return new
 
     def following(self, inputs: Inputs, turn: Turn) -> Inputs:
-        """Return inputs of `forward`, the tokens that follow such a cache."""
+        """Return inputs of `forward` for tokens after such a cache."""
         return turn.following(inputs, tokens_in(cache_in(inputs)[1]))

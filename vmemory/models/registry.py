@@ -1,4 +1,4 @@
-"""Which adapter fits a model."""
+"""Find the adapter of a model."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _BY_METHODS: list[tuple[Callable[[nn.Module], bool], type[Adapter]]] = []
 
 
 def register_adapter(*model_types: str, detect: Callable[[nn.Module], bool] | None = None) -> Callable[[_A], _A]:
-    """Make an `Adapter` known, as a decorator.
+    """Register an `Adapter` class (decorator).
 
     Args:
-        model_types: `model.config.model_type` of the models it fits; a later registration replaces an earlier one.
-        detect: Says of a model whose type nobody registered, for example of remote code, whether it fits.
+        model_types: `model.config.model_type` of supported models; a later registration replaces an earlier one.
+        detect: Returns whether a model with an unregistered type, for example of remote code, is supported.
 
     Raises:
-        ValueError: Neither is given.
+        ValueError: Neither argument is given.
     """
     if not model_types and detect is None:
         raise ValueError("model_types: expected at least one, or detect, got neither")
@@ -37,7 +37,7 @@ def register_adapter(*model_types: str, detect: Callable[[nn.Module], bool] | No
 
 
 def find_adapter(model: nn.Module) -> Adapter | None:
-    """The adapter of a model: what it looks like goes before what its config calls it."""
+    """Return the adapter of a model; `detect` takes precedence over the config's `model_type`."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     for detect, adapter in reversed(_BY_METHODS):
         if detect(model):
@@ -46,5 +46,5 @@ def find_adapter(model: nn.Module) -> Adapter | None:
 
 
 def supported_types() -> list[str]:
-    """Every registered `model_type`."""
+    """Return every registered `model_type`."""
     return sorted(_BY_TYPE)

@@ -1,4 +1,4 @@
-"""Families that put their prompt together inside the model: methods of the instance reduce videos on the way."""
+"""Adapters of families that assemble the prompt inside the model, by replaced methods of the instance."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vmemory.models.hooks import IN_MODEL, install_methods, original
 
 
 class RemoteCodeAdapter(Adapter):
-    """Remote code: recognised by its methods, of which some are replaced in one instance.
+    """Adapter of remote code, which is recognised by its methods; some of them are replaced in one instance.
 
     Attributes:
-        methods: What tells the family, besides the `functions` that every release has.
-        functions: Functions of the model and a method's arguments, by the name of the method that each stands for.
-        optional: Those of `functions` that older releases lack; without them nothing is replaced there.
-        added: Further ones, under names the model does not have.
+        methods: Names of methods that identify the family, in addition to `functions`.
+        functions: Replacements, as functions of the model and the method's arguments, by the method's name.
+        optional: Names in `functions` that older releases lack; they are not replaced there.
+        added: Further functions, under names that the model does not have.
     """
 
     methods: ClassVar[tuple[str, ...]] = ()
@@ -29,12 +29,12 @@ class RemoteCodeAdapter(Adapter):
 
     @classmethod
     def fits(cls, model: nn.Module) -> bool:
-        """Whether the model has all of the family's methods."""
+        """Return whether the model has all methods of the family."""
         return not cls.missing(model)
 
     @classmethod
     def missing(cls, model: nn.Module) -> list[str]:
-        """Methods of the family that the model does not have."""
+        """Return the methods of the family that the model lacks."""
         wanted = dict.fromkeys((*cls.methods, *cls.functions))
         return [name for name in wanted if name not in cls.optional and not callable(getattr(model, name, None))]
 
@@ -58,12 +58,12 @@ class RemoteCodeAdapter(Adapter):
 
 
 def arguments_of(model: nn.Module, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a replaced method by name, those left out None."""
+    """Return the arguments of a replaced method by name, None for omitted ones."""
     signature = inspect.signature(original(model, name))
     given = dict.fromkeys(signature.parameters)
     return {**given, **signature.bind(*args, **kwargs).arguments}
 
 
 def prompt_memory_of(model: nn.Module) -> Any:
-    """Return the `PromptMemory` that `attach` left in the model."""
+    """Return the `PromptMemory` that `attach` put into the model."""
     return model.__dict__[IN_MODEL]

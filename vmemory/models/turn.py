@@ -1,4 +1,4 @@
-"""A prompt as the caller wrote it, beside what the model has read of it: for logits, and for what follows a cache."""
+"""The caller's prompt together with the shortened one, for logits and for later turns on a cache."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _TURN = "_vmemory_turn"
 
 
 class Turn(NamedTuple):
-    """A prompt that shrank.
+    """A shortened prompt.
 
     Attributes:
-        ids: `[B, L]` int64 of the caller.
-        seen: `[B, L']` int64, what the model read.
-        mask: `[B, L']` int64, its attention mask.
-        column: `[B, L]` int64: the column of `seen` that stands for each of `ids`, its own or the last one before it.
-        offset: `[B, 1]` int64, how far the positions of what follows are ahead of plain ones, where a model has rows of
-            them; else None.
+        ids: `[B, L]` int64, the caller's prompt.
+        seen: `[B, L']` int64, the prompt that the model read.
+        mask: `[B, L']` int64, the attention mask of `seen`.
+        column: `[B, L]` int64: the column of `seen` for each of `ids`, or the last kept column before a removed token.
+        offset: `[B, 1]` int64, the offset of later positions from plain ones, for models with three-row positions; else
+            None.
     """
 
     ids: Tensor
@@ -31,24 +31,24 @@ class Turn(NamedTuple):
     offset: Tensor | None
 
     def repeated(self, times: int) -> Turn:
-        """The same for every entry of the batch `times` over, as beams and several answers have it."""
+        """Return the turn with every entry of the batch repeated `times` times, as for beams and several answers."""
         ids, seen, mask, column = (x.repeat_interleave(times, 0) for x in self[:4])
         return Turn(ids, seen, mask, column, None if self.offset is None else self.offset.repeat_interleave(times, 0))
 
     def whole_mask(self, mask: Tensor) -> Tensor:
-        """An attention mask of the caller's prompt and what follows, for the prompt the model read and that."""
+        """Convert an attention mask of the caller's prompt and later tokens to one of the shortened prompt."""
         return torch.cat([self.mask.to(mask), mask[:, self.ids.shape[1] :]], 1)
 
     def continued(self, inputs: Inputs, held: int, places: list[int]) -> Inputs:
-        """Inputs of `generate` that begin with this prompt, on a cache of `held` tokens which begins with it too.
+        """Convert inputs of `generate` that begin with this prompt, for a cache of `held` tokens with this prompt.
 
         Args:
-            inputs: With `input_ids [B, L + n]`, without pixels.
+            inputs: Inputs with `input_ids [B, L + n]`, without pixels.
             held: Tokens of the cache.
-            places: Ids that stand for visual tokens.
+            places: Ids of placeholders of visual tokens.
 
         Raises:
-            ValueError: They begin with something else, or hold a new video.
+            ValueError: The inputs begin with another prompt, or contain a new video.
         """
         ids: Tensor = inputs["input_ids"]
         L = self.ids.shape[1]
@@ -77,7 +77,7 @@ class Turn(NamedTuple):
                 rest = inputs[name][:, L:]
                 new[name] = torch.cat([rest.new_zeros(self.seen.shape), rest], 1)
         if inputs.get("position_ids") is not None:
-            # of what was read nobody asks again
+            # positions of the prompt are not needed any more
             rest = inputs["position_ids"][..., L:]
             new["position_ids"] = torch.cat([rest.new_zeros(*rest.shape[:-1], self.seen.shape[1]), rest], -1)
         elif self.offset is not None:
@@ -85,10 +85,10 @@ class Turn(NamedTuple):
         return new
 
     def following(self, inputs: Inputs, held: int) -> Inputs:
-        """Inputs of `forward`, `n` tokens on such a cache: a mask of the caller's prompt fits what is held, too.
+        """Convert inputs of `forward` with `n` tokens for such a cache; the mask may be one of the caller's prompt.
 
         Args:
-            inputs: With `input_ids [B, n]`.
+            inputs: Inputs with `input_ids [B, n]`.
             held: Tokens of the cache.
         """
         ids: Tensor | None = inputs.get("input_ids")
@@ -106,41 +106,41 @@ class Turn(NamedTuple):
         return new
 
     def positions(self, mask: Tensor) -> Tensor:
-        """`[4, B, L' + n]` of a prompt and what follows, with this mask; those of the prompt itself are not right."""
+        """Return positions `[4, B, L' + n]` for this mask; only those after the prompt are correct."""
         assert self.offset is not None
         text = (mask.long().cumsum(-1) - 1).clamp(min=0)
         return torch.cat([text[None], (text + self.offset.to(text)).expand(3, *text.shape)])
 
 
 def cache_argument(model: Any) -> str:
-    """The name that a model's `forward` has for its cache; transformers changed it in 5.24."""
+    """Return the name of the cache argument of a model's `forward`, which changed in transformers 5.24."""
     inner = getattr(model, "get_base_model", None)
     forward = type(inner() if callable(inner) else model).forward
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
 def cache_in(mapping: Any) -> tuple[str, Any]:
-    """Name and value of the cache among inputs or outputs, whatever its name; None where there is none."""
+    """Return name and value of the cache in inputs or outputs, under either name; None if there is none."""
     for name in ("cache", "past_key_values"):
-        # newer outputs warn when they are asked for the older name
+        # newer outputs warn on access by the older name
         if name in mapping.keys() and mapping[name] is not None:  # noqa: SIM118
             return name, mapping[name]
     return "past_key_values", None
 
 
 def tokens_in(cache: Any) -> int:
-    """Tokens that a cache holds."""
+    """Return the number of tokens in a cache."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def mark(cache: Any, turn: Turn) -> None:
-    """Let a cache tell which prompt it begins with; copies of it tell too."""
+    """Mark a cache, and copies of it, with the prompt that it begins with."""
     if cache is not None:
         setattr(cache, _TURN, turn)
 
 
 def turn_in(cache: Any) -> Turn | None:
-    """The prompt that a cache begins with, if it is one that shrank."""
+    """Return the prompt that a cache begins with, if it is a shortened one."""
     if cache is None or _TURN not in getattr(cache, "__dict__", {}):
         return None
     if tokens_in(cache) == 0:
