@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from tests import matrix, test_attach, test_session, test_session_words
+from tests import matrix
 from tests.attach_oracle import MIXES, RECURRENT
 from tests.tiny_vlms import FAMILIES
 from vmemory.banks import POLICIES
@@ -43,39 +43,3 @@ def test_the_page_tells_of_no_failure():
             masked = "–¹" if policy in MIXES else "–²" if family in RECURRENT else "M"
             assert cell == f"B {masked} G L D"
         assert set(families[family]) == {"passed"}
-
-
-def test_every_check_is_a_test():
-    for name in matrix.PAIRED:
-        assert callable(getattr(test_attach, name))
-    for name in matrix.PER_FAMILY:
-        assert any(hasattr(module, name) for module in (test_attach, test_session, test_session_words))
-
-
-def test_failures_and_gaps_are_told():
-    name, (letter, _) = next(iter(matrix.PAIRED.items()))
-    outcomes = {(name, "llava", "merging"): "failed", (name, "llava", "recent"): "passed"}
-    policies, families = tables(matrix.page(outcomes))
-    llava = dict(zip(POLICIES, policies["llava"], strict=True))
-    assert llava["merging"].startswith(f"**{letter} failed** –¹ **G not run**")
-    assert llava["recent"].startswith(f"{letter} **M not run**")
-    assert set(families["llava"]) == {"not run"}
-
-
-@pytest.mark.parametrize(
-    ("phases", "ended"),
-    [
-        ([("setup", "passed"), ("call", "passed"), ("teardown", "passed")], "passed"),
-        ([("setup", "passed"), ("call", "failed"), ("teardown", "passed")], "failed"),
-        ([("setup", "passed"), ("call", "passed"), ("teardown", "failed")], "failed"),
-        ([("setup", "skipped"), ("teardown", "passed")], "skipped"),
-        ([("setup", "failed"), ("teardown", "passed")], "failed"),
-    ],
-)
-def test_a_test_ends_as_its_worst_phase(tmp_path, phases, ended):
-    name = next(iter(matrix.PAIRED))
-    table = matrix.MatrixTable(tmp_path / "page.md")
-    for phase, outcome in phases:
-        nodeid = f"tests/test_attach.py::{name}[llava-recent]"
-        table.pytest_runtest_logreport(pytest.TestReport(nodeid, ("", 0, ""), {}, outcome, None, phase))
-    assert table.outcomes == {(name, "llava", "recent"): ended}
