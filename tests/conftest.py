@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -21,14 +22,15 @@ from tests.pairwise import without_new_pairs
 from vmemory.ops._native import STATUS
 from vmemory.testing import TritonInterpreter, end_with_parent
 
-# files whose tests run the compiled operators: once at each level of the instruction set
+# files whose tests run the compiled operators: once at each level of the instruction set. Memories stand for all that
+# is written in Python above them.
 LEVEL_FILES = (
-    "adjacent", "attention", "bank", "big_offsets", "bipartite", "compress", "determinism", "dual", "gated", "golden",
-    "grid", "info", "kv_memory", "memory_attention", "native", "quantize", "raw", "retrieval", "ring", "select",
-    "similarity", "token",
+    "adjacent", "attention", "bank_", "banks.", "bipartite", "determinism", "dual_memory.", "gated", "golden",
+    "grid", "memory_attention", "native", "quantize", "raw", "ring", "select", "similarity", "token",
 )  # fmt: skip
-# what their tests of other backends use, which no level changes
+# what no level changes: the fixtures of their tests of other backends, and the names of tests of torch's own compiler
 OTHER_BACKENDS = {"interpreter", "triton_compiler", "resources"}
+COMPILER = re.compile("compile|one_graph|opcheck|inductor")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,8 +63,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not config.getoption(f"--{option}"):
             leave_out(config, items, {item for item in items if item.get_closest_marker(option)})
     for item in items:
-        of_level = item.path.stem.removeprefix("test_").startswith(LEVEL_FILES)
-        if of_level and not OTHER_BACKENDS.intersection(item.fixturenames) and not item.get_closest_marker("gpu"):
+        of_level = item.path.name.removeprefix("test_").startswith(LEVEL_FILES)
+        other = OTHER_BACKENDS.intersection(item.fixturenames) or COMPILER.search(item.name)
+        if of_level and not other and not item.get_closest_marker("gpu"):
             item.add_marker("level")
     # here `-m` and `-k` choose; the case that they name runs whether or not it would be among the pairs
     yield

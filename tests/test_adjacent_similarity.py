@@ -15,7 +15,8 @@ LEVELS = ("frame", "token")
 MODULE = "vmemory.kernels.adjacent_similarity"
 SHAPES = [
     (2, 5, 9, 33),
-    (1, 6, 64, 1152),
+    # many frames: few similarities, all near zero, may be right to the last bit in the reference by chance
+    (1, 40, 64, 1152),
     (1, 300, 2, 1152),
     (3, 2, 1, 7),
     (1, 70, 729, 8),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import vmemory.ops
 from vmemory import ops
-from vmemory.reference.bank_layout import BankLayout
+from vmemory.reference.bank_layout import BankLayout, BankState
 from vmemory.testing import random_tensor
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -26,10 +26,14 @@ def tensors(result: object) -> Iterator[Tensor]:
             yield from tensors(part)
 
 
-def pushed(frames: Tensor) -> object:
+def pushed(frames: Tensor) -> BankState:
     state = LAYOUT.new_state(frames.shape[0], "cpu", frames.dtype)
     ops.bank_push_(state, LAYOUT, frames)
     return state
+
+
+def decided(frames: Tensor) -> object:
+    return ops.bank_decide(pushed(frames), LAYOUT)
 
 
 def ring(frames: Tensor) -> object:
@@ -69,6 +73,7 @@ CALLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]] = {
     "adjacent_merge": ((2, 9, 200, 300), lambda x: ops.adjacent_merge(x, torch.ones(x.shape[:3]))),
     "adjacent_similarity": ((2, 30, 64, 200), ops.adjacent_similarity),
     "attention_column_sums": ((2, 150, 3, 40), lambda x: ops.attention_column_sums(x, x.flip(-1))),
+    "bank_decide": ((2, 40, 8, 8, 96), decided),
     "bank_gather": ((2, 40, 8, 8, 96), gathered),
     "bank_plan": ((2, 40, 8, 8, 96), lambda x: ops.bank_plan(x, LAYOUT)),
     "bank_push_": ((2, 40, 8, 8, 96), pushed),
@@ -92,8 +97,8 @@ CALLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]] = {
     ),
 }
 # what is compared or counted has no gradient
-DECISIONS = {"bank_plan", "bank_push_", "bipartite_match", "dequantize_slots", "quantize_slots", "ring_push_",
-             "ring_read", "select_tokens", "slot_replace_"}  # fmt: skip
+DECISIONS = {"bank_decide", "bank_plan", "bank_push_", "bipartite_match", "dequantize_slots", "quantize_slots",
+             "ring_push_", "ring_read", "select_tokens", "slot_replace_"}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
