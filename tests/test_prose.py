@@ -9,37 +9,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = (
-    "vmemory/compress", "vmemory/ops", "vmemory/reference", "vmemory/encoders", "vmemory/sources", "vmemory/kv",
-    "vmemory/eval", "vmemory/models", "kernels", "integrations", "benchmarks",
-)  # fmt: skip
-FILES = (
-    "setup.py",
-    "vmemory/__init__.py",
-    "vmemory/_attach.py",
-    "vmemory/_cpu.py",
-    "vmemory/_files.py",
-    "vmemory/info.py",
-    "vmemory/testing.py",
-)
+FOLDERS = ("vmemory", "kernels", "integrations", "benchmarks")
+FILES = ("setup.py",)
+# rooms whose files are about to move
+LATER = ("vmemory/banks", "vmemory/data")
 # add a verb here if a docstring needs it
 VERBS = set(
     """
     accept add advance allocate answer append apply ask assert assign attach attend begin bind blend build call
-    check clear close collect commit compile compress compute concatenate condense configure connect continue
-    convert copy count create crop cut decide decode delete dequantise describe detach disable discard display
-    divide do download draw drop embed enable encode end ensure enter erase estimate evaluate evict expand explain
-    export extend extract fail feed fill find finish fit flatten flush fold follow forget fork format forward freeze
-    gather get handle hold ignore import include index infer initialise insert inspect install interpret iterate
-    join keep label launch learn limit list listen load localise lock log look lower make map mark mask match
-    measure merge move name normalise notify observe open order pack parse pass patch pause pick place plot pool
-    prepare prepend preserve print process project propagate provide pull push put quantise queue quote raise rank
-    read recall receive record reduce refer refresh refuse register reject release remove rename render renumber
-    repeat replace replay report request require reset reshape resize resolve restore resume return reuse rewrite
-    round run sample save scale scan schedule score seal search see select send serve set shift show shrink skip
-    sort split spread start state stop store stream strike subtract sum swap switch synchronise take tell test time
-    tokenise track train transform trim try turn uninstall unpack update use validate verify visit wait wake warn
-    watch widen wrap write yield zero
+    catch check clean clear close collect combine commit compile compress compute concatenate condense configure
+    connect continue convert copy count create crop cut decide decode delete dequantise describe detach disable
+    discard display divide do download draw drop embed enable encode end ensure enter erase estimate evaluate evict
+    expand explain export extend extract fail feed fill find finish fit flatten flush fold follow forget fork format
+    forward freeze gather get handle hold ignore import include index infer initialise insert inspect install
+    interpret iterate join keep label launch learn let limit list listen load localise lock log look lower make map
+    mark mask match measure merge move name normalise notify observe open order pack parse pass patch pause pick
+    place plot pool prepare prepend preserve print process project propagate provide pull push put quantise queue
+    quote raise rank read recall receive record reduce refer refresh refuse register reject release remove rename
+    render renumber repeat replace replay report request require reset reshape resize resolve restore resume return
+    reuse rewrite round run sample save scale scan schedule score seal search see select send serve set shift show
+    shrink skip sort split spread start state stop store stream strike subtract sum swap switch synchronise take
+    tell test time tokenise track train transform trim try turn undo uninstall unpack update use validate verify
+    visit wait wake warn watch widen wrap write yield zero
     """.split()  # noqa: SIM905  one a line would take a page
 )
 # questions and pronouns instead of the thing itself
@@ -71,7 +62,8 @@ def wrong(path: Path) -> list[str]:
 
 
 def python_files() -> list[Path]:
-    return [*(ROOT / name for name in FILES), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+    files = [*(ROOT / name for name in FILES), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+    return [path for path in files if not any(path.is_relative_to(ROOT / folder) for folder in LATER)]
 
 
 def test_first_lines_are_imperative():

@@ -1,1 +1,1 @@
-"""Runs compiled GPU code without a GPU: the PTX that Triton makes for sm_80, on a CPU, with every access checked."""
+"""Run Triton's PTX for sm_80 on a CPU, with every memory access checked."""

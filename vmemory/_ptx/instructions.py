@@ -1,4 +1,4 @@
-"""What instructions do that move data or see other lanes: memory, shuffles, matrices."""
+"""Instructions that move data or use other lanes: memory, shuffles, matrices."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def _space(i: Instruction) -> str:
 
 
 def _nothing(lanes: Lanes, i: Instruction, active: Any) -> None:
-    """Of no effect in lock step."""
+    """Do nothing, because the instruction has no effect in lock step."""
 
 
 def _move(lanes: Lanes, i: Instruction, active: Any) -> None:
-    """A copy, or parts of a register put together or taken apart, the lowest first."""
+    """Copy a register, or pack or unpack its parts, the lowest first."""
     to, source = i.operands
     if isinstance(to, tuple):
         part = width(i.kind) // len(to)
@@ -73,7 +73,7 @@ _ATOMIC = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwis
 
 
 def _atomic(lanes: Lanes, i: Instruction, active: Any) -> None:
-    """What `atom` found is in no register: lanes have no order here, so a kernel that reads it is refused."""
+    """Run an atomic operation; its old value is undefined, because lanes have no order, and reading it is refused."""
     address, value = i.operands[-2:]
     assert isinstance(address, Address)
     function = next((_ATOMIC[m] for m in i.modifiers if m in _ATOMIC), None)
@@ -85,7 +85,7 @@ def _atomic(lanes: Lanes, i: Instruction, active: Any) -> None:
 
 
 def _copy(lanes: Lanes, i: Instruction, active: Any) -> None:
-    """cp.async: bytes from global to shared memory, zeros where a lane asks for none. They are there at once."""
+    """Copy bytes from global to shared memory (`cp.async`) at once, zeros for lanes that copy none."""
     if i.kind in ("commit_group", "wait_group", "wait_all"):
         return
     to, source, size, *asked = i.operands
@@ -107,7 +107,7 @@ def _expect_every_lane(lanes: Lanes, name: Any) -> None:
 
 
 def _shuffle(lanes: Lanes, i: Instruction, active: Any) -> None:
-    """Another lane's value; `limit` holds the last lane that may give one, and the bits that stay one's own."""
+    """Read another lane's value; `limit` holds the last source lane and the lane bits that do not change."""
     to, source, distance, limit, mask = i.operands
     _expect_every_lane(lanes, mask)
     lane, last = lanes.lane.astype(np.int64), lanes.each(limit, "u32").astype(np.int64)
@@ -137,7 +137,7 @@ def _reduce(lanes: Lanes, i: Instruction, active: Any) -> None:
 
 
 def _load_matrices(lanes: Lanes, i: Instruction, active: Any) -> None:
-    """8 x 8 matrices of 2 bytes: lane 8 m + r has the address of row r of matrix m; each lane gets two numbers."""
+    """Load 8 x 8 matrices of 2 bytes: lane 8 m + r has the address of row r of matrix m; a lane gets two numbers."""
     to, address = _registers(i.operands[0]), i.operands[1]
     assert isinstance(address, Address)
     giving = lanes.lane < 8 * len(to)
@@ -152,13 +152,13 @@ def _load_matrices(lanes: Lanes, i: Instruction, active: Any) -> None:
 
 
 def _multiply_matrices(lanes: Lanes, i: Instruction, active: Any) -> None:
-    """D = A B + C for each warp, whose lanes hold the matrices as the PTX manual's tables say. Summed in float64."""
+    """Compute D = A B + C per warp, in the matrix layout of the PTX manual, with sums in float64."""
     shape = re.fullmatch(r"m16n8k(\d+)", i.modifiers[2])
     result, left, right, added = i.modifiers[-4:]
     if shape is None or left != right or result != added or i.modifiers[3:5] != ("row", "col"):
         raise PtxError("this shape is not known here")
     k = int(shape[1])
-    # numbers that a register of A and B holds
+    # numbers per register of A and B
     packed = 4 // width(left)
     lane = np.arange(WARP)
     group, member = lane // 4, lane % 4

@@ -1,4 +1,4 @@
-"""The lanes of a launch: their registers and the memory they share."""
+"""The lanes of a launch: their registers and their shared memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WARP = 32
 
 
 class Lanes:
-    """Every register is an array over all lanes of all programs, or one number where all lanes hold the same.
+    """The state of a launch; a register is an array over all lanes of all programs, or one number for all lanes.
 
     Args:
         program: The kernel.
@@ -26,7 +26,7 @@ class Lanes:
         threads: Lanes of a program, a multiple of 32.
         shared: Bytes of shared memory of a program.
         arguments: A number per parameter of the kernel; pointers as addresses.
-        tensors: What the kernel may touch.
+        tensors: Tensors that the kernel may access.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Lanes:
             self.registers |= {f"%{name}.{axis}": value.astype(np.uint32) for name, value in special.items()}
 
     def read(self, name: Any, kind: str) -> Any:
-        """A register's or an immediate's value: [count], or one for all."""
+        """Return the value of a register or an immediate: [count], or one for all."""
         held = self.registers.get(name)
         if held is None:
             if name in self.program.registers:
@@ -64,18 +64,18 @@ class Lanes:
         return decode(held, kind)
 
     def each(self, name: Any, kind: str) -> Any:
-        """`read`, with a value for each lane: [count]."""
+        """Read a value for each lane: [count]."""
         return np.broadcast_to(self.read(name, kind), self.count)
 
     def write(self, name: Any, value: Any, kind: str, active: Any = None) -> None:
-        """Write in the lanes `active`, in all where it is None."""
+        """Write in the lanes `active`; None = all lanes."""
         if name == "_":
             return
         held = self.program.registers[name]
         if held == "pred":
             bits = value
         elif kind[0] == "s":
-            # a wider register repeats the sign
+            # in a wider register the sign is extended
             value = value.astype(NUMPY[kind]).astype(f"i{width(held)}")
             bits = value.view(unsigned(width(held)))
         else:
@@ -85,20 +85,20 @@ class Lanes:
         self.registers[name] = bits
 
     def argument(self, name: str) -> Any:
-        """A parameter's bits."""
+        """Return a parameter's bits."""
         value, kind = self.arguments[name], self.program.parameters[name]
         if NUMPY[kind].kind == "f":
             return encode(NUMPY[kind].type(value), kind)
         return unsigned(width(kind)).type(int(value) % (1 << 8 * width(kind)))
 
     def addresses(self, address: Address) -> Any:
-        """[count]"""
+        """Return addresses [count]."""
         if address.base not in self.registers:
             raise PtxError(f"{address.base}: expected a register that was written")
         return np.broadcast_to(self.registers[address.base].astype(np.int64) + address.offset, self.count)
 
     def load(self, space: str, addresses: Any, element: int, count: int, active: Any) -> Any:
-        """`count` numbers of `element` bytes that lie side by side: [count of lanes, count], zero where not active."""
+        """Load `count` contiguous numbers of `element` bytes: [lanes, count], zero for inactive lanes."""
         lanes = slice(None) if active is None else active
         rows = self.memory[space].load(addresses[lanes], element * count, self.owner[lanes])
         out = np.zeros((self.count, count), unsigned(element))
@@ -106,7 +106,7 @@ class Lanes:
         return out
 
     def store(self, space: str, addresses: Any, values: Any, active: Any) -> None:
-        """`values` [count of lanes, n] side by side."""
+        """Store `values` [lanes, n] contiguously."""
         lanes = slice(None) if active is None else active
         size = values.dtype.itemsize * values.shape[1]
         rows = np.ascontiguousarray(values[lanes]).view(unsigned(min(size, 8)))

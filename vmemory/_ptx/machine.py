@@ -1,8 +1,8 @@
-"""Runs a kernel's instructions, all lanes of a launch together.
+"""Run a kernel's instructions for all lanes of a launch together.
 
-Lanes at the lowest instruction go first, so that they meet again behind a branch. At an instruction of whole warps
-(`shfl`, `mma`) lanes wait for their warp, at a barrier for their program. This is lock step: it shows wrong values and
-wrong addresses, and no fault within a program that needs an unlucky order of its warps.
+Lanes at the lowest instruction run first, so that they converge after a branch. At an instruction of whole warps
+(`shfl`, `mma`) lanes wait for their warp, at a barrier for their program. This is lock step: it finds wrong values and
+wrong addresses, but not races within a program.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Kernel:
         text: PTX for sm_80 with one kernel.
 
     Raises:
-        PtxError: It holds an instruction that is not known here.
+        PtxError: The text contains an unknown instruction.
     """
 
     def __init__(self, text: str) -> None:
@@ -56,11 +56,11 @@ class Kernel:
             threads: Lanes of a program, a multiple of 32.
             shared: Bytes of shared memory of a program.
             arguments: A number per parameter of the kernel; pointers as addresses.
-            tensors: CPU tensors that the kernel may touch.
+            tensors: CPU tensors that the kernel may access.
 
         Raises:
-            PtxError: An access is outside of tensors or shared memory, misaligned, or at a place that another program
-                wrote; a register is read before it is written; lanes wait for others that never come.
+            PtxError: An access is outside of tensors or shared memory, misaligned, or at an address that another
+                program wrote; a register is read before it is written; lanes wait for others that never arrive.
         """
         _Run(self, Lanes(self.program, grid, threads, shared, arguments, tensors)).to_the_end()
 
@@ -68,7 +68,7 @@ class Kernel:
 class _Run:
     def __init__(self, kernel: Kernel, lanes: Lanes) -> None:
         self.kernel, self.lanes = kernel, lanes
-        # lanes by the instruction that they are at: those that can go on, that wait for their warp, for their program
+        # lanes by instruction: those that can run, that wait for their warp, that wait for their program
         self.ready = {0: np.ones(lanes.count, bool)}
         self.at_warp: dict[int, Any] = {}
         self.at_barrier: dict[int, Any] = {}
@@ -85,7 +85,7 @@ class _Run:
             raise PtxError(f"{self.kernel.program.name}: lanes wait for others that never come, at {texts}")
 
     def follow(self, at: int, lanes: Any) -> None:
-        """Run `lanes` until they part or wait."""
+        """Run `lanes` until they diverge or wait."""
         program, whole = self.kernel.program, bool(lanes.all())
         while True:
             i = program.instructions[at]
@@ -137,7 +137,7 @@ class _Run:
             self.ready[at] = lanes | self.ready[at] if at in self.ready else lanes
 
     def gathered(self, at: int, lanes: Any) -> Any:
-        """Of the lanes at an instruction of whole warps those whose warp is complete; the others wait."""
+        """Return the lanes at an instruction of whole warps whose warp is complete; the others wait."""
         lanes = lanes | self.at_warp.pop(at, False)
         complete = np.repeat(lanes.reshape(-1, WARP).all(1), WARP)
         if (lanes & ~complete).any():
@@ -145,7 +145,7 @@ class _Run:
         return complete
 
     def release(self) -> None:
-        """Let all lanes of a program go on together when all are at a barrier, whichever it is, or have ended."""
+        """Release all lanes of a program when each of them is at any barrier or has ended."""
         waiting = np.any(list(self.at_barrier.values()), axis=0) if self.at_barrier else self.ended
         complete = (waiting | self.ended).reshape(-1, self.lanes.threads).all(1)
         going = np.repeat(complete, self.lanes.threads)

@@ -1,4 +1,4 @@
-"""PTX text as a list of instructions."""
+"""Parse PTX text to a list of instructions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Address", "Instruction", "Program", "PtxError", "parse"]
 
 
 class PtxError(Exception):
-    """The text holds something that is not known here, or a launch did what no kernel may do."""
+    """The text contains an unknown statement, or a launch made an invalid access."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ Operand = str | Address | tuple[str, ...]
 
 @dataclass(frozen=True)
 class Instruction:
-    """`@guard name.modifiers operands`; vectors are tuples of registers."""
+    """An instruction `@guard name.modifiers operands`; vectors are tuples of registers."""
 
     text: str
     name: str
@@ -50,14 +50,14 @@ class Program:
     labels: dict[str, int]
 
 
-# what stands at the beginning of a statement; an instruction never begins with a brace
+# the beginning of a statement; an instruction never begins with a brace
 _TOKEN = re.compile(r"\s*(?:(?P<open>\{)|(?P<close>\})|(?P<label>[\w$]+):|(?P<statement>[^;]*);)")
 _INSTRUCTION = re.compile(r"(?:@(?P<negated>!?)(?P<guard>%?\w+)\s+)?(?P<name>[\w.:]+)\s*(?P<operands>.*)", re.DOTALL)
 _OPERAND = re.compile(r"\s*(\{[^}]*\}|\[[^\]]*\]|[^,\s]+)\s*(?:,|$)")
 
 
 class _Reader:
-    """Reads a function's body. Registers declared in an inner scope, as in inline assembly, get names of their own."""
+    """Parser of a function's body; registers of an inner scope, as in inline assembly, get unique names."""
 
     def __init__(self) -> None:
         self.registers: dict[str, str] = {}
@@ -107,7 +107,7 @@ class _Reader:
         found = _INSTRUCTION.fullmatch(statement)
         if found is None:
             raise PtxError(f"expected an instruction, got {statement!r}")
-        # st.shared::cta is st.shared
+        # st.shared::cta is the same as st.shared
         name, *modifiers = (part.split("::")[0] for part in found["name"].split("."))
         guard = self.resolve(found["guard"]) if found["guard"] else None
         operands = tuple(self.operand(text) for text in _OPERAND.findall(found["operands"]))
@@ -124,10 +124,10 @@ class _Reader:
 
 
 def parse(text: str) -> Program:
-    """Read the one kernel of a PTX module.
+    """Parse the only kernel of a PTX module.
 
     Raises:
-        PtxError: It holds no kernel, or a line is no instruction.
+        PtxError: The module has no kernel, or a line is not an instruction.
     """
     text = re.sub(r"//[^\n]*|^\s*\.loc\b[^\n]*", "", text, flags=re.MULTILINE)
     entry = re.search(r"\.entry\s+(\w+)\s*\(([^)]*)\)[^{]*", text)

@@ -1,4 +1,4 @@
-"""Numbers as registers hold them: unsigned integers of 1, 2, 4 or 8 bytes (predicates: bool), of any shape."""
+"""Convert numbers to and from registers: unsigned integers of 1, 2, 4 or 8 bytes (predicates: bool)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vmemory._ptx.program import PtxError
 
 __all__ = ["NUMPY", "decode", "encode", "immediate", "resized", "unsigned", "width"]
 
-# NumPy has no bfloat16: such a value is float32 while one computes with it
+# NumPy has no bfloat16, so such values are computed in float32
 NUMPY = {
     "pred": np.dtype(bool),
     "f16": np.dtype(np.float16),
@@ -26,7 +26,7 @@ NUMPY = {
 
 @cache
 def width(kind: str) -> int:
-    """Bytes of a type."""
+    """Return the bytes of a type."""
     return int(kind.lstrip("abcdefghijklmnopqrstuvwxyz")) // 8
 
 
@@ -36,12 +36,12 @@ def unsigned(size: int) -> np.dtype:
 
 
 def resized(bits: Any, size: int) -> Any:
-    """The low bytes of `bits`, or `bits` with zeros above."""
+    """Return the low bytes of `bits`, or `bits` extended with zeros."""
     return bits if bits.dtype.itemsize == size else bits.astype(unsigned(size))
 
 
 def decode(bits: Any, kind: str) -> Any:
-    """The value in a register, of which a narrow type takes the low bytes."""
+    """Return the value in a register; a narrow type uses the low bytes."""
     if kind == "pred":
         return bits
     bits = resized(bits, width(kind))
@@ -51,7 +51,7 @@ def decode(bits: Any, kind: str) -> Any:
 
 
 def encode(value: Any, kind: str) -> Any:
-    """What a register holds of a value, rounded to the nearest and even."""
+    """Return the register bits of a value, rounded to nearest even."""
     if kind == "pred":
         return value
     value = value.astype(NUMPY[kind], copy=False)
@@ -64,7 +64,7 @@ def encode(value: Any, kind: str) -> Any:
 
 @cache
 def immediate(text: str, kind: str) -> Any:
-    """A number of the text: 0f3F800000 and 0d3FF0000000000000 are bits of floats, 0x7fU and -1 integers."""
+    """Parse a number: 0f3F800000 and 0d3FF0000000000000 are bits of floats, 0x7fU and -1 integers."""
     if kind == "pred":
         return np.bool_(int(text) != 0)
     if found := re.fullmatch(r"0[fd]([0-9a-fA-F]+)", text):

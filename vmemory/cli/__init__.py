@@ -7,7 +7,7 @@ import warnings
 from importlib.util import find_spec
 from io import TextIOWrapper
 
-# what the command needs beside the library: module, and the extra that brings it
+# modules that the command needs, which the extra `stream` installs
 _NEEDED = ("typer", "rich", "av", "PIL", "matplotlib", "jinja2")
 
 
@@ -19,10 +19,10 @@ def main(arguments: list[str] | None = None) -> None:
     from vmemory.cli.app import run
 
     for stream in (sys.stdout, sys.stderr):
-        # under a locale that knows few characters the others are escaped
+        # characters that the locale cannot encode are escaped
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if not sys.warnoptions:
-        # what libraries tell those who program with them
+        # warnings of libraries are for programmers
         warnings.simplefilter("ignore")
     sys.exit(run(arguments))

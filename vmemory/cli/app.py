@@ -1,4 +1,4 @@
-"""The commands together, and the one place where errors become lines on stderr."""
+"""The command line program: it imports the command that is called, and prints errors as lines on stderr."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from vmemory.cli.errors import Interrupted, UserError
 from vmemory.cli.terminal import error_line
 
-# each is a function of its module's name in this folder, imported when it is asked for: most need torch
+# each is a function with its module's name in this folder, imported on demand, because most need torch
 COMMANDS = {
     "stream": "Watch a video, and answer from what the memory still holds.",
     "ask": "Ask a saved memory.",
@@ -27,7 +27,7 @@ def run(arguments: list[str] | None = None) -> int:
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = _app(arguments)(arguments, prog_name="vmemory", standalone_mode=False) or 0
-        # nothing in here exits with this code by itself: Ctrl-C where there was nothing to keep
+        # only Ctrl-C without anything to save exits with this code
         return fail("interrupted", code) if code == Interrupted.exit_code else code
     except typer.TyperException as error:
         return fail(error.format_message(), error.exit_code)
@@ -45,7 +45,7 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _app(arguments: list[str]) -> typer.Typer:
-    """The program with the command that the arguments ask for; of the others only name and summary."""
+    """Return the program with the called command; other commands have only their name and summary."""
     app = typer.Typer(
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -63,7 +63,7 @@ def _not_asked() -> None:
 
 
 def _told() -> tuple[type[Exception], ...]:
-    """Errors about a file, a package or a download, whose message is for the user."""
+    """Return the error classes about files, packages and downloads, whose message is for the user."""
     from vmemory.banks import BankFileError
     from vmemory.data import FetchError
     from vmemory.encoders import AssetError

@@ -1,4 +1,4 @@
-"""`vmemory ask`: questions to a memory that was saved, without the video."""
+"""`vmemory ask`: ask a saved memory, without the video."""
 
 from __future__ import annotations
 

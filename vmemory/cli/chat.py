@@ -1,4 +1,4 @@
-"""`vmemory chat`: a video language model watches a stream, and is asked about it at any moment."""
+"""`vmemory chat`: push a stream into a video language model's memory, and ask questions at any time."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def chat(
 
 
 def typed() -> Queue[str | None]:
-    """Lines from the keyboard as they come; None = the last one."""
+    """Return a queue of lines from the keyboard; None = the end."""
     lines: Queue[str | None] = Queue()
 
     def read() -> None:
@@ -95,7 +95,7 @@ def watch(
     answer: Callable[[str], None],
     terminal: Terminal,
 ) -> str | None:
-    """Push frames one by one; a question typed meanwhile is answered before the next one, once something is held.
+    """Push frames one by one, and answer a typed question before the next frame.
 
     Returns:
         Why the source broke after its first frame, or None.
@@ -115,7 +115,7 @@ def watch(
                 except Empty:
                     break
                 if text is None:
-                    # whoever has nothing more to ask still wants to see the end of a file
+                    # without further questions a file is still read to its end
                     questions.put(None)
                     break
                 shown.stop()
@@ -127,11 +127,11 @@ def watch(
 
 
 def waited(questions: Queue[str | None]) -> Iterator[str]:
-    """Questions until the last one, waiting for each."""
+    """Wait for questions and yield them until the last one."""
     while (text := questions.get()) is not None:
         yield text
 
 
 def status(session: VideoSession) -> str:
-    """What is held: visual tokens and bytes."""
+    """Return the visual tokens and bytes of a session as text."""
     return f"{session.num_tokens} tokens, {format_bytes(session.nbytes)}"

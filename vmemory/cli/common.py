@@ -1,4 +1,4 @@
-"""What several commands share: encoder, memory and pictures from what the user gave, and answers in the terminal."""
+"""Shared parts of the commands: encoder, memory and pictures from options, and answers in the terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DTYPES: dict[str, torch.dtype | str] = {
 
 
 class Question(NamedTuple):
-    """A sentence or a picture, and what the memory answered; `truth` in seconds where it is known."""
+    """A sentence or a picture with its answers; `truth` in seconds if it is known."""
 
     text: str
     image: np.ndarray | None
@@ -42,7 +42,7 @@ class Question(NamedTuple):
 
 
 def make_encoder(name: str | None = None) -> FrameEncoder:
-    """The default encoder, or the one that a file names."""
+    """Make the default encoder, or the one that a file names."""
     encoder = FrameEncoder()
     if name not in (None, encoder.name):
         raise UserError(f"the memory was written with encoder {name!r}, this vmemory has {encoder.name!r}")
@@ -58,7 +58,7 @@ def make_bank(
     dtype: str,
     keep: int | None = None,
 ) -> Memory:
-    """The memory that the options of `vmemory stream` describe."""
+    """Make the memory that the options of `vmemory stream` describe."""
     if dtype not in DTYPES:
         raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     if budget is not None and entries is not None:
@@ -70,7 +70,7 @@ def make_bank(
 
 
 def check_writable(path: Path, *, folder: bool) -> None:
-    """Fail now rather than after minutes of work."""
+    """Raise an error now if a path cannot be written, and not after minutes of work."""
     if path.exists() and path.is_dir() != folder:
         raise UserError(f"{path}: {'not a directory' if folder else 'is a directory'}")
     place = path if folder else path.parent
@@ -83,12 +83,12 @@ def check_writable(path: Path, *, folder: bool) -> None:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """A picture file as uint8 RGB `[H, W, 3]`."""
+    """Read a picture file as uint8 RGB `[H, W, 3]`."""
     if not path.is_file():
         raise UserError(f"{path}: {f'{kind_of(path)}, expected a picture' if path.exists() else 'no such file'}")
     try:
         return read_picture(path)
-    # decoders raise whatever they like on damaged and hostile files
+    # decoders may raise any exception on damaged or hostile files
     except Exception as error:
         raise UserError(f"{path}: not a picture that can be read ({error})") from error
 
@@ -102,12 +102,12 @@ def answer_all(
 
 
 def question(text: str) -> str:
-    """A question as it was typed, whatever the locale made of it.
+    """Return a question as it was typed, independent of the locale.
 
     Raises:
-        UserError: It says nothing.
+        UserError: The question is empty.
     """
-    # under LC_ALL=C the bytes of other letters arrive as halves of characters
+    # under LC_ALL=C bytes of other letters arrive as surrogates
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     if not any(letter.isprintable() and not letter.isspace() for letter in text):
         raise UserError(f"question: expected words, got {text!r}")
@@ -115,7 +115,7 @@ def question(text: str) -> str:
 
 
 def timecode(seconds: float) -> str:
-    """`333.5` as `5:33`, hours in front where there are any; `?` for what is no time."""
+    """Return seconds as a time code, `333.5` as `5:33`, with hours if there are any; `?` for NaN."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 0:
@@ -126,7 +126,7 @@ def timecode(seconds: float) -> str:
 
 
 def span_text(answer: Answer) -> str:
-    """The span merged into an entry, empty for a single frame."""
+    """Return the merged span of an entry as text, empty for a single frame."""
     if answer.stop <= answer.start:
         return ""
     start, stop = timecode(answer.start), timecode(answer.stop)
@@ -134,21 +134,21 @@ def span_text(answer: Answer) -> str:
 
 
 def concepts_text(answer: Answer) -> str:
-    """The likeliest concept, and others that have a tenth of the probability or more."""
+    """Return the likeliest concept, and others with at least a tenth of its probability."""
     return ", ".join(name for rank, (name, p) in enumerate(answer.concepts) if rank == 0 or p >= 0.1)
 
 
 def print_note(terminal: Terminal, stream: VideoSearch) -> None:
-    """What is to be known of a memory before its answers are believed."""
+    """Print the limits of a memory's answers."""
     if note := stream.facts.get("note"):
         terminal.line(f"note: {note}")
 
 
 def print_answers(terminal: Terminal, questions: Sequence[Question]) -> None:
-    """A table a question: when, how alike, and what the encoder takes it for."""
+    """Print a table for each question: times, similarities and concepts of its answers."""
     for asked in questions:
         truth = "" if asked.truth is None else f"  (truly at {timecode(asked.truth)})"
-        # apart from the table, whose title would be wrapped to its width
+        # not the title of the table, which would be wrapped to its width
         terminal.line(f"{'picture ' if asked.image is not None else ''}{asked.text}{truth}", style="bold")
         table = plain_table("at", "span", "score", "tier", "nearest concepts", right=("at", "score", "tier"))
         for answer in asked.answers:

@@ -1,4 +1,4 @@
-"""The charts of trailer localisation: moments found again against bytes held."""
+"""Draw the charts of trailer localisation: moments found over bytes held."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmemory.cli.timeline import Palette
 from vmemory.eval.setups import Setup
 from vmemory.eval.trailer import Score
 
-# policies that decide by number alone
+# policies that decide by frame number only
 _BLIND = ("uniform", "reservoir", "recent", "unbounded")
 _COUNTS: tuple[tuple[str, Callable[[Score], float]], ...] = (
     ("found", lambda score: score.hits),
@@ -25,7 +25,7 @@ _WIDTH, _LEFT, _NAMES, _GAP = 12.0, 0.5, 1.85, 0.55
 
 
 def label(setup: Setup) -> str:
-    """How a memory is called in tables."""
+    """Return a memory's name in tables."""
     name = setup.name
     if setup.policy == "dual":
         return f"{name}, untrained"
@@ -35,7 +35,7 @@ def label(setup: Setup) -> str:
 
 
 def draw_curve(groups: Sequence[Sequence[Score]], unbounded: Score, palette: Palette) -> bytes:
-    """A PNG 1,800 pixels wide: found, found exactly and detail over bytes, of tokens in 16 bits."""
+    """Draw a PNG of 1,800 pixels width: found, found exactly and detail over bytes, for 16-bit tokens."""
     panels = []
     for title, count in _COUNTS:
         lines = _lines(groups, "float16", count)
@@ -44,7 +44,7 @@ def draw_curve(groups: Sequence[Sequence[Score]], unbounded: Score, palette: Pal
 
 
 def draw_storage(groups: Sequence[Sequence[Score]], unbounded: Score, palette: Palette) -> bytes:
-    """A PNG 1,800 pixels wide: found over bytes, a panel for each way to store tokens."""
+    """Draw a PNG of 1,800 pixels width: found over bytes, with a panel for each storage dtype."""
     dtypes = dict.fromkeys(score.setup.dtype for group in groups for score in group)
     panels = [(f"found, {dtype}", _lines(groups, dtype, _COUNTS[0][1]), unbounded.hits) for dtype in dtypes]
     return _draw(panels, unbounded, palette)
@@ -54,7 +54,7 @@ Lines = dict[Setup, tuple[list[float], list[float]]]
 
 
 def _lines(groups: Sequence[Sequence[Score]], dtype: str, count: Callable[[Score], float]) -> Lines:
-    """MiB and counts of each memory; of the hierarchical one the paper's rule alone."""
+    """Return MiB and counts of each memory; of the hierarchical memory only the paper's rule."""
     lines: Lines = {}
     for score in (score for group in groups for score in group):
         if score.setup.dtype == dtype and score.setup.rule in (None, "paper"):
@@ -65,8 +65,11 @@ def _lines(groups: Sequence[Sequence[Score]], dtype: str, count: Callable[[Score
 
 
 def _draw(panels: Sequence[tuple[str, Lines, float]], unbounded: Score, palette: Palette) -> bytes:
-    """Panels side by side, lines named at the right; solid: entries of several sizes or of 1/9 of a frame's tokens,
-    dashed: whole frames; the line across: a memory without bounds."""
+    """Draw panels side by side, with the lines' names at the right.
+
+    Solid: entries of several sizes or of 1/9 of a frame's tokens; dashed: whole frames; horizontal: a memory without
+    bounds.
+    """
     figure = Figure((_WIDTH, 4.6), dpi=150, facecolor=palette.page)
     FigureCanvasAgg(figure)
     width = (_WIDTH - _LEFT - _NAMES - (len(panels) - 1) * _GAP) / len(panels)
@@ -94,7 +97,7 @@ def _draw(panels: Sequence[tuple[str, Lines, float]], unbounded: Score, palette:
 
 
 def _name(axis: Axes, ends: Sequence[tuple[float, str, str]], top: float) -> None:
-    """Labels at the lines' ends, pushed apart where they would overlap, and back up where they would leave the axis."""
+    """Place labels at the lines' ends, without overlaps and inside the axis."""
     step = 0.062 * top
     ordered = sorted(ends, reverse=True)
     places: list[float] = []

@@ -1,4 +1,4 @@
-"""`vmemory demo`: a ten-minute film in a small memory, questions to it, and how the memories compare."""
+"""`vmemory demo`: push a ten-minute film into a small memory, ask questions, and compare memories."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from vmemory.search.video_search import VideoSearch
 from vmemory.sources import Frame, FrameSource
 
 TEXTS = ("a rabbit", "a bird flying in the sky", "a bow and arrow", "end credits, text on a screen")
-# second of the trailer whose picture is looked for
+# second of the trailer whose picture is searched
 STILL = 12.0
 
 
 class Recorder:
-    """An encoder that keeps the tokens it made."""
+    """An encoder that stores its tokens."""
 
     def __init__(self, encoder: FrameEncoder) -> None:
         self.name = encoder.name
@@ -62,7 +62,7 @@ def demo(
 ) -> None:
     """Watch Big Buck Bunny at one frame a second, ask about it, and measure how memories find moments again.
 
-    The film is decoded once, at two frames a second: every second one enters the memory, all of them the measurement.
+    The film is decoded once, at two frames per second. Every second frame enters the memory; all are measured.
     """
     check_writable(out, folder=True)
     encoder = make_encoder()
@@ -111,7 +111,7 @@ def demo(
 
 
 def _answer(asked: Question) -> str:
-    """A line: the question, the best moment and the encoder's word for it, and the two next best moments."""
+    """Return a line with the question, the best moment, the encoder's word for it, and the next two moments."""
     words = f"picture of {asked.text}" if asked.image is not None else repr(asked.text)
     truth = "" if asked.truth is None else f" (truly at {timecode(asked.truth)})"
     if not asked.answers:

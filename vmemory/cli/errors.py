@@ -1,4 +1,4 @@
-"""What a user can get wrong, told in one line."""
+"""Errors of the user's input, shown as one line."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class UserError(Exception):
 
 
 class Interrupted(UserError):
-    """Someone pressed Ctrl-C; the message says what was kept."""
+    """The user pressed Ctrl-C; the message names the saved results."""
 
     exit_code = 130
 
 
 @contextmanager
 def user_input() -> Iterator[None]:
-    """A ValueError inside is about what the user gave, not about this program."""
+    """Convert a ValueError within the context to a UserError, because it is about the user's input."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""`vmemory inspect`: what a `.vmem` file holds, and its report."""
+"""`vmemory inspect`: show the content of a `.vmem` file, and its report."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inspect(
 
 
 def facts(bank: object, file: BankFile) -> Table:
-    """Kind, size and contents of a memory, a line each."""
+    """Return a table of kind, size and contents of a memory, one line each."""
     counts, nbytes = bank.counts(), bank.nbytes  # type: ignore[attr-defined]  # a Bank or a DualMemory
     tokens = bank.read()  # type: ignore[attr-defined]
     settings = ", ".join(f"{name} {value}" for name, value in file.config.items() if value is not None)

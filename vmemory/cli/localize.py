@@ -1,4 +1,4 @@
-"""`vmemory localize`: how well each memory finds moments again, with known answers."""
+"""`vmemory localize`: measure how many moments with known times each memory finds."""
 
 from __future__ import annotations
 

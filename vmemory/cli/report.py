@@ -1,4 +1,4 @@
-"""The report: one HTML file without external parts, and its timeline as a picture beside it."""
+"""Write the report: one HTML file without external parts, and its timeline as a picture beside it."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from vmemory.search.held import dropped, frame_bytes, tiers_of
 from vmemory.search.thumbnails import jpeg
 from vmemory.search.video_search import VideoSearch
 
-# pictures a tier shows at most, and how wide they are, tier by tier
+# largest number of pictures per tier, and their widths by tier
 _SHOWN, _WIDTHS = 300, (128, 96, 72)
 
 
 @dataclass
 class Report:
-    """What a report is made of; every part may be missing.
+    """The parts of a report; every part may be missing.
 
     Attributes:
-        memory: What is held at the end.
+        memory: The memory at the end.
         questions: Sentences and pictures with their answers.
-        watched: Where the time went; None for a memory that was loaded.
-        warning: About the source.
+        watched: The seconds spent; None for a loaded memory.
+        warning: Warning of the source.
         scores: Trailer localisation.
-        chat: What a video language model said of the trailer, and what that cost.
-        attribution: Of the video, where no memory tells it.
+        chat: The answer of a video language model about the trailer, and its cost.
+        attribution: Attribution of the video, if the memory has none.
     """
 
     memory: VideoSearch | None = None
@@ -54,7 +54,7 @@ class Report:
 
 
 def write_report(folder: Path, report: Report) -> Path:
-    """Write `report.html` and its pictures into a folder; returns the page's path."""
+    """Write `report.html` and its pictures into a folder; return the page's path."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     pictures: dict[str, bytes] = {}
@@ -75,7 +75,7 @@ def write_report(folder: Path, report: Report) -> Path:
         context |= _score_parts(report.scores, pictures)
     environment = Environment(
         loader=PackageLoader("vmemory.cli", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        # control characters are no HTML; what a macro gives is clean already
+        # HTML has no control characters; the result of a macro is already clean
         finalize=lambda value: clean(value) if type(value) is str else value,
     )  # fmt: skip
     defaults = dict.fromkeys(("lead", "timeline", "questions", "tables", "tiers", "latency"))
@@ -97,7 +97,7 @@ def _memory_parts(report: Report, memory: VideoSearch, pictures: dict[str, bytes
     given = memory.facts.get("budget")
     budget = memory.bank.nbytes if given is None else parse_bytes(given)
     video, last = memory.facts.get("title") or memory.facts.get("video", "a video"), float(memory.history.time[-1])
-    # a single frame lasts no time
+    # a single frame has no duration
     duration = max(float(memory.facts.get("duration") or 0.0), last) or 1.0
     raw = counts["seen"] * frame_bytes(memory.bank)
     bound = ("holds" if given is None else "budget", budget)
@@ -152,7 +152,7 @@ def _question(question: Question) -> dict[str, Any]:
 
 
 def _sheet(memory: VideoSearch) -> tuple[list[dict[str, Any]], bool]:
-    """Thumbnails by tier, and whether some were left out."""
+    """Return thumbnails by tier, and whether some were left out."""
     entries, tiers, partly = memory.entries, [], False
     for place, tier in enumerate(tiers_of(memory.bank)):
         there = torch.nonzero(entries.level == tier.level).flatten().tolist()

@@ -1,4 +1,4 @@
-"""Trailer localisation as tables, in the terminal and in the report."""
+"""Tables of trailer localisation for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vmemory.eval.trailer import (
     trailer_queries,
 )
 
-# entries compared in the demo, which measures a part of what `vmemory localize` does
+# numbers of entries in the demo, which measures a part of `vmemory localize`
 DEMO_ENTRIES = (128,)
 
 
@@ -38,9 +38,9 @@ class Scores(NamedTuple):
 
 
 def measure(film: Features, trailer: Features, *, everything: bool = False) -> Scores:
-    """Every memory at equal bytes in 16 bits, and at one number of entries.
+    """Score every memory at equal bytes in 16 bits, and at one number of entries.
 
-    With `everything` also in 8 and 4 bits, at more numbers of entries, and the dual memory: minutes.
+    With `everything` also in 8 and 4 bits, at more numbers of entries, and the dual memory, which takes minutes.
     """
     queries = trailer_queries(trailer)
     sizes = ENTRIES if everything else DEMO_ENTRIES
@@ -54,7 +54,7 @@ def measure(film: Features, trailer: Features, *, everything: bool = False) -> S
 
 
 def table_of(caption: str, group: Sequence[Score]) -> dict[str, Any]:
-    """One group as text, as the page's template takes it."""
+    """Return one group as text for the page's template."""
     bounded = [score.hits for score in group if score.setup.policy != "unbounded"]
     most = max(bounded, default=None)
     return {
@@ -80,7 +80,7 @@ def table_of(caption: str, group: Sequence[Score]) -> dict[str, Any]:
 
 
 def print_best(terminal: Terminal, scores: Scores) -> None:
-    """One table: what the best form of each policy finds at the smallest budget, and a memory of every frame."""
+    """Print one table: the best form of each policy at the smallest budget, and a memory of every frame."""
     caption, group = next(iter(scores.by_bytes.items()))
     best: dict[str, Score] = {}
     for score in group:
@@ -103,7 +103,7 @@ _KEYS = ("name", "entries", "nbytes", "hits", "exact", "detail", "error", "push"
 
 
 def print_scores(terminal: Terminal, scores: Scores) -> None:
-    """The table of the unbounded memory, then one table a group."""
+    """Print the table of the unbounded memory, then one table per group."""
     groups = {"all frames": [scores.unbounded]} | scores.by_entries | scores.by_bytes
     for caption, group in groups.items():
         title = f"{scores.unbounded.asked} trailer frames looked up in the film, {caption}"

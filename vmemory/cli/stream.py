@@ -1,4 +1,4 @@
-"""`vmemory stream`: watch a video, keep a bounded memory, answer questions from it."""
+"""`vmemory stream`: push a video into a bounded memory, and answer questions from it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def stream(
     pictures = [(path.name, read_image(path)) for path in image]
     place = place_of(video)
     if isinstance(place, Path) and not place.is_char_device():
-        # what can be looked at twice is, before anything large is loaded
+        # inputs that can be read twice are checked before anything large is loaded
         with user_input():
             FrameSource(place, fps)
     encoder = make_encoder()
@@ -118,7 +118,7 @@ def stream(
 
 
 def summary(memory: VideoSearch, watched: Watched) -> str:
-    """Two lines: what was seen and held, and where the time went."""
+    """Return two lines: frames seen and held, and the seconds spent."""
     counts, latency = memory.bank.counts(), memory.latency
     last = float(memory.history.time[-1])
     return (

@@ -1,4 +1,4 @@
-"""The timeline: what a memory holds of every second of a video, drawn for light and for dark pages."""
+"""Draw the timeline of a memory's entries over a video, for light and dark pages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Palette(NamedTuple):
 
 LIGHT = Palette("#fbfaf7", "#22201d", "#8d877c", "#e3dfd6", ("#b3432b", "#c98a1b", "#2f6b70", "#6a5a8c"), "#22201d")
 DARK = Palette("#15161a", "#ebe8e1", "#8b8880", "#2e3036", ("#e8785a", "#e9b44c", "#66b3b0", "#a897d0"), "#f4f1ea")
-# most pictures of the film strip, and lanes' heights in inches
+# largest number of pictures in the film strip, and the lanes' heights in inches
 _STRIP, _LANE, _BYTES = 14, 0.34, 0.85
 # seconds between labels of the time axis
 _STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
@@ -44,13 +44,13 @@ _STEPS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 
 def draw_timeline(
     memory: VideoSearch, questions: Sequence[Question], bound: tuple[str, int], duration: float, palette: Palette
 ) -> bytes:
-    """A PNG 1,800 pixels wide: film strip, one lane a tier, dropped frames, one lane a question, bytes in use.
+    """Draw a PNG of 1,800 pixels width: film strip, one lane per tier, dropped frames, questions, bytes in use.
 
     Args:
-        memory: What is held.
-        questions: Their answers get a lane each.
-        bound: What the memory may hold: a word for it, and bytes.
-        duration: Seconds of the whole video; the part not seen stays empty.
+        memory: The memory.
+        questions: Questions; the answers of each get a lane.
+        bound: The memory's limit: a word for it, and bytes.
+        duration: Seconds of the whole video; an unseen part stays empty.
         palette: Colours.
     """
     lanes = len(tiers_of(memory.bank)) + (dropped(memory.bank) > 0) + len(questions)
@@ -86,7 +86,7 @@ def draw_timeline(
 
 
 def _film_strip(axis: Axes, memory: VideoSearch, duration: float) -> None:
-    """From each stretch of the video the picture with most detail, which is the largest file."""
+    """Draw from each stretch of the video the picture with most detail, which is the largest file."""
     from PIL import Image
 
     axis.set_axis_off()
@@ -109,7 +109,7 @@ def _film_strip(axis: Axes, memory: VideoSearch, duration: float) -> None:
 
 
 def _wide(picture: np.ndarray) -> np.ndarray:
-    """The middle of a picture, cut to 16 : 9."""
+    """Crop the middle of a picture to 16 : 9."""
     height, width = picture.shape[:2]
     if width * 9 > height * 16:
         cut = (width - height * 16 // 9) // 2
@@ -149,7 +149,7 @@ def _lanes(axis: Axes, memory: VideoSearch, questions: Sequence[Question], palet
 
 
 def _spans(axis: Axes, start: np.ndarray, stop: np.ndarray, lane: int, colour: str) -> None:
-    """Merged spans as bars, their neighbours told apart by their height; single frames as ticks."""
+    """Draw merged spans as bars of alternating height, and single frames as ticks."""
     merged = stop > start
     axis.vlines(start[~merged], lane - 0.36, lane + 0.36, color=colour, linewidth=1.1, zorder=3)
     height = np.where(np.arange(int(merged.sum())) % 2, 0.44, 0.62)

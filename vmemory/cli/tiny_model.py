@@ -1,4 +1,4 @@
-"""A video language model small enough to be made on the spot: everything is real but its weights, which are random."""
+"""A small video language model with a real architecture and random weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TIERS = (4, 4, 8)
 
 
 class Chatted(NamedTuple):
-    """What a model did with a stream: frames watched, visual tokens they would have been and are, the answer."""
+    """Results of a stream in a model: frames, visual tokens before and after compression, the answer."""
 
     frames: int
     tokens: int
@@ -29,7 +29,7 @@ class Chatted(NamedTuple):
 
 
 def tiny_model() -> tuple[Any, Any]:
-    """A Qwen2.5-VL of random weights, and a tokenizer of bytes with a chat template."""
+    """Make a Qwen2.5-VL with random weights, and a byte tokenizer with a chat template."""
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -64,7 +64,7 @@ def tiny_model() -> tuple[Any, Any]:
 
 
 def chatted(video: Path, question: str = "What happens?") -> Chatted:
-    """A tiny model watches a video at two frames a second and answers."""
+    """Push a video into a tiny model's memory at two frames per second, and ask a question."""
     model, tokenizer = tiny_model()
     session = VideoSession(model, tokenizer, config={"memory_capacities": TIERS}, fps=2.0, frame_tokens=64)
     started, frames = clock.perf_counter(), 0
@@ -80,7 +80,7 @@ def chatted(video: Path, question: str = "What happens?") -> Chatted:
 
 
 def chat_text(chat: Chatted) -> str:
-    """Two lines of it."""
+    """Return the results as two lines of text."""
     return (
         f"a tiny Qwen2.5-VL watched {chat.frames} frames of the trailer in {chat.encoding:.1f} s: {chat.tokens} visual "
         f"tokens became {chat.held}\n{chat.question!r}: {chat.answer!r} after {1e3 * chat.asking:.0f} ms "

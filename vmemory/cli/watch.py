@@ -1,4 +1,4 @@
-"""Frames flow from a source into a memory, with a progress bar, until they end or someone presses Ctrl-C."""
+"""Push frames of a source into a memory, with a progress bar, until the end or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ from vmemory.sources.places import name_of, place_of
 
 
 class Watched(NamedTuple):
-    """decode, wall: seconds spent on decoding and altogether; interrupted: someone pressed Ctrl-C; broken: why a source
-    ended that gave frames before, or None."""
+    """The result of pushing a source.
+
+    decode, wall: seconds for decoding and in total; interrupted: the user pressed Ctrl-C; broken: the reason why a
+    source ended early, or None.
+    """
 
     decode: float
     wall: float
@@ -35,7 +38,7 @@ class Watched(NamedTuple):
 
 
 class Stop:
-    """Set by the first Ctrl-C; the second one ends the program."""
+    """A flag that the first Ctrl-C sets; the second one ends the program."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -48,7 +51,7 @@ class Stop:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Stop]:
-    """Ctrl-C ends the loop between two batches instead of in the middle of one."""
+    """Catch Ctrl-C within a context, so that a loop can end between two batches."""
     stop = Stop()
     before = signal.signal(signal.SIGINT, stop)
     try:
@@ -69,12 +72,12 @@ def watch(
     """Push all frames into a memory.
 
     Args:
-        memory: Whose state the progress bar shows.
-        frames: From the source.
-        batch: Frames a push.
-        duration: Seconds of the whole, if known.
-        name: Shown before the bar.
-        push: Takes the batches instead of the memory itself.
+        memory: The memory; the progress bar shows its state.
+        frames: Frames of the source.
+        batch: Frames per push.
+        duration: Seconds of the whole source, if known.
+        name: Name to show before the bar.
+        push: Function that is called with each batch, instead of the memory's `push`.
     """
     take = push or memory.push
     columns = (TextColumn("{task.description}", markup=False), BarColumn(None), TextColumn("{task.fields[state]}"))
@@ -98,10 +101,10 @@ def watch(
 
 
 class Kept:
-    """Frames of a source, up to where it breaks: what it gave before is worth more than the error.
+    """Frames of a source up to an error, which is kept and not raised.
 
     Attributes:
-        broken: Why the source ended, or None.
+        broken: The reason why the source ended early, or None.
     """
 
     def __init__(self, frames: Iterable[Frame]) -> None:
@@ -114,7 +117,7 @@ class Kept:
         return self
 
     def put_back(self, frames: Sequence[Frame]) -> None:
-        """Give these frames once more, before all others."""
+        """Put frames back to the front of the iteration."""
         self._back = [*frames, *self._back]
 
     def __next__(self) -> Frame:
@@ -132,13 +135,13 @@ class Kept:
 
 
 def origin_of(encoder: Encoder, video: str | Path, fps: float, seconds: float, size: int) -> Tensor:
-    """Mean token `[D]` of the first seconds of a video, which are decoded for it alone."""
+    """Return the mean token `[D]` of the first seconds of a video, which are decoded for this purpose."""
     with _calibrating(seconds, name_of(place_of(video))):
         return calibrate(encoder, FrameSource(video, fps, stop=seconds, size=size))
 
 
 def live_origin_of(encoder: Encoder, frames: Kept, seconds: float, name: str) -> Tensor:
-    """Mean token `[D]` of the first seconds of what comes but once; they are put back."""
+    """Return the mean token `[D]` of the first seconds of a live source; these frames are put back."""
     first = []
     with _calibrating(seconds, name):
         for frame in frames:

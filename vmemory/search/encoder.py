@@ -1,4 +1,4 @@
-"""What a memory stream needs of an encoder, and the origin that its tokens are taken about."""
+"""The encoder interface of a video search, and the origin that is subtracted from its tokens."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from vmemory.sources.video import Frame
 
 
 class Encoder(Protocol):
-    """What a memory stream needs of an encoder; `vmemory.encoders.FrameEncoder` is one."""
+    """The encoder interface of a video search; `vmemory.encoders.FrameEncoder` implements it."""
 
     name: str
 
     def encode(self, frames: Sequence[np.ndarray]) -> Tensor:
-        """Tokens `[B, H, W, D]` float32 of uint8 RGB frames `[h, w, 3]`."""
+        """Return tokens `[B, H, W, D]` float32 of uint8 RGB frames `[h, w, 3]`."""
         ...
 
     def joint(self, tokens: Tensor) -> Tensor:
-        """Unit vectors `[n, E]` of pooled tokens `[n, D]`, in the space of `text`."""
+        """Return unit vectors `[n, E]` of pooled tokens `[n, D]`, in the space of `text`."""
         ...
 
     def text(self, query: str) -> Tensor:
-        """Unit vector `[E]` of a sentence."""
+        """Return the unit vector `[E]` of a sentence."""
         ...
 
     def concepts(self, pooled: Tensor, k: int) -> Sequence[Sequence[tuple[str, float]]]:
-        """The k likeliest names, with probabilities, of each row of `[n, D]`."""
+        """Return the k likeliest names, with probabilities, of each row of `[n, D]`."""
         ...
 
 
 def calibrate(encoder: Encoder, frames: Iterable[Frame], batch: int = 8) -> Tensor:
-    """Mean token `[D]` float32 of some frames: an origin for `VideoSearch`.
+    """Return the mean token `[D]` float32 of some frames, an origin for `VideoSearch`.
 
-    What all frames of a video have in common makes every pair of them look alike, and a memory that merges or drops the
-    most similar neighbours then follows small differences in a large common part. Taken about the mean of the first
-    minute, differences count.
+    The common part of all frames of a video makes every pair of them similar, and a memory that merges or drops the
+    most similar neighbours then depends on small differences. Subtracting the mean of the first minute removes the
+    common part.
 
     Raises:
         ValueError: There is no frame.

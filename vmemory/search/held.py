@@ -1,4 +1,4 @@
-"""What a stream and its pictures have to know of a memory, of either kind: a `Bank` or a `DualMemory`."""
+"""Facts about a memory, a `Bank` or a `DualMemory`, that a video search and its pictures need."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Tier(NamedTuple):
 
 
 def tiers_of(bank: Memory) -> tuple[Tier, ...]:
-    """The tiers that exist, first tier first."""
+    """Return the existing tiers, the first tier first."""
     if isinstance(bank, DualMemory):
         grid = (1, 1) if bank.config()["slots"] == "means" else bank.grid
         both = enumerate(zip(("working", "episodic"), bank.capacities, strict=True))
@@ -34,31 +34,31 @@ def tiers_of(bank: Memory) -> tuple[Tier, ...]:
 
 
 def token_device(bank: Memory) -> torch.device:
-    """Where tokens have to be."""
+    """Return the device for tokens."""
     return bank.entry.device
 
 
 def token_dtype(bank: Memory) -> torch.dtype | None:
-    """The dtype that tokens have to come in; None = any floating one."""
+    """Return the dtype for tokens; None = any floating dtype."""
     if isinstance(bank, DualMemory):
         return bank.working_tokens.dtype
     return None if bank.quantized else bank.slots.dtype
 
 
 def shape_of_tokens(bank: Memory) -> tuple[tuple[int, int], int]:
-    """Token grid (H, W) of the frames that come in, and their channels."""
+    """Return the token grid (H, W) and the channels of frames."""
     return (bank.grid, bank.dim) if isinstance(bank, DualMemory) else (bank.layout.grid, bank.layout.dim)
 
 
 def frame_bytes(bank: Memory) -> int:
-    """Bytes of a whole frame's tokens in the dtype held, or in 16 bits where fewer are held."""
+    """Return the bytes of a whole frame's tokens in the storage dtype, or in 16 bits for int8 and int4."""
     grid, dim = shape_of_tokens(bank)
     dtype = token_dtype(bank)
     return math.prod(grid) * dim * (2 if dtype is None else dtype.itemsize)
 
 
 def dropped(bank: Memory) -> int:
-    """Frames seen of which nothing is held."""
+    """Return the number of frames of which nothing is held."""
     counts = bank.counts()
     if isinstance(bank, DualMemory):
         return counts["seen"] - len(bank.entries().frame.unique())
@@ -66,7 +66,7 @@ def dropped(bank: Memory) -> int:
 
 
 def spans(bank: Memory) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First and last frame and seconds `[n]` of the entries of a memory of one stream, in stream order."""
+    """Return first frame, last frame and seconds `[n]` of the entries of one stream, in stream order."""
     entry, clock = bank.entry[0].cpu().numpy(), bank.clock[0].cpu().numpy()
     if isinstance(bank, DualMemory):
         frame = first = last = entry
@@ -79,7 +79,7 @@ def spans(bank: Memory) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def bytes_in_use(bank: Memory) -> int:
-    """Bytes of a memory of one stream that entries occupy."""
+    """Return the bytes that the entries of a memory of one stream occupy."""
     if isinstance(bank, DualMemory):
         live = bank.entry[0] >= 0
         L_w = bank.working_tokens.shape[1]

@@ -1,4 +1,4 @@
-"""A memory for the square token grids of the small encoders."""
+"""Make a memory for the square token grids of the small encoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vmemory.banks.dual_state import split as working_and_episodic
 from vmemory.banks.hierarchical import split
 from vmemory.search.held import Memory
 
-# said wherever such a memory answers
+# shown with every answer of such a memory
 UNTRAINED = "nobody trained the dual memory here: it changes nothing, and both of its memories hold frames as they came"
 _SEED = 0
 
@@ -28,23 +28,23 @@ def video_bank(
     dtype: torch.dtype | str = torch.float16,
     keep: int | None = None,
 ) -> Memory:
-    """A memory of one stream for tokens `[side, side, dim]`, by number of entries or by bytes.
+    """Make a memory of one stream for tokens `[side, side, dim]`, by number of entries or by bytes.
 
-    A hierarchical memory has three tiers, n/8, n/8 and 3n/4 entries; where 9 divides the side their grids are the
-    frame's, a third and a ninth of its sides, which keeps every frame's mean exact. A dual memory is untrained: its
-    share is 0, so that its slots hold frames as they came.
+    A hierarchical memory has three tiers of n/8, n/8 and 3n/4 entries. If 9 divides the side, their grids have the
+    frame's sides, a third and a ninth of them, which keeps every frame's mean exact. A dual memory is untrained: its
+    share α is 0, so its slots hold the frames unchanged.
 
     Args:
         policy: A key of `vmemory.banks.POLICIES`.
-        side, dim: Tokens a side and channels of the frames.
-        rule: Of a hierarchical memory, or what a dual memory overwrites.
+        side, dim: Tokens per side and channels of the frames.
+        rule: Rule of a hierarchical or dual memory.
         entries, budget: Size; exactly one of them.
-        dtype: Of the tokens held.
-        keep: Tokens a side that each entry keeps, where a memory has one size of entries; None = a third of the
-            frame's where 3 divides it (which keeps its mean exact), else the frame's.
+        dtype: Storage dtype of tokens.
+        keep: Tokens per side of each entry, for memories with entries of one size; None = a third of the frame's if 3
+            divides it (which keeps its mean exact), else the frame's.
 
     Raises:
-        ValueError: No such policy, a rule or `keep` for a memory without, too few entries or bytes.
+        ValueError: The policy is unknown, does not support `rule` or `keep`, or has too few entries or bytes.
     """
     if policy not in POLICIES:
         raise ValueError(f"bank: expected one of {', '.join(POLICIES)}, got {policy!r}")

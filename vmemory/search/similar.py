@@ -1,4 +1,4 @@
-"""Search among the entries of a memory, about the mean of what it holds."""
+"""Search the entries of a memory by cosine about their mean."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from vmemory.ops.similarity_topk import similarity_topk
 
 
 class Found(NamedTuple):
-    """values `[Q, k]` float32 cosines, best first; entry `[Q, k]` int64; −inf and −1 where entries run out."""
+    """Values `[Q, k]` float32 cosines, best first; entry `[Q, k]` int64; −inf and −1 if there are fewer than k."""
 
     values: Tensor
     entry: Tensor
 
 
 def centred_search(queries: Tensor, entries: Tensor, k: int, *, centre_queries: bool = True) -> Found:
-    """The k entries most similar to each query, by cosine after subtracting the mean of the entries.
+    """Find the k entries most similar to each query, by cosine after subtracting the mean of the entries.
 
-    What all frames of a video have in common would dominate the cosine; about the mean it cancels.
+    The common part of all frames of a video would dominate the cosine; subtracting the mean removes it.
 
     Args:
         queries: `[Q, D]`.
         entries: `[n, D]`; n = 0 finds nothing.
         k: Entries per query.
-        centre_queries: Queries of the entries' own kind lose the mean as well; sentences among pictures do not.
+        centre_queries: Also subtract the mean from the queries; for queries of another kind, such as sentences, False.
     """
-    # in float64, or entries that are all alike would be told apart by rounding
+    # in float64, because rounding would order equal entries arbitrarily
     entries, queries = entries.double(), queries.double()
     if len(entries):
         mean = entries.mean(0)
@@ -41,7 +41,7 @@ def centred_search(queries: Tensor, entries: Tensor, k: int, *, centre_queries: 
 
 
 def spread(found: Found, time: Tensor, k: int, apart: float) -> Found:
-    """The best k of one query's results that lie at least `apart` seconds from every better one.
+    """Return the best k of one query's results that are at least `apart` seconds from every better one.
 
     Args:
         found: Results of one query, `[1, n]`, best first.

@@ -1,4 +1,4 @@
-"""Small pictures of the frames that a memory still refers to."""
+"""Keep small pictures of the frames in a memory's entries."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class Thumbnails:
     """At most one JPEG for each entry of a memory: the frame within its span that is nearest to its time.
 
     Args:
-        width: Pixels; the height follows.
-        quality: Of the JPEG, 1 to 95.
+        width: Width in pixels; the aspect ratio is kept.
+        quality: JPEG quality, 1 to 95.
     """
 
     def __init__(self, width: int = 160, quality: int = 80) -> None:
@@ -40,7 +40,7 @@ class Thumbnails:
         last: np.ndarray,
         time: np.ndarray,
     ) -> None:
-        """Keep what the entries need of the old pictures and the new frames, and nothing else.
+        """Keep only those of the old pictures and the new frames that entries need.
 
         Args:
             numbers, times, images: New frames: their number in the stream, seconds, uint8 RGB `[H, W, 3]`.
@@ -59,13 +59,13 @@ class Thumbnails:
         }
 
     def of(self, first: int, last: int) -> bytes | None:
-        """The JPEG within a span of frame numbers, None if there is none."""
+        """Return the JPEG within a span of frame numbers, or None."""
         numbers = list(self._kept)
         place = bisect_left(numbers, first)
         return self._kept[numbers[place]][1] if place < len(numbers) and numbers[place] <= last else None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything as tensors: `frame [n]` int64, `time [n]` float64, `offset [n + 1]` int64 into `jpeg [bytes]`."""
+        """Return all data: `frame [n]` int64, `time [n]` float64, `offset [n + 1]` int64 into `jpeg [bytes]`."""
         pictures = [jpeg for _, jpeg in self._kept.values()]
         offset = np.concatenate([[0], np.cumsum([len(p) for p in pictures], dtype=np.int64)]).astype(np.int64)
         return {
@@ -78,7 +78,7 @@ class Thumbnails:
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `tensors` gave."""
+        """Restore the result of `tensors`."""
         data, offset = tensors["jpeg"].numpy().tobytes(), tensors["offset"].tolist()
         self._kept = {
             number: (t, data[begin:end])
@@ -91,7 +91,7 @@ class Thumbnails:
 def nearest(
     frames: np.ndarray, seconds: np.ndarray, first: np.ndarray, last: np.ndarray, time: np.ndarray
 ) -> np.ndarray:
-    """For each span `[first, last]` of frame numbers the index of the frame within it nearest to `time`, −1 if none.
+    """Return for each span `[first, last]` of frame numbers the index of its frame nearest to `time`, −1 if none.
 
     Args:
         frames, seconds: `[m]` frame numbers and their times, ascending.
@@ -107,7 +107,7 @@ def nearest(
 
 
 def jpeg(image: np.ndarray, width: int, quality: int) -> bytes:
-    """A uint8 RGB picture as a JPEG `width` pixels wide; smaller pictures keep their size."""
+    """Encode a uint8 RGB picture as a JPEG of `width` pixels; smaller pictures keep their size."""
     from PIL import Image
 
     picture = Image.fromarray(image)

@@ -1,4 +1,4 @@
-"""What is noted down of a stream without end: evenly spaced rows, never more than a limit."""
+"""Record evenly spaced rows of an endless stream, up to a limit."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 
 
 class Trace:
-    """Rows of numbers, one a frame; when the limit is reached every second one is let go, and from then on skipped.
+    """Rows of numbers, one per frame; at the limit every second row is dropped, and the stride doubles.
 
     Args:
-        columns: Numbers a row.
-        limit: Rows kept at most; at least 2.
+        columns: Numbers per row.
+        limit: Largest number of rows, at least 2.
     """
 
     def __init__(self, columns: int, limit: int = 65536) -> None:
@@ -35,10 +35,10 @@ class Trace:
 
     @property
     def rows(self) -> np.ndarray:
-        """`[n, columns]` float64, oldest first."""
+        """Return the rows `[n, columns]` float64, oldest first."""
         return np.array(self._rows, dtype=np.float64).reshape(-1, self._columns)
 
     def restore(self, rows: np.ndarray, seen: int, stride: int) -> None:
-        """Go on from what another trace noted down."""
+        """Continue from the rows of another trace."""
         self._rows = [tuple(row) for row in rows.tolist()]
         self.seen, self.stride = seen, stride

@@ -1,4 +1,4 @@
-"""A video watched through a bounded memory: frames go in, questions come back as moments."""
+"""`VideoSearch`: push the frames of a video into a bounded memory, and find moments by questions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vmemory.sources.video import Frame
 
 
 class Answer(NamedTuple):
-    """A moment that a memory gives for a question, best first.
+    """A moment found for a question.
 
     time, start, stop: seconds of the entry and of the span merged into it; score: cosine; level: tier; frame: number of
     its (first) frame; thumbnail: JPEG or None; concepts: names of the nearest classes with probabilities.
@@ -41,7 +41,7 @@ class Answer(NamedTuple):
 
 
 class History(NamedTuple):
-    """Where each frame of a stream is now, one row a frame; evenly thinned out after 65,536 frames.
+    """The entry and tier of each frame of a stream, one row per frame; evenly thinned after 65,536 frames.
 
     frame `[n]` int64 number; time `[n]` seconds; entry `[n]` int64 index into `entries()`, −1 = no longer held; level
     `[n]` int64 tier, −1 likewise; nbytes `[n]` bytes in use just after the frame came.
@@ -55,7 +55,7 @@ class History(NamedTuple):
 
 
 class Latency(NamedTuple):
-    """Seconds spent so far: encoding frames, updating the memory, choosing and making thumbnails."""
+    """Seconds spent so far in encoding frames, updating the memory, and making thumbnails."""
 
     frames: int
     encode: float
@@ -70,12 +70,12 @@ class VideoSearch:
     """Encoder, memory and thumbnails of one video.
 
     Args:
-        encoder: Turns frames into tokens, and sentences into vectors comparable with them.
-        bank: A memory of one stream for tokens of the encoder's shape; it must look at all channels. Of a `DualMemory`
-            the slots of both its memories are searched.
-        thumbnails: Keep a small JPEG of the frames that the memory refers to.
-        origin: `[D]` float32 subtracted from every token on the way in, see `calibrate`; None = nothing.
-        facts: Plain values kept with the memory, for example the video's name.
+        encoder: Encodes frames to tokens, and sentences to vectors comparable with them.
+        bank: A memory of one stream for tokens of the encoder's shape; similarity must use all channels. Both memories
+            of a `DualMemory` are searched.
+        thumbnails: Keep a small JPEG for each entry.
+        origin: `[D]` float32 that is subtracted from every token, see `calibrate`; None = nothing.
+        facts: Plain values stored with the memory, for example the video's name.
 
     Raises:
         ValueError: The bank has several streams, or ignores channels; the origin does not fit.
@@ -106,10 +106,10 @@ class VideoSearch:
         self._trace = Trace(3)
 
     def push(self, frames: Sequence[Frame]) -> None:
-        """Encode frames and take them in, oldest first, times continuing those before.
+        """Encode and push frames, oldest first, with times after those of earlier frames.
 
         Raises:
-            ValueError: Times do not increase, or the tokens do not fit the bank; nothing has changed then.
+            ValueError: Times do not increase, or the tokens do not fit the bank; nothing has changed.
         """
         if not frames:
             return
@@ -124,7 +124,7 @@ class VideoSearch:
         tokens = tokens.to(device, token_dtype(self.bank) or tokens.dtype)
         self.bank.push(tokens, torch.tensor(times, dtype=torch.float64, device=device))
         if device.type == "cuda":
-            # the push only queues work: without this the time would count as the thumbnails'
+            # a push only queues work, whose time would otherwise be counted for the thumbnails
             torch.cuda.synchronize(device)
         pushed = clock.perf_counter()
         nbytes = float(self.bytes_in_use)
@@ -148,26 +148,26 @@ class VideoSearch:
 
     @property
     def bytes_in_use(self) -> int:
-        """Bytes of the bank that entries occupy; it holds `bank.nbytes` from the start."""
+        """Return the bytes that entries occupy, of the `bank.nbytes` that are always allocated."""
         return bytes_in_use(self.bank)
 
     @property
     def entries(self) -> Entries:
-        """What is held, in stream order."""
+        """Return the entries held, in stream order."""
         return self.bank.entries()
 
     # asking
 
     def ask(self, text: str, k: int = 5, *, apart: float = 0.0) -> list[Answer]:
-        """The moments nearest to a sentence.
+        """Find the moments most similar to a sentence.
 
-        Each entry's mean token goes through the encoder's bridge to sentences; the cosine is taken about the mean of
-        the entries, and the sentence is compared as it is.
+        The encoder's `joint` maps each entry's mean token to the space of sentences. The cosine is computed after
+        subtracting the mean of the entries from the entries, not from the sentence.
 
         Args:
-            text: What to look for.
-            k: Answers at most, 1 to 1024.
-            apart: Seconds that answers keep from every better one.
+            text: The sentence.
+            k: Largest number of answers, 1 to 1024.
+            apart: Least distance in seconds of an answer from every better one.
 
         Raises:
             ValueError: The sentence is empty.
@@ -181,7 +181,7 @@ class VideoSearch:
         return self._answers(entries, self.encoder.text(text)[None], joint, k, apart, centre=False)
 
     def find(self, image: np.ndarray, k: int = 5, *, apart: float = 0.0) -> list[Answer]:
-        """The moments most similar to a picture, uint8 RGB `[H, W, 3]`, by mean tokens about the entries' mean."""
+        """Find the moments most similar to a picture, uint8 RGB `[H, W, 3]`, by mean tokens about the entries' mean."""
         entries = self.entries
         if len(entries.frame) == 0:
             return []
@@ -189,7 +189,7 @@ class VideoSearch:
         return self._answers(entries, query, self.pooled(entries), k, apart, centre=True)
 
     def pooled(self, entries: Entries) -> Tensor:
-        """Mean token of each entry as the encoder gave it, `[n, D]` float32 on the CPU."""
+        """Return the mean token of each entry, with the origin added, `[n, D]` float32 on the CPU."""
         mean = entries.descriptor.float().cpu()
         return mean if self.origin is None else mean + self.origin
 
@@ -201,7 +201,7 @@ class VideoSearch:
         return self.describe(entries, found)
 
     def describe(self, entries: Entries, found: Found) -> list[Answer]:
-        """Answers out of one query's search results."""
+        """Return answers for one query's search results."""
         chosen = found.entry[0]
         concepts = self.encoder.concepts(self.pooled(entries)[chosen], 3) if len(chosen) else []
         return [
@@ -219,14 +219,14 @@ class VideoSearch:
         ]
 
     def thumbnail(self, entries: Entries, i: int) -> bytes | None:
-        """The JPEG of an entry, None if none was kept."""
+        """Return the JPEG of an entry, or None."""
         if self.thumbnails is None:
             return None
         return self.thumbnails.of(int(entries.first[i]), int(entries.last[i]))
 
     @property
     def history(self) -> History:
-        """Where each frame seen is now."""
+        """Return the entry and tier of each frame seen."""
         entries, rows = self.entries, self._trace.rows
         number = rows[:, _NUMBER].astype(np.int64)
         first, last, level = (t.cpu().numpy() for t in (entries.first, entries.last, entries.level))
@@ -240,7 +240,7 @@ class VideoSearch:
     # keeping
 
     def save(self, path: str | Path) -> None:
-        """Write memory, thumbnails, history and facts to a `.vmem` file that `load` reads without the video."""
+        """Write memory, thumbnails, history and facts to a `.vmem` file, which `load` reads without the video."""
         extra = {"trace": torch.from_numpy(self._trace.rows)}
         if self.origin is not None:
             extra["origin"] = self.origin
@@ -256,13 +256,13 @@ class VideoSearch:
 
     @classmethod
     def load(cls, path: str | Path, encoder: Callable[[str], Encoder]) -> VideoSearch:
-        """The stream that `save` wrote; it can be asked, and go on.
+        """Load a search that `save` wrote; it answers questions and accepts further frames.
 
         Args:
-            encoder: Gives the encoder of the name that the file names.
+            encoder: A function that returns the encoder for the name in the file.
 
         Raises:
-            BankFileError: The file cannot be used, or holds a memory that no stream wrote; one line says why.
+            BankFileError: The file cannot be used, or was not written by a video search; one line says why.
         """
         bank, file = load(path)
         notes = file.notes

@@ -1,4 +1,4 @@
-"""A video watched by a model through a bounded memory."""
+"""Sessions: push the frames of a stream into a bounded memory, and ask a model about them."""
 
 from vmemory.session.pool import SessionPool
 from vmemory.session.session import VideoSession

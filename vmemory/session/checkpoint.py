@@ -1,4 +1,4 @@
-"""The plain values in a session's file, checked before anything uses them."""
+"""Check the plain values in a session's file before they are used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vmemory.banks.checks import MOST
 
-# pixels of a frame, and of a side: larger than what vision towers take
+# upper bounds for the pixels of a frame and of a side, above the input sizes of vision towers
 _MOST_PIXELS, _MOST_SIDE = 2**24, 2**14
 
 
@@ -32,10 +32,10 @@ class SessionNotes(NamedTuple):
 
     @classmethod
     def of(cls, notes: Any) -> SessionNotes:
-        """Notes out of a file.
+        """Check and return the notes of a file.
 
         Raises:
-            ValueError: Not what `VideoSession.save` writes.
+            ValueError: `VideoSession.save` cannot have written these values.
         """
         if not isinstance(notes, dict) or set(notes) != set(cls._fields):
             raise ValueError(f"session: expected {', '.join(cls._fields)}, got {_brief(notes)}")
@@ -48,7 +48,7 @@ class SessionNotes(NamedTuple):
         if not isinstance(waiting, list):
             raise ValueError(f"session.waiting: expected seconds, got {_brief(waiting)}")
         seconds = tuple(number("session.waiting", t, -math.inf) for t in waiting)
-        # nothing has been pushed before the first frame
+        # −inf = nothing was pushed
         last = -math.inf if notes["last"] == -math.inf else number("session.last", notes["last"], -math.inf)
         if any(not a < b for a, b in pairwise(seconds)) or (seconds and seconds[-1] > last):
             raise ValueError(f"session.waiting: expected increasing seconds up to {last}, got {_brief(waiting)}")
@@ -70,10 +70,10 @@ class SessionNotes(NamedTuple):
         )
 
     def frames_waiting(self, extra: dict[str, Tensor], together: int) -> list[tuple[Tensor, float]]:
-        """The frames that wait for others, with their seconds.
+        """Return the frames that wait for their group to be complete, with their seconds.
 
         Raises:
-            ValueError: Not pictures, not one for each second, or more than can wait.
+            ValueError: The tensors are not pictures, differ in number from the seconds, or are too many.
         """
         if not self.waiting:
             return []
@@ -87,10 +87,10 @@ class SessionNotes(NamedTuple):
 
 
 def frame_size(size: Any) -> tuple[int, int]:
-    """(H, W) in pixels.
+    """Check and return (H, W) in pixels.
 
     Raises:
-        ValueError: Not two numbers, or more than frames have.
+        ValueError: Not two numbers, or too large.
     """
     height, width = _pair("frame_size", size, _MOST_SIDE)
     if height * width > _MOST_PIXELS:
@@ -99,7 +99,7 @@ def frame_size(size: Any) -> tuple[int, int]:
 
 
 def integer(name: str, value: Any, most: int) -> int:
-    """0 to `most`.
+    """Check and return an integer from 0 to `most`.
 
     Raises:
         ValueError: Something else.
@@ -110,13 +110,13 @@ def integer(name: str, value: Any, most: int) -> int:
 
 
 def number(name: str, value: Any, least: float) -> float:
-    """A finite number of at least `least`.
+    """Check and return a finite number of at least `least`.
 
     Raises:
         ValueError: Something else.
     """
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # an int may be larger than any float
+    # an int may exceed the range of floats
     if not plain or not least <= value <= 1e300 or not math.isfinite(value):
         raise ValueError(f"{name}: expected a finite number of at least {least:g}, got {_brief(value)}")
     return float(value)
@@ -133,6 +133,6 @@ def _pair(name: str, value: Any, most: int) -> tuple[int, int]:
 def _brief(value: Any) -> str:
     try:
         text = repr(value)
-    except ValueError:  # more digits than Python writes
+    except ValueError:  # Python limits the digits of an int in text
         return "a number of very many digits"
     return text if len(text) <= 80 else f"{text[:80]}…"

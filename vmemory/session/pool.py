@@ -1,4 +1,4 @@
-"""Many streams over one model, and a bound on the bytes of all sessions together."""
+"""Hold many sessions over one model, within a bound on their total bytes."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from vmemory.banks import parse_bytes
 from vmemory.banks.lock import MemoryLock, locked
 from vmemory.session.session import VideoSession
 
-# of a name in a folder; longer ones are told apart by a hash
+# letters of a file name; a hash replaces the rest of longer names
 _MOST_LETTERS = 160
 
 
 class SessionPool:
-    """Sessions by name; those not used for longest wait on disk while the others are over the budget.
+    """A mapping from names to sessions; the least recently used ones move to disk when the budget is exceeded.
 
-    A session that comes back goes on where it was. The one asked for stays, whatever it weighs; the budget counts what
-    the others hold beside it. Ask the pool for a session whenever it is used: one that has left for the disk says so
-    (RuntimeError) and takes no frames. Several threads may ask; each session lets one in at a time.
+    A session that returns from disk continues where it was. The requested session always stays in memory; the others
+    fit into the rest of the budget. Request a session from the pool for every use: one that moved to disk raises
+    RuntimeError and accepts no frames. Any thread may request sessions; calls on one session take turns.
 
-    A pool that is killed goes back to what each session was when it last left for the disk, or when something in it was
-    last erased: `erase` and `reset` of a session that waited before reach its file too. `close` writes them all.
+    After a kill, each session has the state of its last move to disk or of its last erasure: `erase` and `reset` also
+    change the file of a session that was on disk before. `close` writes all sessions.
 
     Args:
-        open_session: Makes an empty session, for a new name and to be given what waits on disk.
-        budget: `"2GiB"` or bytes of all sessions that are held, memory and prompt cache.
-        folder: Where sessions wait; made if missing, and locked until `close`. A pool over the same folder finds them
-            again.
+        open_session: A function that makes an empty session, for a new name or to load one from disk.
+        budget: `"2GiB"` or bytes of all sessions in memory, including prompt caches.
+        folder: Folder of the sessions on disk; created if missing, and locked until `close`. A later pool over the same
+            folder finds them again.
 
     Raises:
-        ValueError: Not a size.
-        RuntimeError: Another pool has this folder.
+        ValueError: `budget` is not a size.
+        RuntimeError: Another pool uses this folder.
     """
 
     def __init__(self, open_session: Callable[[], VideoSession], budget: str | int, folder: str | Path) -> None:
@@ -61,12 +61,12 @@ class SessionPool:
 
     @locked
     def __getitem__(self, name: str) -> VideoSession:
-        """The session of a name, new if nobody has used it; others make room for it.
+        """Return the session of a name, a new one for a new name; other sessions may move to disk.
 
         Raises:
-            TypeError: A name that is no string.
-            BankFileError: What waits on disk cannot be used.
-            OSError: The disk does not take those that make room; nothing is lost.
+            TypeError: The name is not a string.
+            BankFileError: The session's file cannot be used.
+            OSError: Another session cannot be written to disk; nothing is lost.
         """
         path = self._path(name)
         if self._claim is None:
@@ -88,18 +88,18 @@ class SessionPool:
 
     @locked
     def __iter__(self) -> Iterator[str]:
-        """Names of the sessions that are held, the longest unused first."""
+        """Iterate over the names of the sessions in memory, the least recently used first."""
         return iter(list(self._held))
 
     @property
     @locked
     def nbytes(self) -> int:
-        """Bytes of the sessions that are held."""
+        """Bytes of the sessions in memory."""
         return sum(session.nbytes for session in self._held.values())
 
     @locked
     def drop(self, name: str) -> None:
-        """Forget a session, on disk too."""
+        """Delete a session, also on disk."""
         path = self._path(name)
         session = self._held.pop(name, None)
         if session is not None:
@@ -108,10 +108,10 @@ class SessionPool:
 
     @locked
     def close(self) -> None:
-        """Write all sessions that remember anything to the folder, and let go of it.
+        """Write all sessions that are not empty to the folder, and unlock it.
 
         Raises:
-            OSError: The disk does not take one; what has not been written is still held.
+            OSError: A session cannot be written; sessions not yet written stay in memory.
         """
         for name in [name for name, session in self._held.items() if session.nbytes]:
             self._store(name)
@@ -120,20 +120,20 @@ class SessionPool:
 
     def _release(self) -> None:
         if self._claim is not None:
-            # a forked process that still has the file open would keep the folder locked
+            # a forked process with the open file would keep the folder locked
             fcntl.flock(self._claim, fcntl.LOCK_UN)
             os.close(self._claim)
             self._claim = None
 
     def _make_room(self) -> None:
-        # the last is the one asked for; those that hold nothing free nothing
+        # the last one is requested; moving empty sessions frees nothing
         *others, _ = self._held.items()
         for name, session in others:
             if self.nbytes > self.budget and session.nbytes:
                 self._store(name)
 
     def _store(self, name: str) -> None:
-        # written before it leaves: a full disk loses nothing
+        # written before it is removed, so that a full disk loses nothing
         self._held[name].leave("waits on disk; ask its pool for it again", keep=True)
         del self._held[name]
 
@@ -142,7 +142,7 @@ class SessionPool:
             raise TypeError(f"name: expected a string, got {type(name).__name__}")
         letters = quote(name, safe="", errors="surrogatepass")
         if len(letters) > _MOST_LETTERS:
-            # quoted names have no "+" of their own
+            # "+" cannot occur in a quoted name
             digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
             letters = f"{letters[:_MOST_LETTERS]}+{digest}"
         return self.folder / f"{letters}.vmem"

@@ -1,4 +1,4 @@
-"""The cache of a prompt up to the end of its video, kept from one question to the next."""
+"""Keep the key-value cache of a prompt up to the end of its video from one question to the next."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vmemory.models.turn import cache_argument, cache_in
 
 
 class PromptPrefix:
-    """Keep the key-value cache of a prompt up to the end of its video, filled anew when the video has changed.
+    """The key-value cache of a prompt up to the end of its video, computed again when the video has changed.
 
     Args:
         model: The model that answers.
-        adapter: Of its family.
+        adapter: The adapter of its family.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter) -> None:
@@ -37,19 +37,19 @@ class PromptPrefix:
         return sum(x.nbytes for x in tensors)
 
     def usable(self, generation: dict[str, Any]) -> bool:
-        """Whether `generate` with these settings takes a plain cache: none of another kind, none of the caller's."""
+        """Return whether `generate` with these settings uses a plain cache that the caller has not given."""
         plain = generation_setting(self.model, generation, "cache_implementation") is None
         cached = generation_setting(self.model, generation, "use_cache") is not False
         return plain and cached and cache_in(generation)[1] is None
 
     def continued(self, inputs: Inputs, seen: tuple[object, ...], rows: int, still: Callable[[], bool]) -> Inputs:
-        """Return the inputs with a copy of the cache, which is filled first where the video has changed.
+        """Return the inputs with a copy of the cache, which is computed first if the video has changed.
 
         Args:
-            inputs: Of `VideoSession.prompt`.
-            seen: Equal for two prompts whose videos are equal.
-            rows: Copies of the cache that beams or several answers need.
-            still: Whether `seen` is still true; what another thread has changed meanwhile is not kept.
+            inputs: The result of `VideoSession.prompt`.
+            seen: A key that is equal for prompts with equal videos.
+            rows: Number of rows of the cache, for beams or several answers.
+            still: Returns whether `seen` is still valid; the cache is not kept if another thread has changed the video.
         """
         ids = inputs["input_ids"]
         end = int((ids[0] == self.adapter.placeholder_id(self.model)).nonzero()[-1]) + 1
@@ -62,12 +62,12 @@ class PromptPrefix:
             if not still():
                 self._kept = None
         if rows > 1 and not all(hasattr(layer, "batch_repeat_interleave") for layer in kept[1].layers):
-            # layers of linear attention are not copied
+            # a cache with linear attention layers cannot be copied
             return inputs
         rest = {name: x for name, x in inputs.items() if name != "mm_encoder_outputs"}
         places = rest.get("position_ids")
         if places is not None:
-            # the model keeps this between calls: it has to be this prompt's
+            # the model keeps its rope deltas between calls, so they must be those of this prompt
             self.adapter.set_rope_deltas(self.model, places[1:, :, -1:].amax(0) + 1 - ids.shape[1])
         cache = copy.deepcopy(kept[1])
         if rows > 1:

@@ -1,4 +1,4 @@
-"""Write the prompt of a stream when a question comes: ids and positions of what the memory holds by then."""
+"""Write the prompt of a stream for a question: ids and positions of the memory's entries."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from vmemory.banks import MemoryTokens
 from vmemory.models.adapter import Adapter
 from vmemory.models.prompt import with_text_row
 
-# whole numbers that float32 tells apart
+# the number of consecutive integers that float32 represents
 _EXACT = 2**24
 
 
 class HeldFrame(NamedTuple):
     """One entry of a memory: number and seconds of its (first) frame, and the cells `[n]` of its tokens.
 
-    In a prompt seconds count from its origin.
+    In a prompt, seconds count from the prompt's origin.
     """
 
     frame: int
@@ -31,16 +31,16 @@ VideoIds = Callable[[Sequence[HeldFrame]], Tensor]
 
 
 class Processor(Protocol):
-    """What a session needs of a processor or tokenizer: its chat template; `tokenizer` too, where it has one."""
+    """The interface of a processor or tokenizer for a session: its chat template and, optionally, `tokenizer`."""
 
     @property
     def apply_chat_template(self) -> Callable[..., Any]:
-        """Write a chat as text."""
+        """The function that writes a chat as text."""
         ...
 
 
 def held_frames(memory: MemoryTokens) -> list[HeldFrame]:
-    """Return the entries of a compact read, in stream order."""
+    """Return the entries of tokens from `read`, in stream order."""
     frames, counts = memory.frame.unique_consecutive(return_counts=True)
     sizes = counts.tolist()
     starts = memory.start[torch.tensor([0, *sizes[:-1]]).cumsum(0).to(memory.start.device)] if sizes else memory.start
@@ -51,14 +51,14 @@ def held_frames(memory: MemoryTokens) -> list[HeldFrame]:
 def text_ids(
     model: nn.Module, adapter: Adapter, processor: Processor, text: str, held: Sequence[HeldFrame], tail: int
 ) -> Tensor:
-    """Return ids `[1, L]` of a question in the processor's chat template, with the video in front.
+    """Return ids `[1, L]` of a question in the processor's chat template, with the video before the question.
 
     Args:
         held: Entries of the memory, with seconds from the prompt's origin.
-        tail: Placeholders behind the frames.
+        tail: Number of placeholders after the frames.
 
     Raises:
-        ValueError: The chat template does not write one placeholder for a video.
+        ValueError: The chat template does not write exactly one placeholder for a video.
     """
     tokenizer = tokenizer_of(processor)
     content = [{"type": adapter.modality}, {"type": "text", "text": text}]
@@ -73,7 +73,7 @@ def text_ids(
 
 
 def ids_with_video(ids: Tensor, placeholder: int, video: Tensor) -> Tensor:
-    """Return ids `[1, L + n - 1]` of a prompt `[1, L]` whose one placeholder becomes the video's ids `[n]`.
+    """Replace the only placeholder in ids `[1, L]` by the video's ids `[n]`; return `[1, L + n - 1]`.
 
     Raises:
         ValueError: `ids` is not one row with one placeholder.
@@ -101,16 +101,16 @@ def positions(
     grid: tuple[int, int],
     origin: HeldFrame | None,
 ) -> Tensor | None:
-    """Positions `[4, 1, L]` of a prompt `ids [1, L]` whose placeholders are the entries' tokens; None = plain ones.
+    """Return positions `[4, 1, L]` of a prompt `ids [1, L]` with the entries' tokens; None = plain positions.
 
-    Where text tells the time each frame starts anew at the place it has; else time runs along the first row.
+    If text states the times, each frame starts at its own position in the text; otherwise time is the first row.
 
     Args:
         grid: Cells (H, W) of a frame.
-        origin: The entry whose time counts as the start; None = that of the entries' seconds.
+        origin: The entry whose time is the start; None = the origin of the entries' seconds.
 
     Raises:
-        ValueError: Positions that float32, in which models rotate, cannot tell apart.
+        ValueError: Positions are too large for float32, in which models compute rotations.
     """
     if not adapter.uses_mrope:
         return None
@@ -149,7 +149,7 @@ def positions(
 
 
 def _text_after_sides(model: Any, adapter: Adapter) -> bool:
-    """Whether text after a video goes on from its sides; else from its last time. Upstream has changed it twice."""
+    """Return whether text after a video continues from its height and width; upstream has changed this twice."""
     config, merge, video = (
         model.config,
         adapter.feature_module(model).visual.spatial_merge_size,

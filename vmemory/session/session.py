@@ -1,4 +1,4 @@
-"""A model that watches a stream: frames go in once, memory stays bounded, questions come at any time."""
+"""`VideoSession`: push the frames of a stream once, within bounded memory, and ask questions at any time."""
 
 from __future__ import annotations
 
@@ -37,45 +37,46 @@ from vmemory.session.prompt import (
 from vmemory.session.short_stream import ShortStream
 from vmemory.sources.frames import FramesLike, TimeLike, as_frames, seconds_of
 
-# of each model, held while it answers
+# one lock per model, held while it answers
 _answers: WeakKeyDictionary[nn.Module, MemoryLock] = WeakKeyDictionary()
 
 
 class VideoSession:
-    """Watch one stream through one model: push frames, ask many times; nothing is encoded twice.
+    """One video stream with one model: push frames, ask any number of questions; no frame is encoded twice.
 
-    A session holds the memory, at most one frame that waits for its pair, and with `reuse_prefix` the cache of the
-    prompt up to the end of the video, made anew when a question follows new frames.
+    A session holds the memory, at most one frame that waits for its pair, and with `reuse_prefix` the key-value cache
+    of the prompt up to the end of the video, which is computed again after new frames.
 
-    Any call may come from any thread: calls on one session take turns, but frames come in while the model writes an
-    answer, and sessions over one model answer one after the other.
+    Any call may come from any thread: calls on one session take turns, but frames can be pushed while the model writes
+    an answer. Sessions over one model answer one after the other.
 
     Args:
-        model: Of a family in `integrations/`; it is not changed, and may have a memory attached or not.
-        processor: Of the model: chat template, tokenizer and pixel statistics. None = ready inputs and ids alone.
+        model: A model of a family in `integrations/`. It is not changed, and may have an attached memory.
+        processor: The model's processor: chat template, tokenizer and pixel statistics. None = only ready inputs and
+            ids are accepted.
         memory: A policy's name (`"merging"`), a `Bank` or `DualMemory` of one stream that fits the model's tokens, or a
-            function that makes one from `dim`, `grid`, `key_dim`, `device` and `dtype`; None = what `config` says.
+            function that makes one from `dim`, `grid`, `key_dim`, `device` and `dtype`; None = a memory made from
+            `config`.
         config: As in `vmemory.attach`.
-        fps: Frames a second of frames that come without times.
-        frame_size: (H, W) that frames are scaled to; None = the first frame's, of at most `frame_tokens` tokens. It
-            never changes: a memory holds tokens of one grid.
-        frame_tokens: Tokens of a frame at most.
-        time_origin: What counts as second 0 in a prompt, where positions and text tell times: `"start"`, the stream's
-            first frame, whatever its clock says; or a second of that clock. With `"oldest"` positions count from the
-            oldest entry held, which keeps them small for days, and text from the start. Everywhere else times are the
-            clock's.
-        reuse_prefix: Keep the prompt's cache between questions.
-        gate: Called with the tokens `[T, H, W, C]` and the session before each update; a bool or `[T]` bool says which
-            frames are remembered.
-        on_push: Called with the session after each update.
+        fps: Frames per second of frames without times.
+        frame_size: (H, W) to which frames are scaled; None = that of the first frame, reduced to at most `frame_tokens`
+            tokens. It never changes, because a memory holds tokens of one grid.
+        frame_tokens: Largest number of tokens per frame.
+        time_origin: Second 0 in a prompt, where positions and text state times: `"start"`, the stream's first frame, or
+            a second of the stream's clock. With `"oldest"` positions count from the oldest entry held, which keeps them
+            small for days, and text counts from the start. Everywhere else times are those of the clock.
+        reuse_prefix: Keep the prompt's key-value cache between questions.
+        gate: Function of the tokens `[T, H, W, C]` and the session, called before each update; a bool or `[T]` bool
+            selects the frames to push.
+        on_push: Function of the session, called after each update.
 
     Attributes:
         memory: The memory; None until the first frames fix its size.
-        tower_calls: Calls of the vision tower so far.
+        tower_calls: Number of calls of the vision tower so far.
 
     Raises:
-        TypeError: `memory` is nothing of the above.
-        ValueError: An unknown family or setting.
+        TypeError: `memory` is none of the above.
+        ValueError: The family or a setting is unknown.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class VideoSession:
         self.adapter, self.processor = adapter_of(self.model), processor
         named = {"memory_policy": memory} if isinstance(memory, str) else {}
         self.config = MemoryConfig.from_dict(getattr(self.model, "config", None) if config is None else config, **named)
-        # a memory that is in the model watches the stream where nobody asks for another
+        # without another setting, the memory attached to the model is used
         self._configured = config is not None or bool(named)
         self.memory: Memory | None = None
         self._factory: MemoryFactory | None = None
@@ -132,9 +133,9 @@ class VideoSession:
         self._pushes, self._step = 0, 0.0
         self._short_stream = ShortStream(self.config.short_video(given))
         self._prefix = PromptPrefix(self.model, self.adapter)
-        # held by whatever reads or changes what the session has; not while the model writes an answer
+        # held for every access to the session's data, but not while the model writes an answer
         self._lock = MemoryLock()
-        # why this session is no longer used, and where a pool keeps it on disk
+        # the reason why this session is no longer used, and its file in a pool
         self._left: str | None = None
         self._home: Path | None = None
 
@@ -142,22 +143,21 @@ class VideoSession:
 
     @torch.no_grad()
     def push(self, frames: FramesLike | None = None, time: TimeLike | None = None, **inputs: Tensor) -> VideoSession:
-        """Take frames in, oldest first.
+        """Push frames, oldest first.
 
         Args:
             frames: uint8 RGB `[n, 3, H, W]` or `[n, H, W, 3]`, pictures, arrays, or an iterable of `Frame` such as a
-                `FrameSource`, whose frames are taken one by one until it ends. Where two frames become one of the
-                memory, the last of an odd number waits for its pair; questions see it all the same, as if it came
-                twice.
-            time: Seconds of each frame, or of the only one, strictly increasing, by any clock; None = those the frames
-                bring, or numbered by `fps`.
+                `FrameSource`, which is read to its end. If two frames form one frame of the memory, the last of an odd
+                number waits for its pair; questions see it as if it were pushed twice.
+            time: Seconds of each frame, or of the only one, strictly increasing, by any clock; None = the times of the
+                frames themselves, or numbers divided by `fps`.
             inputs: Ready inputs of the tower instead, for example `pixel_values_videos=`, `video_grid_thw=`.
 
         Returns:
             The session itself.
 
         Raises:
-            TypeError, ValueError: Frames or times do not fit; nothing has changed then.
+            TypeError, ValueError: Frames or times do not fit; nothing has changed.
         """
         if (frames is None) == (not inputs):
             raise ValueError(
@@ -190,13 +190,13 @@ class VideoSession:
 
     @locked
     def _push_frames(self, pixels: Tensor, given: list[float | None]) -> bool:
-        """Take frames in; whether the memory has changed."""
+        """Push frames; return whether the memory has changed."""
         self._check_here()
         seconds = [self._numbered(i) if t is None else t for i, t in enumerate(given)]
         steps = [self._last, *seconds]
         if any(not a < b for a, b in pairwise(steps)):
             raise ValueError(f"time: expected strictly increasing seconds above {self._last}, got {seconds}")
-        # a camera may have changed its size meanwhile
+        # a camera may change its frame size
         waiting = [(_resized(frame, pixels), t) for frame, t in self._waiting]
         frames = [*waiting, *zip(pixels, seconds, strict=True)]
         together = self.adapter.temporal_patch_size(self.model)
@@ -207,7 +207,7 @@ class VideoSession:
             step = max(times[i + together - 1] - times[i] for i in range(0, ready, together))
             self._step = max(self._step, step)
         else:
-            # a question now sees another last frame
+            # the last frame of the prompt has changed
             self._pushes += 1
         self._waiting, self._pair, self._last = frames[ready:], None, seconds[-1]
         self._frames += len(pixels)
@@ -219,11 +219,11 @@ class VideoSession:
             raise RuntimeError(f"session: expected one in use, got one that {self._left}")
 
     def _numbered(self, i: int) -> float:
-        """Seconds of the i-th of the next frames, where nobody tells them."""
+        """Return the seconds of the i-th of the next frames without times."""
         return (self._frames + i) / self.fps
 
     def _encoded(self, frames: list[tuple[Tensor, float]]) -> tuple[Clip, Any, list[float]]:
-        """Encode whole groups of frames; a clip, the tower's output, and seconds a group. The first fix the size."""
+        """Encode complete groups of frames; return a clip, the tower's output, and seconds per group."""
         stack, times = torch.stack([frame for frame, _ in frames]), [t for _, t in frames]
         together = self.adapter.temporal_patch_size(self.model)
         size = self.frame_size or self.adapter.frame_size(self.model, _size(stack), self.frame_tokens)
@@ -251,7 +251,7 @@ class VideoSession:
         self._pushes += 1
 
     def _chosen(self, clip: Clip, seconds: list[float]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Frames, times and cells that exist, of those that the gate lets through."""
+        """Return frames, times and valid cells of the frames that the gate selects."""
         times = torch.tensor(seconds, dtype=torch.float64)
         frames, valid = clip.frames, clip.valid
         if self.gate is not None:
@@ -261,12 +261,12 @@ class VideoSession:
         return frames.contiguous(), times, valid
 
     def _note(self, memory: Memory, clip: Clip, output: Any) -> None:
-        """Keep what a prompt needs beside the memory."""
+        """Store the data that a prompt needs in addition to the memory."""
         self.memory, self._grid = memory, (clip.frames.shape[1], clip.frames.shape[2])
         self._tail, self._output = clip.tail, output
 
     def _fitting(self, clip: Clip) -> Memory:
-        """The memory for these tokens; the first ones fix its size."""
+        """Return the memory for these tokens; the first tokens determine its size."""
         H, W, C = clip.frames.shape[1:]
         if self.memory is not None:
             if self._grid is not None and self._grid != (H, W):
@@ -279,7 +279,7 @@ class VideoSession:
         if trained is None:
             made: Memory = config.build(C, (H, W), **like)
             return made
-        # what was trained in the model is what watches the stream, in the dtype it was trained in
+        # a trained memory keeps the dtype of its training
         like["dtype"] = torch.promote_types(clip.frames.dtype, dtype_of(trained))
         if config.policy == "dual":
             asked = {
@@ -291,14 +291,14 @@ class VideoSession:
         return copied
 
     def _trained(self) -> Any:
-        """The memory with weights that is in the model, where it is to watch the stream, or None."""
+        """Return the model's memory with weights if this session uses it, or None."""
         handle = attached(self.model)
         asked = self._configured and self.config.policy != "dual"
         return None if handle is None or asked or not hasattr(handle.memory, "like") else handle.memory
 
     @contextmanager
     def _complete(self) -> Iterator[None]:
-        """The frame that waits for its pair is in the memory, as if it came twice, for as long as the block lasts."""
+        """Push the frame that waits for its pair twice, and undo this at the end of the context."""
         if not self._waiting:
             yield
             return
@@ -316,7 +316,7 @@ class VideoSession:
             yield
 
     def _call_back(self) -> None:
-        # last of all and with nothing locked: a callback may ask, save or fail, and the push has happened
+        # at the end and without a lock, because a callback may ask, save or fail after the push
         for call in self.on_push:
             call(self)
 
@@ -326,7 +326,7 @@ class VideoSession:
     @locked
     @torch.no_grad()
     def held(self) -> MemoryTokens:
-        """What is remembered now, with a frame that waits for its pair.
+        """The tokens in memory, including a frame that waits for its pair.
 
         Raises:
             ValueError: Nothing has been pushed.
@@ -343,14 +343,14 @@ class VideoSession:
 
     @property
     def num_tokens(self) -> int:
-        """Visual tokens of what is remembered; a frame that waits for its pair has its own beside them in a prompt."""
+        """Number of visual tokens in memory, without those of a frame that waits for its pair."""
         if self._shown is None or self._grid is None:
             return 0
         return int((self._shown.mass[0] > 0).sum()) + (0 if self._tail is None else len(self._tail))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the memory and its weights, a short stream shown whole, and what is kept between questions."""
+        """Bytes of the memory and its weights, of an uncompressed short stream, and of the prompt's cache."""
         cache = self._prefix.nbytes
         cache += 0 if self._pair is None else sum(x.nbytes for x in self._pair if x is not None)
         if self.memory is None:
@@ -365,7 +365,7 @@ class VideoSession:
 
         Args:
             query: `[Q, D]`, in the space of the model's visual tokens.
-            k: Entries a query; those below the setting `memory_similarity_threshold` are left out.
+            k: Entries per query; entries below the setting `memory_similarity_threshold` are left out.
 
         Raises:
             ValueError: Nothing has been pushed, or the query's size does not fit.
@@ -383,16 +383,16 @@ class VideoSession:
     def prompt(
         self, text: str | None = None, *, input_ids: Tensor | None = None, video_ids: VideoIds | None = None
     ) -> Inputs:
-        """Write inputs for `model.generate`, for people with their own loop.
+        """Return inputs for `model.generate`, for your own loop.
 
         Args:
-            text: A question, put into the processor's chat template with the video in front.
-            input_ids: `[1, L]` with one placeholder where the video belongs, instead of `text`.
-            video_ids: With `input_ids`: ids that stand for the video, for families that write times between frames,
-                made from the entries, whose seconds count from the origin; None = placeholders alone.
+            text: A question, written with the processor's chat template after the video.
+            input_ids: `[1, L]` with one placeholder in the position of the video, instead of `text`.
+            video_ids: With `input_ids`: a function that returns the ids of the video from its entries, whose seconds
+                count from the origin, for families that write times between frames; None = placeholders only.
 
         Raises:
-            ValueError: Nothing to ask about, no question, or times too far from their origin.
+            ValueError: Nothing was pushed, there is no question, or times are too far from their origin.
         """
         self._check_here()
         if text is not None and not text.strip():
@@ -454,23 +454,23 @@ class VideoSession:
         video_ids: VideoIds | None = None,
         **generation: Any,
     ) -> Any:
-        """Answer a question about all that is remembered.
+        """Answer a question about the stream.
 
         Args:
             text, input_ids, video_ids: As in `prompt`.
-            generation: Of `model.generate`.
+            generation: Arguments of `model.generate`.
 
         Returns:
-            With `text` the answer in words, a list of them where `num_return_sequences` asks for several; else what
-            `generate` returns, whose sequences hold the prompt.
+            With `text`, the answer as text, or a list of answers with `num_return_sequences`; otherwise the output of
+            `generate`, whose sequences include the prompt.
         """
         return self._answer(*self._asked(text, input_ids, video_ids), text, generation)
 
     def stream_generate(self, text: str, **generation: Any) -> Iterator[str]:
-        """Yield the answer in pieces, as they come.
+        """Yield pieces of the answer while the model writes it.
 
         Raises:
-            ValueError: No processor; also what `ask` raises, when the first piece is asked for.
+            ValueError: No processor; the errors of `ask` are raised with the first piece.
         """
         from transformers import TextIteratorStreamer
 
@@ -483,7 +483,7 @@ class VideoSession:
         def answer() -> None:
             try:
                 self._answer(*asked, text, {"streamer": streamer, **generation})
-            except BaseException as error:  # handed to the caller's thread below
+            except BaseException as error:  # raised again in the caller's thread below
                 failed.append(error)
                 streamer.end()
 
@@ -501,8 +501,8 @@ class VideoSession:
     @torch.no_grad()
     def _answer(self, inputs: Inputs, pushes: int, text: str | None, generation: dict[str, Any]) -> Any:
         length = inputs["input_ids"].shape[1]
-        # a model keeps what belongs to its last prompt, so that it answers one question after the other; frames may be
-        # pushed meanwhile
+        # a model keeps data of its last prompt, so it answers questions one after the other; frames may be pushed
+        # meanwhile
         with _answers.setdefault(self.model, MemoryLock()):
             if self.reuse_prefix and self._prefix.usable(generation):
                 several = ("num_beams", "num_return_sequences")
@@ -521,9 +521,9 @@ class VideoSession:
 
     @locked
     def reset(self) -> None:
-        """Forget the stream, where a pool keeps it on disk too; the memory's size and the frame size stay."""
+        """Forget the stream, also in the pool's file; the sizes of memory and frames stay."""
         self._check_here()
-        # first what can fail
+        # the step that can fail comes first
         if self._home is not None:
             self._home.unlink(missing_ok=True)
         if self.memory is not None:
@@ -536,35 +536,34 @@ class VideoSession:
 
     @locked
     def erase(self, t0: float, t1: float, **how: Any) -> int:
-        """Forget the frames from `t0` to `t1` seconds: memory, archive, the prompt's cache and a waiting frame.
+        """Forget the frames from `t0` to `t1` seconds in memory, archive and the prompt's cache.
 
-        Where a pool keeps the session on disk, its file is written anew; other files that `save` wrote are not touched.
-
-        Where two frames become one of the memory, it goes if either of them is in the span (of ready inputs, two that
-        follow each other by `fps`).
+        The pool's file of the session is written again; other files of `save` are not changed. If two frames form one
+        frame of the memory, it is erased if either frame is in the span (for ready inputs: two frames at a distance of
+        1 / `fps`).
 
         Args:
-            t0, t1: Seconds, both included.
-            how: Of the memory's own `erase`, which says what else has to go.
+            t0, t1: Seconds, both inclusive.
+            how: Further arguments of the memory's `erase`.
 
         Returns:
             Entries removed from the memory.
 
         Raises:
-            ValueError: `t0` above `t1`, or a setting the memory's `erase` does not have; nothing has changed then.
-            RuntimeError: The archive's disk does not take its part; see `Bank.erase`.
-            OSError: The pool's disk does not take its part; the session's file there is gone then.
+            ValueError: `t0` is above `t1`, or the memory's `erase` does not have an argument; nothing has changed.
+            RuntimeError: The archive cannot be written; see `Bank.erase`.
+            OSError: The pool's file cannot be written and was deleted.
         """
         self._check_here()
         if not t0 <= t1:
             raise ValueError(f"t0: expected at most t1 ({t1} s), got {t0}")
-        # an entry has one time, and its frames lie up to a step around it
+        # an entry has one time, and its frames are within one step of it
         behind = self.adapter.frame_time(0.0, self._step)
         span = t0 - (self._step - behind), t1 + behind
         try:
             removed = 0 if self.memory is None else self.memory.erase(*span, **how)
         except RuntimeError:
-            # of the memory's disk; what is held here goes all the same
+            # an error of the archive's disk; the session's own data is erased all the same
             self._forget(span, t0, t1)
             raise
         self._forget(span, t0, t1)
@@ -573,7 +572,7 @@ class VideoSession:
     def _forget(self, span: tuple[float, float], t0: float, t1: float) -> None:
         self._short_stream.erase(*span)
         self._waiting = [(frame, t) for frame, t in self._waiting if not t0 <= t <= t1]
-        # an answer that is being prepared must not keep what it had
+        # a cache that is being computed must not be kept
         self._pushes += 1
         self._prefix.clear()
         self._pair = None
@@ -587,12 +586,12 @@ class VideoSession:
     # files
 
     def save(self, path: str | Path) -> None:
-        """Write the memory to a `.vmem` file, with all that `load` needs to go on; a frame waiting for its pair too.
+        """Write the session to a `.vmem` file, from which `load` continues, including a frame that waits for its pair.
 
-        What is written is the session of one moment; other threads may push while the disk takes it.
+        The file is a consistent snapshot; other threads may push during the write.
 
         Raises:
-            OSError: The disk does not take it; an old file is still there.
+            OSError: The file cannot be written; an old file is unchanged.
             ValueError: Nothing has been pushed.
         """
         self._to_file().write(Path(path))
@@ -626,25 +625,25 @@ class VideoSession:
     def load(
         cls, path: str | Path, model: nn.Module, processor: Processor | None = None, **settings: Any
     ) -> VideoSession:
-        """Make the session that `save` wrote, over the same model. One blank frame goes through the tower.
+        """Load a session that `save` wrote, with the same model; encodes one blank frame to check the model.
 
         Args:
-            path: Where it was written.
-            model, processor: As at the start.
-            settings: Further arguments of `VideoSession`; rate, frame size and origin of time are those saved.
+            path: The file.
+            model, processor: As in `VideoSession`.
+            settings: Further arguments of `VideoSession`; `fps`, `frame_size` and `time_origin` come from the file.
 
         Raises:
-            BankFileError: The file cannot be used, or holds no session.
+            BankFileError: The file cannot be used, or contains no session.
         """
         session = cls(model, processor, **settings)
         session.resume(path)
         return session
 
     def resume(self, path: str | Path) -> None:
-        """Go on from where `save` wrote; what this session held is forgotten.
+        """Replace the content of this session by that of a file of `save`.
 
         Raises:
-            BankFileError: As in `load`; nothing has changed then.
+            BankFileError: As in `load`; nothing has changed.
         """
         device = device_of(self.model)
         memory, file = load(path, device)
@@ -676,10 +675,10 @@ class VideoSession:
         return str(self.model.config.model_type)
 
     def _checked(self, notes: SessionNotes, memory: Memory, short: ShortStream, extra: dict[str, Tensor]) -> Any:
-        """The tower's output for a blank frame, whose tokens are those that a session's parts are made for.
+        """Check a session's parts against the tokens of a blank frame, and return the tower's output for it.
 
         Raises:
-            ValueError: They are made for others.
+            ValueError: The parts are made for other tokens.
         """
         (H, W), D = _token_shape(memory)
         if memory.streams != 1 or notes.grid != (H, W):
@@ -703,7 +702,7 @@ class VideoSession:
 
     @torch.no_grad()
     def _blank(self, size: tuple[int, int]) -> tuple[Clip, Any]:
-        """A blank frame's tokens, and the tower's output for it, which prompts imitate."""
+        """Return the tokens of a blank frame and the tower's output for it, whose form prompts copy."""
         frames = torch.zeros(self.adapter.temporal_patch_size(self.model), 3, *size, dtype=torch.uint8)
         clips, output = self.adapter.encode_frames(self.model, frames, self.processor, size)
         return clips[0], output
@@ -711,15 +710,15 @@ class VideoSession:
     # for a pool
 
     def kept_at(self, path: Path) -> None:
-        """Know where a pool keeps this session, so that what is erased is erased there too."""
+        """Set the pool's file of this session, so that `erase` and `reset` change it too."""
         self._home = path
 
     @locked
     def leave(self, why: str, *, keep: bool) -> None:
-        """Take no more frames, since a pool lets go of this session; with `keep` it is written first.
+        """Close the session because its pool removes it; with `keep` write it first.
 
         Raises:
-            OSError: The disk does not take it; it goes on then.
+            OSError: The file cannot be written; the session stays open.
         """
         if keep and self._home is not None:
             self.save(self._home)
@@ -738,7 +737,7 @@ def _resized(frame: Tensor, like: Tensor) -> Tensor:
 
 
 def _token_shape(memory: Memory) -> tuple[tuple[int, int], int]:
-    """Token grid (H, W) of the frames that a memory takes, and their channels."""
+    """Return the token grid (H, W) and the channels of a memory's frames."""
     config = memory.config()
     H, W = config["grid"]
     return (H, W), config["dim"]

@@ -1,4 +1,4 @@
-"""The frames of a stream that is still short, kept untouched."""
+"""Keep the frames of a short stream uncompressed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _STATE = "short_stream."
 
 
 class ShortStream:
-    """Hold a stream's frames while there are at most `frames` of them; hold nothing afterwards.
+    """The frames of a stream as long as there are at most `frames` of them; afterwards empty.
 
-    A session shows these to the model in place of its memory, so that a short stream is not compressed at all.
+    A session uses these frames instead of its memory, so that a short stream is not compressed.
 
     Args:
-        frames: How many frames make a stream that is still short.
+        frames: Largest number of frames of a short stream.
     """
 
     def __init__(self, frames: int) -> None:
@@ -31,7 +31,7 @@ class ShortStream:
         self.bank: RingBank | None = None
 
     def push(self, frames: Tensor, times: Tensor, valid: Tensor | None) -> None:
-        """Take frames `[T, H, W, C]`, as a memory takes them."""
+        """Push frames `[T, H, W, C]`, as into a memory."""
         self.seen += len(frames)
         if self.seen > self.frames:
             self.bank = None
@@ -43,7 +43,7 @@ class ShortStream:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Undo all pushes at the end of the block."""
+        """Undo all pushes at the end of the context."""
         seen, bank = self.seen, self.bank
         with nullcontext() if bank is None else bank.preserved():
             try:
@@ -65,7 +65,7 @@ class ShortStream:
         return 0 if self.bank is None else self.bank.nbytes
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return tensors, copied, and plain values, from which `resumed` makes the same again."""
+        """Return copies of tensors and plain values for `resumed`."""
         notes = {"frames": self.frames, "seen": self.seen}
         if self.bank is None:
             return {}, notes
@@ -74,10 +74,10 @@ class ShortStream:
 
     @classmethod
     def resumed(cls, extra: dict[str, Tensor], notes: dict[str, Any], device: torch.device) -> ShortStream:
-        """Make the short stream that `saved` wrote.
+        """Restore a short stream from the result of `saved`.
 
         Raises:
-            ValueError: These are not what `saved` writes.
+            ValueError: `saved` cannot have returned these values.
         """
         if not {"frames", "seen"} <= notes.keys() <= {"frames", "seen", "bank"}:
             raise ValueError(f"short_stream: expected frames, seen and perhaps bank, got {', '.join(notes)}")
