@@ -41,6 +41,21 @@ def pairwise(cases: Sequence[Mapping[str, Hashable]]) -> list[int]:
     return sorted(chosen)
 
 
+def parameters(item: pytest.Function) -> dict[str, Hashable]:
+    """Which value each decorator of a test has here; values that stand in one decorator together are one.
+
+    Values are told apart by identity, since not all can be compared, and every case of a decorator has the same object.
+    """
+    values = {name: id(value) for name, value in item.callspec.params.items()}
+    found: dict[str, Hashable] = {}
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0] if mark.args else mark.kwargs["argnames"]
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+        found[",".join(names)] = tuple(values.pop(name) for name in names)
+    # what is left comes from fixtures
+    return found | values
+
+
 def without_new_pairs(items: Iterable[pytest.Item]) -> set[pytest.Item]:
     """Of each test function the cases that add no pair."""
     tests: dict[Hashable, list[pytest.Function]] = {}
@@ -49,6 +64,6 @@ def without_new_pairs(items: Iterable[pytest.Item]) -> set[pytest.Item]:
             tests.setdefault((item.parent, item.originalname), []).append(item)
     out: set[pytest.Item] = set()
     for cases in tests.values():
-        chosen = set(pairwise([case.callspec.indices for case in cases]))
+        chosen = set(pairwise([parameters(case) for case in cases]))
         out.update(case for place, case in enumerate(cases) if place not in chosen)
     return out

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from tests.pairwise import pairs_of, pairwise
+from tests.pairwise import pairs_of, pairwise, parameters
 
 
 def cases_of(*sizes: int) -> list[dict[str, int]]:
@@ -40,3 +40,13 @@ def test_no_cases() -> None:
 
 def test_the_same_part_every_time() -> None:
     assert pairwise(cases_of(6, 4, 3)) == pairwise(cases_of(6, 4, 3))
+
+
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("kind", ["a", "b"])
+@pytest.mark.parametrize(("x", "y"), [(1, [2]), (1, [4]), (5, [2])])
+def test_a_test_of_three_parameters_runs_on_half_of_their_product(x, y, kind, flag, request) -> None:
+    cases = [item for item in request.session.items if getattr(item, "originalname", "") == request.node.originalname]
+    assert len(cases) <= (12 if request.config.getoption("--all") else 6)
+    found = parameters(request.node)
+    assert found == {"x,y": (id(x), id(y)), "kind": (id(kind),), "flag": (id(flag),)}
