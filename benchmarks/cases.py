@@ -27,7 +27,7 @@ class Case:
     """Input shape for a number of frames."""
     op: Callable[[Tensor], Any]
     plain: Callable[[Tensor], Any]
-    """The same in plain PyTorch."""
+    """The same computation in plain PyTorch."""
     written: float
     """Bytes written per byte of input; the input is read once."""
     operations: float

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/concepts.md: python docs/diagrams.py writes tiers.png and prompt.png beside itself."""
+"""Draw the pictures of docs/concepts.md: `python docs/diagrams.py` writes tiers.png and prompt.png beside itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FRAMES, SCENES = 64, (14, 30, 33, 52)
 
 
 def film() -> torch.Tensor:
-    """`[64, 4, 4, 16]`: five scenes, in each of which frames drift."""
+    """Return `[64, 4, 4, 16]`: five scenes with drifting frames."""
     draw = torch.Generator().manual_seed(3)
     frames, scene = [], torch.randn(16, generator=draw)
     for t in range(FRAMES):
@@ -33,7 +33,7 @@ def film() -> torch.Tensor:
 
 
 def tiers() -> None:
-    """Which frame a small hierarchical memory holds in which tier, after each push."""
+    """Draw the frames and tiers of a small hierarchical memory after each push."""
     bank = HierarchicalBank(dim=16, grid=(4, 4), capacities=(4, 6, 12), grids=((4, 4), (2, 2), (1, 1)))
     held = np.full((FRAMES, FRAMES), np.nan)
     for t, frame in enumerate(film()):
@@ -67,7 +67,7 @@ def tiers() -> None:
 
 
 def prompt() -> None:
-    """A prompt before and after: kept placeholders, a time whose frame has left, positions that stay."""
+    """Draw a prompt before and after: kept placeholders, a removed time, unchanged positions."""
     before = ["w", "w", "t", "v", "v", "v", "v", "t", "v", "v", "v", "v", "t", "v", "v", "v", "v", "w", "w", "w"]
     # a frame pooled to one token owns its cell (1, 1)
     keep = [1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 1, 1, 1, 1]

@@ -1,4 +1,4 @@
-"""Fill in what pages take from the code, so that it stands in one place.
+"""Insert code and docstrings into pages.
 
 `<!-- code: examples/x.py -->` becomes that file, and `<!-- public: vmemory/ops -->` the docstrings of all public names
 of the package, module by module, functions before the types that they return.
@@ -16,7 +16,7 @@ ASKED = re.compile(r"<!-- (public|code): (.+?) -->")
 
 
 def names(package: str) -> list[str]:
-    """Dotted names of all that a package's `__init__` imports and lists in `__all__`."""
+    """Return the dotted names that a package's `__init__` imports and lists in `__all__`."""
     tree = ast.parse((ROOT / package / "__init__.py").read_text())
     listed: set[str] = set()
     imported: list[tuple[str, list[str]]] = []
@@ -30,7 +30,7 @@ def names(package: str) -> list[str]:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Called by mkdocs for each page."""
+    """Replace the comments of a page; mkdocs calls this for each page."""
 
     def taken(asked: re.Match[str]) -> str:
         if asked[1] == "code":

@@ -1,4 +1,4 @@
-"""Put a memory into a video model: the same `generate`, a prompt that does not grow with the video.
+"""Attach a memory to a video model: `generate` works as before, and the prompt does not grow with the video.
 
 python examples/attach_and_generate.py [--model Qwen/Qwen2.5-VL-3B-Instruct --video film.mp4]
 """
@@ -11,17 +11,17 @@ import vmemory
 
 
 def main(given: list[str] | None = None) -> dict[int, int]:
-    """The visual tokens of the prompt, for each number of frames."""
+    """Return the visual tokens of the prompt for each number of frames."""
     args = arguments(__doc__.splitlines()[0], given)
     model, processor = load(args.model)
     whole = film(args.video)
     held = {}
-    # 2 entries as they come, 4 at half the side, 8 at a quarter
+    # 2 entries at full size, 4 at half the side, 8 at a quarter
     with vmemory.attach(model, config={"memory_capacities": [2, 4, 8]}) as handle:
         for frames in (len(whole) // 2, len(whole)):
             inputs = prompt(processor, whole[:frames], "What happened?").copy()
             out = model.generate(**inputs, max_new_tokens=12, do_sample=False)
-            # the caller's own prompt comes back, so this line is the one it was without a memory
+            # the output begins with the caller's prompt, so this line is the same as without a memory
             answer = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             (kept,) = handle.last_prompt
             held[frames] = kept.tokens_after

@@ -1,4 +1,4 @@
-"""A model family that vmemory does not know: InternVL, whose videos are runs of pictures, in one class.
+"""Add a model family in one class: InternVL, whose videos are runs of pictures.
 
 python examples/custom_family.py [--model OpenGVLab/InternVL3-1B-hf --video film.mp4]
 """
@@ -19,7 +19,7 @@ from vmemory.models.adapter import as_pooling
 
 @vmemory.register_adapter("internvl")
 class InternVL(Llava):
-    """Pictures as in LLaVA, with `Frame1:` in front of each; features go back as one tensor, sizes are pairs."""
+    """Adapter with pictures as in LLaVA, `Frame1:` before each, features as one tensor, and sizes as pairs."""
 
     def pack(self, output: Any, tokens: Sequence[Tensor]) -> Any:
         return as_pooling(torch.cat(list(tokens))[None])
@@ -31,12 +31,12 @@ class InternVL(Llava):
 
 @torch.no_grad()
 def main(given: list[str] | None = None) -> tuple[bool, int, int]:
-    """Whether a memory that holds everything changes nothing; visual tokens before, and with a small memory."""
+    """Return whether a large memory leaves the logits unchanged, and the visual tokens with and without a small one."""
     args = arguments(__doc__.splitlines()[0], given)
     model, processor = load(args.model, "internvl")
     inputs = prompt(processor, film(args.video, 16), "What happened?")
     plain = model(**inputs).logits
-    # the first thing to check of a new family
+    # check this first for a new family
     with vmemory.attach(model, "recent", {"memory_capacities": 1000}):
         same = torch.equal(model(**inputs).logits, plain)
     with vmemory.attach(model, config={"memory_capacities": [2, 2, 2]}) as handle:

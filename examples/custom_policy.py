@@ -1,4 +1,4 @@
-"""A memory of your own: anything with `compress(clip, time, valid=…)` that says which tokens it kept.
+"""Write a memory of your own: an object with `compress(clip, time, valid=…)` that returns the kept tokens.
 
 python examples/custom_policy.py [--model Qwen/Qwen2.5-VL-3B-Instruct --video film.mp4]
 """
@@ -14,16 +14,16 @@ from vmemory.banks import MemoryTokens
 
 
 class SceneStarts:
-    """The frames that differ most from the one before them, and the first."""
+    """Keep the first frame and the frames that differ most from their predecessor."""
 
     def __init__(self, frames: int) -> None:
         self.frames = frames
 
     def compress(self, clip: Tensor, time: Tensor | None = None, *, valid: Tensor | None = None) -> MemoryTokens:
-        """`clip [T, H, W, D]`, `time [T]` seconds or None, `valid [T, H, W]` bool: cells that exist."""
+        """Compress `clip [T, H, W, D]`; `time [T]` seconds or None, `valid [T, H, W]` bool, cells that exist."""
         T, H, W, D = clip.shape
         alike = vmemory.ops.adjacent_similarity(clip.detach().reshape(1, T, H * W, D))[0]
-        # [T], the first frame is like nothing
+        # [T]; the first frame has no predecessor and always stays
         alike = torch.cat([alike.new_full((1,), -1.0), alike])
         chosen = alike.argsort(stable=True)[: self.frames].sort().values
         source = torch.arange(T * H * W, device=clip.device).view(T, H * W)[chosen].flatten()
@@ -33,7 +33,7 @@ class SceneStarts:
 
 
 def main(given: list[str] | None = None) -> list[int]:
-    """The frames that were kept."""
+    """Return the numbers of the kept frames."""
     args = arguments(__doc__.splitlines()[0], given)
     model, processor = load(args.model)
     inputs = prompt(processor, film(args.video), "What happened?")

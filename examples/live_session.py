@@ -1,4 +1,4 @@
-"""Watch a stream: frames go in one by one, questions come at any time, bytes and tokens stay where they are.
+"""Push a stream frame by frame and ask questions at any time, within constant bytes and tokens.
 
 python examples/live_session.py [--model Qwen/Qwen2.5-VL-3B-Instruct --video film.mp4]
 """
@@ -16,7 +16,7 @@ GREEDY = {"max_new_tokens": 12, "do_sample": False}
 
 
 def main(given: list[str] | None = None) -> list[tuple[int, int, int]]:
-    """Tower calls, visual tokens and bytes of the memory at each question."""
+    """Return tower calls, visual tokens and bytes of the memory at each question."""
     args = arguments(__doc__.splitlines()[0], given)
     model, processor = load(args.model)
     session = vmemory.VideoSession(

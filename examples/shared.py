@@ -1,4 +1,4 @@
-"""What the examples share: arguments, a film, and a model: a checkpoint, or a tiny random one with bytes as tokens."""
+"""Shared parts of the examples: arguments, a film, and a model (a checkpoint, or a tiny random one)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def arguments(description: str, given: list[str] | None) -> argparse.Namespace:
 
 
 def film(path: Path | None, frames: int = 48) -> Tensor:
-    """uint8 `[n, 3, H, W]`, two frames a second: a file, or a square that crosses scenes of three colours."""
+    """Return uint8 `[n, 3, H, W]` at two frames per second: a file, or a square that crosses three coloured scenes."""
     if path is not None:
         return torch.from_numpy(np.stack([frame.image for frame in FrameSource(path, fps=2.0)])).permute(0, 3, 1, 2)
     drawn = torch.zeros(frames, 3, 32, 32, dtype=torch.uint8)
@@ -44,14 +44,14 @@ def film(path: Path | None, frames: int = 48) -> Tensor:
 
 
 def prompt(processor: Any, frames: Tensor, question: str) -> dict[str, Any]:
-    """A video and a question as the model's inputs."""
+    """Return the model's inputs for a video and a question."""
     chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
     text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     return dict(processor(text=[text], videos=[frames], return_tensors="pt"))
 
 
 def load(name: str | None, family: str = "qwen2_5_vl") -> tuple[Any, Any]:
-    """A model and its processor."""
+    """Load a model and its processor."""
     if name is not None:
         return load_model(name)
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def load(name: str | None, family: str = "qwen2_5_vl") -> tuple[Any, Any]:
     if family == "internvl":
         vision = {**seeing, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": [32, 32]}
         text.pop("rope_parameters")
-        # its videos are runs of picture tokens
+        # InternVL's videos are runs of picture tokens
         config = transformers.InternVLConfig(
             text_config={"model_type": "qwen2", **text}, vision_config=vision, image_token_id=191
         )
@@ -82,7 +82,7 @@ def load(name: str | None, family: str = "qwen2_5_vl") -> tuple[Any, Any]:
 
 
 class TinyProcessor:
-    """Bytes as tokens, frames as pixels: what `AutoProcessor` is for a checkpoint."""
+    """A processor for the tiny model, instead of `AutoProcessor`: bytes as tokens, frames as pixels."""
 
     def __init__(self, family: str) -> None:
         self.family = family

@@ -9,7 +9,7 @@ from vmemory.kernels._launch import power_of_two
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-float("inf"))
-"""The largest score of a query that has met no key."""
+"""The largest score of a query without a key."""
 
 
 @triton.jit

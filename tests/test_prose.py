@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("vmemory", "kernels", "integrations", "benchmarks")
+FOLDERS = ("vmemory", "kernels", "integrations", "benchmarks", "examples", "docs")
 FILES = ("setup.py",)
 # rooms whose files are about to move
 LATER = ("vmemory/banks", "vmemory/data")

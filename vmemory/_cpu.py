@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 
 PORTABLE = "portable"
-"""What is built on a machine that is no x86-64: for the compiler's default."""
+"""The only level on a machine that is not x86-64: the compiler's default."""
 
 # Linux's names of the features that each level adds (x86-64 psABI); Linux hides features that it does not support
 LEVELS = {

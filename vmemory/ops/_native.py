@@ -26,9 +26,9 @@ class NativeStatus:
     cuda_reason: str
     facts: dict[str, Any]
     level: str = ""
-    """Instruction set of the CPU operators that were loaded, for example x86-64-v3; empty where none were."""
+    """Level of the loaded CPU operators, for example x86-64-v3; empty if none are loaded."""
     level_reason: str = ""
-    """Why this level was chosen."""
+    """The reason for this level."""
 
 
 def _read_facts() -> dict[str, Any]:

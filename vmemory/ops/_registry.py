@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 OPS: dict[str, Op] = {}
-"""Every operator defined so far, forward and backward, by name."""
+"""All defined operators, forward and backward, by name."""
 
 
 class Op:

@@ -43,9 +43,9 @@ class Backends:
     native_dtypes: tuple[torch.dtype, ...] = _FLOATING
     triton_dtypes: tuple[torch.dtype, ...] = _FLOATING[1:]
     cuda_dtypes: tuple[torch.dtype, ...] | None = None
-    """What the native CUDA kernel takes where that is not what the CPU kernel takes."""
+    """Dtypes of the native CUDA kernel, if they differ from those of the CPU kernel."""
     passed_over: Callable[[str, torch.Tensor], str] = lambda impl, tensor: ""
-    """Why `"auto"` passes an implementation over for a tensor of this device and shape; empty where it does not."""
+    """Function that returns why `"auto"` does not pick an implementation for a tensor, or an empty string."""
 
     def why_not(self, impl: str, device: str, dtype: torch.dtype) -> str:
         """Return why `impl` cannot run on this device type and dtype, or an empty string."""

@@ -648,7 +648,7 @@ class VideoSession:
         device = device_of(self.model)
         memory, file = load(path, device)
         if "session" not in file.notes:
-            raise BankFileError(f"{path}: holds a memory without a session")
+            raise BankFileError(f"{path}: contains a memory without a session")
         try:
             notes = SessionNotes.of(file.notes["session"])
             if notes.model_type != self._model_type:

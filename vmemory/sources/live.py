@@ -75,7 +75,7 @@ class LiveSource:
     def warning(self) -> str | None:
         """One line about skipped frames, or None."""
         count = f"{self.dropped} frame{'' if self.dropped == 1 else 's'}"
-        return f"{self.name}: {count} came while nobody had time for them" if self.dropped else None
+        return f"{self.name}: {count} skipped, because newer ones arrived first" if self.dropped else None
 
     def _open(self) -> Any:
         import av
