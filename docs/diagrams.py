@@ -34,7 +34,7 @@ def film() -> torch.Tensor:
 
 def tiers() -> None:
     """Draw the frames and tiers of a small hierarchical memory after each push."""
-    bank = HierarchicalBank(dim=16, grid=(4, 4), capacities=(4, 6, 12), grids=((4, 4), (2, 2), (1, 1)))
+    bank = HierarchicalBank(dim=16, grid=(4, 4), capacity=(4, 6, 12), grid_size=((4, 4), (2, 2), (1, 1)))
     held = np.full((FRAMES, FRAMES), np.nan)
     for t, frame in enumerate(film()):
         bank.push(frame[None], time=float(t))

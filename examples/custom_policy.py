@@ -1,35 +1,30 @@
-"""Write a memory of your own: an object with `compress(clip, time, valid=…)` that returns the kept tokens.
+"""A policy of your own: keep the frames that are least like the mean of those held.
 
 python examples/custom_policy.py [--model Qwen/Qwen2.5-VL-3B-Instruct --video film.mp4]
 """
 
 from __future__ import annotations
 
-import torch
 from shared import arguments, film, load, prompt
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 import vmemory
-from vmemory.banks import MemoryTokens
+from vmemory.banks import SingleTierBank, register_policy
 
 
-class SceneStarts:
-    """Keep the first frame and the frames that differ most from their predecessor."""
+@register_policy
+class OutlierBank(SingleTierBank):
+    """A memory of the frames that differ most from the mean of all that it holds."""
 
-    def __init__(self, frames: int) -> None:
-        self.frames = frames
+    policy = "outliers"
+    # a new frame goes to the end of the list, in the order of time
+    rule = "recent"
 
-    def compress(self, clip: Tensor, time: Tensor | None = None, *, valid: Tensor | None = None) -> MemoryTokens:
-        """Compress `clip [T, H, W, D]`; `time [T]` seconds or None, `valid [T, H, W]` bool, cells that exist."""
-        T, H, W, D = clip.shape
-        alike = vmemory.ops.adjacent_similarity(clip.detach().reshape(1, T, H * W, D))[0]
-        # [T]; the first frame has no predecessor and always stays
-        alike = torch.cat([alike.new_full((1,), -1.0), alike])
-        chosen = alike.argsort(stable=True)[: self.frames].sort().values
-        source = torch.arange(T * H * W, device=clip.device).view(T, H * W)[chosen].flatten()
-        if valid is not None:
-            source = source[valid.flatten()[source]]
-        return MemoryTokens.of(clip, source, time)
+    def choose(self, state, frames: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the slot `[S]` that a full memory gives up: the one most like the mean of all."""
+        means = state.descriptor[:, :, 0]
+        return cosine_similarity(means, means.mean(1, keepdim=True), dim=2).argmax(1)
 
 
 def main(given: list[str] | None = None) -> list[int]:
@@ -37,7 +32,7 @@ def main(given: list[str] | None = None) -> list[int]:
     args = arguments(__doc__.splitlines()[0], given)
     model, processor = load(args.model)
     inputs = prompt(processor, film(args.video), "What happened?")
-    with vmemory.attach(model, SceneStarts(3)) as handle:
+    with vmemory.attach(model, "outliers", {"memory_capacities": 3}) as handle:
         model.generate(**inputs, max_new_tokens=4, do_sample=False)
         (kept,) = handle.last_prompt
     frames = (kept.source // (kept.grid[1] * kept.grid[2])).unique().tolist()

@@ -40,8 +40,8 @@ class VideoLlama3(PatchRowAdapter):
         mask = inputs.get("video_compression_mask")
         if mask is not None:
             grids = [clip.frames.shape[:3] for clip in encoded.clips]
-            for clip, valid, grid in zip(encoded.clips, _split(mask, grids), grids, strict=True):
-                clip.valid = valid.reshape(grid)
+            for clip, cells, grid in zip(encoded.clips, _split(mask, grids), grids, strict=True):
+                clip.mask = cells.reshape(grid)
         return encoded
 
     def _pieces(self, inputs: Inputs, video: int, rows: Tensor, chunk: int) -> Iterator[Inputs]:

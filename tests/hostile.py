@@ -79,7 +79,7 @@ def write_raw(path: Path, header: dict[str, str], tensors: dict[str, Tensor]) ->
     """A `.vmem` file of any metadata, with the checksum that belongs to it."""
     from safetensors.torch import save_file
 
-    from vmemory.banks.files import checksum
+    from vmemory.banks.io import checksum
 
     save_file(tensors, path, metadata={**header, "checksum": checksum(tensors, header)})
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vmemory import banks
-from vmemory.banks.hierarchical import split
+from vmemory.banks.policies.hierarchical import split
 from vmemory.reference.bank_layout import SEEN, SKIPPED
 
 GRID, DIM, ENTRIES = (4, 6), 8, 6
@@ -20,13 +20,13 @@ POLICIES = sorted(set(banks.POLICIES) - {"dual"})
 
 
 def make(policy: str, entries: int = ENTRIES, **arguments) -> banks.Bank:
-    size = {"capacities": split(entries, 3)} if policy == "hierarchical" else {"capacity": entries}
-    return banks.make(policy, **({"dim": DIM, "grid": GRID} | size | arguments))
+    size = {"capacity": split(entries, 3)} if policy == "hierarchical" else {"capacity": entries}
+    return banks.build_memory(policy, **({"dim": DIM, "grid": GRID} | size | arguments))
 
 
 def roomy(policy: str, entries: int, **arguments) -> banks.Bank:
     """A bank whose first tier holds so many frames as they come."""
-    return make(policy, entries, **({"capacities": (entries, 2)} if policy == "hierarchical" else {}), **arguments)
+    return make(policy, entries, **({"capacity": (entries, 2)} if policy == "hierarchical" else {}), **arguments)
 
 
 def clip(frames: int, seed: int = 0) -> Tensor:

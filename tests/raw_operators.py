@@ -47,21 +47,21 @@ def layouts() -> list[BankLayout]:
 
 
 def bank_calls(layout: BankLayout) -> None:
-    frames, valid = random_tensor(2, 7, *layout.grid, 8), random_tensor(2, 7, *layout.grid) < 0.5
+    frames, mask = random_tensor(2, 7, *layout.grid, 8), random_tensor(2, 7, *layout.grid) < 0.5
     state = layout.new_state(2, "cpu", torch.float32)
     times = torch.arange(14, dtype=torch.float64).reshape(2, 7)
     for start, streams in ((0, None), (100, None), (200, torch.tensor([1, -1]))):
-        cells = None if streams is None else valid
-        ops.bank_push_(state, layout, frames, time=times + start, valid=cells, streams=streams)
+        cells = None if streams is None else mask
+        ops.bank_push_(state, layout, frames, time=times + start, mask=cells, streams=streams)
         victim = ops.bank_decide(state, layout, streams=streams).leaves[:, None].repeat(1, 7, 1)
         ops.bank_push_(state, layout, frames, time=times + start + 50, streams=streams, victim=victim)
     if layout.descriptors == 1:
         for stored in (torch.int8, torch.uint8):
             ops.bank_push_(layout.new_state(2, "cpu", stored), layout, frames)
     frames.requires_grad_()
-    for cells in (None, valid):
-        plan = ops.bank_plan(frames, layout, valid=cells, time=times)
-        ops.bank_gather(frames, plan, layout, valid=cells).slots.sum().backward()
+    for cells in (None, mask):
+        plan = ops.bank_plan(frames, layout, mask=cells, time=times)
+        ops.bank_gather(frames, plan, layout, mask=cells).slots.sum().backward()
 
 
 def good_calls() -> None:

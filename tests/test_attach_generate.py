@@ -15,7 +15,7 @@ import vmemory
 from tests.attach_oracle import GREEDY as PLAIN
 from tests.attaching import SMALL
 from tests.tiny_vlms import FAMILIES, IMAGE, VIDEO, tiny, with_types
-from vmemory.banks import RingBank
+from vmemory.banks import RecentBank
 from vmemory.models.adapter import _copies_entry_by_entry
 from vmemory.models.compress_video import placed
 from vmemory.models.turn import cache_argument, cache_in
@@ -70,7 +70,7 @@ def test_beams_of_videos_of_which_unlike_numbers_of_tokens_stay(family):
     model, inputs = tiny(family, T=6, B=2)
     lengths = iter([2, 3] * 3)
     kept = SimpleNamespace(
-        compress=lambda clip, time, valid=None: RingBank(clip.shape[-1], clip.shape[1:3], next(lengths)).compress(clip)
+        compress=lambda clip, time, mask=None: RecentBank(clip.shape[-1], clip.shape[1:3], next(lengths)).compress(clip)
     )
     one = {**GREEDY, "max_new_tokens": 1}
     with vmemory.attach(model, kept):
@@ -176,17 +176,17 @@ def test_pooled_and_merged_tokens_take_cells_that_exist():
     draw = torch.Generator().manual_seed(0)
     for _ in range(200):
         T, H, W = 3, 2, 4
-        valid = torch.rand(T, H, W, generator=draw) < 0.5
-        cells = valid.flatten().nonzero().flatten()
+        mask = torch.rand(T, H, W, generator=draw) < 0.5
+        cells = mask.flatten().nonzero().flatten()
         # what was chosen among cells that exist stays where it is
         some = cells[torch.rand(len(cells), generator=draw) < 0.5]
-        assert torch.equal(placed(some, valid), some)
+        assert torch.equal(placed(some, mask), some)
         count = int(torch.randint(0, len(cells) + 1, (), generator=draw))
         source = torch.randperm(T * H * W, generator=draw)[:count].sort().values
-        took = placed(source, valid)
+        took = placed(source, mask)
         assert torch.isin(took, cells).all()
         assert bool((took.diff() > 0).all())
-        fits = torch.bincount(source // 8, minlength=T) <= valid.sum((1, 2))
+        fits = torch.bincount(source // 8, minlength=T) <= mask.sum((1, 2))
         if bool(fits.all()):
             assert torch.equal(took // 8, source // 8)
     with pytest.raises(ValueError, match="memory: expected at most 1 tokens"):

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 import vmemory
 from tests.remote_models import llava_qwen
 from tests.tiny_vlms import tiny
-from vmemory.banks import DualMemory, RingBank
+from vmemory.banks import DualMemory, RecentBank
 from vmemory.models.geometry import GeometryFusion
 
 SMALL = {"memory_capacities": (2, 2, 1)}
@@ -173,7 +173,7 @@ def test_geometry_stands_before_the_memory(inner):
     model, inputs = llava_qwen(T=8, newline="grid")
     memory = {
         "dual": lambda: DualMemory(32, (8, 8), (2, 3), heads=4, residual=True),
-        "recent": lambda: RingBank(32, (4, 4), 3),
+        "recent": lambda: RecentBank(32, (4, 4), 3),
     }
     fusion = geometry(None if inner is None else memory[inner]())
     before = [*model.state_dict()]

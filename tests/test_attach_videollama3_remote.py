@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 import vmemory
 from tests.remote_models import PLACE, RemoteVideoLlama3, video_llama
-from vmemory.banks import DualMemory, RingBank
+from vmemory.banks import DualMemory, RecentBank
 
 SMALL = {"memory_capacities": (2, 2, 1), "memory_chunk_frames": None}
 FITS = {"memory_policy": "recent", "memory_capacities": (100,)}
@@ -208,7 +208,7 @@ def test_the_accessors_that_the_sources_promise():
     bank = model.get_memory_bank()
     assert torch.equal(bank.read().source, kept.source)
     torch.testing.assert_close(bank.read().tokens, tokens[4:])
-    found = bank.retrieve(everything[4 + 7 * 16 :].mean(0)[None].detach(), 1)
+    found = bank.search(everything[4 + 7 * 16 :].mean(0)[None].detach(), 1)
     assert float(found.time) == 3.5
     with pytest.raises(ValueError, match=r"timestamps: expected \[8\] seconds, got shape \[3\]"):
         model.encode_images_with_memory(*arguments, timestamps=[0.0, 1.0, 2.0])
@@ -219,7 +219,7 @@ def test_the_accessors_that_the_sources_promise():
 
 def test_a_memory_that_was_given_is_the_bank():
     model, inputs = video_llama(T=8)
-    bank = RingBank(32, (4, 4), 3)
+    bank = RecentBank(32, (4, 4), 3)
     with vmemory.attach(model, bank), torch.no_grad():
         assert model.get_memory_bank() is bank
         tokens = model.encode_images_with_memory(*(inputs[k] for k in ("pixel_values", "grid_sizes", "merge_sizes")))

@@ -67,12 +67,12 @@ def test_triton_interpreted(interpreter, name):
     frames = video(layout, 2, steps, dtype)
     frames[1, 3] = float("nan")
     time = torch.arange(2 * steps, dtype=torch.float64).reshape(2, steps) * 0.5
-    valid = random_tensor(2, steps, *layout.grid) > -0.5 if name == "paper-enters" else None
-    options = {"time": time} | ({} if valid is None else {"valid": valid})
+    mask = random_tensor(2, steps, *layout.grid) > -0.5 if name == "paper-enters" else None
+    options = {"time": time} | ({} if mask is None else {"mask": mask})
     maps, state = layout_maps(layout, frames), layout.new_state(2, "cpu", dtype)
     for part in (slice(0, 4), slice(4, steps)):
         # views are handed over as they are, so that what the child writes is seen here
-        cells = None if valid is None else valid[:, part]
+        cells = None if mask is None else mask[:, part]
         arguments = [frames[:, part], time[:, part], cells, torch.tensor([1, 0]), None]
         interpreter(MODULE, "bank_push_", *(t[:] for t in state), *arguments, maps, *layout.kernel_args)
     # row 0 went to stream 1
@@ -81,7 +81,7 @@ def test_triton_interpreted(interpreter, name):
     arguments = (
         frames,
         time,
-        valid,
+        mask,
         maps,
         *layout.kernel_args,
         layout.descriptors,
@@ -90,16 +90,16 @@ def test_triton_interpreted(interpreter, name):
     )
     plan = BankPlan(*interpreter(MODULE, "bank_plan", *arguments))
     same(plan, state, layout)
-    arguments = (frames, valid, plan.pooled, plan.assign, plan.entry, maps, *layout.kernel_args)
+    arguments = (frames, mask, plan.pooled, plan.assign, plan.entry, maps, *layout.kernel_args)
     slots, mass = interpreter(MODULE, "bank_gather", *arguments)
-    low, wide = (bank_gather(x, plan, layout, valid=valid, impl="reference") for x in (frames, frames.double()))
+    low, wide = (bank_gather(x, plan, layout, mask=mask, impl="reference") for x in (frames, frames.double()))
     assert_within_budget((slots, mass), tuple(low), tuple(wide))
     grads, weights = [], random_tensor(*slots.shape, dtype=dtype, seed=3)
     for kind in (frames, frames.double()):
         x = kind.nan_to_num(0.0).requires_grad_()
-        out = bank_gather(x, plan, layout, valid=valid, impl="reference").slots
+        out = bank_gather(x, plan, layout, mask=mask, impl="reference").slots
         grads += torch.autograd.grad(out, x, weights.to(x.dtype))
-    arguments = (weights, mass, valid, plan.assign, maps, list(layout.grid), *layout.kernel_args)
+    arguments = (weights, mass, mask, plan.assign, maps, list(layout.grid), *layout.kernel_args)
     assert_within_budget(interpreter(MODULE, "bank_gather_backward", *arguments), *grads)
 
 
@@ -191,18 +191,18 @@ def test_cuda_matches_reference(name, dtype, impl):
     layout, steps = CASES[name], 3 * CASES[name].slots + 1
     frames = video(layout, 3, steps, dtype)
     time = torch.arange(3 * steps, dtype=torch.float64).reshape(3, steps) * 0.5
-    valid = random_tensor(3, steps, *layout.grid) > -0.5
-    on_device = {"time": time.cuda(), "valid": valid.cuda()}
+    mask = random_tensor(3, steps, *layout.grid) > -0.5
+    on_device = {"time": time.cuda(), "mask": mask.cuda()}
     with poisoned():
         state = run(layout, frames.cuda(), impl, 4, **on_device)
         plan = bank_plan(frames.cuda(), layout, **on_device, impl=impl)
-        tokens = bank_gather(frames.cuda(), plan, layout, valid=valid.cuda(), impl="triton")
-    parts = {"time": time, "valid": valid}
+        tokens = bank_gather(frames.cuda(), plan, layout, mask=mask.cuda(), impl="triton")
+    parts = {"time": time, "mask": mask}
     low, wide = (run(layout, x, "reference", **parts) for x in (frames, frames.double()))
     check(state, low, wide)
     same(plan, state, layout)
     host = BankPlan(*(t.cpu() for t in plan))
-    low, wide = (bank_gather(x, host, layout, valid=valid, impl="reference") for x in (frames, frames.double()))
+    low, wide = (bank_gather(x, host, layout, mask=mask, impl="reference") for x in (frames, frames.double()))
     assert_within_budget(tuple(tokens), tuple(low), tuple(wide))
 
 

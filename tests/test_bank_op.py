@@ -64,7 +64,7 @@ def check_state(layout: BankLayout, v: Video, actual: BankState, **kwargs) -> bo
 
 def check_plan(layout: BankLayout, v: Video, state: BankState, impl: str) -> ops.BankPlan:
     """Planning decides as streaming did, bit for bit."""
-    plan = bank_plan(v.frames, layout, time=v.time, valid=v.valid, impl=impl)
+    plan = bank_plan(v.frames, layout, time=v.time, mask=v.mask, impl=impl)
     for name in (*WHOLE, "clock", "descriptor", "norm"):
         assert torch.equal(getattr(plan, name).nan_to_num(7.0), getattr(state, name).nan_to_num(7.0)), name
     assert torch.equal(links(layout, plan).nan_to_num(7.0), links(layout, state).nan_to_num(7.0))
@@ -77,11 +77,11 @@ def check_plan(layout: BankLayout, v: Video, state: BankState, impl: str) -> ops
 
 
 def check_tokens(layout: BankLayout, v: Video, plan: ops.BankPlan, impl: str) -> None:
-    actual = bank_gather(v.frames, plan, layout, valid=v.valid, impl=impl)
-    low = bank_gather(v.frames, plan, layout, valid=v.valid, impl="reference")
-    wide = bank_gather(v.frames.double(), plan, layout, valid=v.valid, impl="reference")
+    actual = bank_gather(v.frames, plan, layout, mask=v.mask, impl=impl)
+    low = bank_gather(v.frames, plan, layout, mask=v.mask, impl="reference")
+    wide = bank_gather(v.frames.double(), plan, layout, mask=v.mask, impl="reference")
     if v.frames.dtype == torch.float64:
-        low = bank_gather(v.frames.float(), plan, layout, valid=v.valid, impl="reference")
+        low = bank_gather(v.frames.float(), plan, layout, mask=v.mask, impl="reference")
         low = BankTokens(low.slots.double(), low.mass)
     assert_within_budget(tuple(actual), tuple(low), tuple(wide), "gather")
 
@@ -110,8 +110,8 @@ def problems(draw) -> tuple[BankLayout, Video, int]:
     if steps > 2 and draw(st.integers(0, 3)) == 0:
         frames[:, 2] = float("nan")
     time = random_tensor(streams, steps, dtype=torch.float64).abs().cumsum(1) if draw(st.booleans()) else None
-    valid = random_tensor(streams, steps, *grid, seed=seed) > -0.5 if draw(st.booleans()) else None
-    return layout, Video(frames, time, valid), draw(st.sampled_from([1, 3, 100]))
+    mask = random_tensor(streams, steps, *grid, seed=seed) > -0.5 if draw(st.booleans()) else None
+    return layout, Video(frames, time, mask), draw(st.sampled_from([1, 3, 100]))
 
 
 @pytest.mark.usefixtures("native")
@@ -167,14 +167,14 @@ def test_streams_are_addressed(impl, streams, request):
 def test_any_arrangement_gives_the_same_bits(arrangement):
     layout = CASES["paper-enters"]
     time = torch.arange(9, dtype=torch.float64).expand(2, 9) * 0.5
-    valid = random_tensor(2, 9, *layout.grid) > -1
-    v = Video(video(layout, 2, 9), time, valid)
+    mask = random_tensor(2, 9, *layout.grid) > -1
+    v = Video(video(layout, 2, 9), time, mask)
     other = Video(*(layouts(x)[arrangement] for x in v))
     for a, b in zip(pushed(layout, v, "native", 2), pushed(layout, other, "native", 2), strict=True):
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
-    a, b = (bank_plan(x.frames, layout, time=x.time, valid=x.valid, impl="native") for x in (v, other))
+    a, b = (bank_plan(x.frames, layout, time=x.time, mask=x.mask, impl="native") for x in (v, other))
     assert torch.equal(a.assign, b.assign)
-    tokens = [bank_gather(x.frames, a, layout, valid=x.valid, impl="native") for x in (v, other)]
+    tokens = [bank_gather(x.frames, a, layout, mask=x.mask, impl="native") for x in (v, other)]
     assert torch.equal(tokens[0].slots, tokens[1].slots)
 
 
@@ -205,16 +205,16 @@ def test_identical_frames_leave_in_order():
 def test_gradcheck(name, masked):
     layout = replace(CASES[name], dim=2, key_dim=2)
     frames = video(layout, 1, 7, torch.float64)
-    valid = random_tensor(1, 7, *layout.grid) > -0.5 if masked else None
-    plan = bank_plan(frames, layout, valid=valid)
+    mask = random_tensor(1, 7, *layout.grid) > -0.5 if masked else None
+    plan = bank_plan(frames, layout, mask=mask)
     # the smallest tier comes from the plan, whose frames are not differentiated: forward and backward both know that
     check = torch.autograd.gradcheck(
-        lambda x: bank_gather(x, bank_plan(x, layout, valid=valid), layout, valid=valid).slots,
+        lambda x: bank_gather(x, bank_plan(x, layout, mask=mask), layout, mask=mask).slots,
         frames.requires_grad_(),
         fast_mode=True,
     )
     assert check
-    assert torch.equal(plan.assign, bank_plan(frames, layout, valid=valid).assign)
+    assert torch.equal(plan.assign, bank_plan(frames, layout, mask=mask).assign)
 
 
 @pytest.mark.usefixtures("native")
@@ -287,7 +287,7 @@ def test_compiles_in_one_graph(backend):
         ),
         ({"frames": torch.zeros(2, 2, 6, 4, 17)}, "frames: expected 1 streams, got 2"),
         ({"time": torch.zeros(1, 2)}, r"time: expected torch.float64 of shape \[1, 2\]"),
-        ({"valid": torch.zeros(1, 2, 4, 6, dtype=torch.bool)}, r"valid: expected torch.bool of shape \[1, 2, 6, 4\]"),
+        ({"mask": torch.zeros(1, 2, 4, 6, dtype=torch.bool)}, r"mask: expected torch.bool of shape \[1, 2, 6, 4\]"),
     ],
 )
 def test_bad_arguments(change, words):

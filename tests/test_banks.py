@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vmemory import banks
-from vmemory.banks import dual_state
-from vmemory.banks.hierarchical import split
+from vmemory.banks.dual import state as dual_state
+from vmemory.banks.policies.hierarchical import split
 
 GRID, DIM, ENTRIES = (4, 6), 8, 6
 POLICIES = sorted(banks.POLICIES)
@@ -22,10 +22,10 @@ STORES = [policy for policy in POLICIES if policy != "dual"]
 
 def make(policy: str, entries: int = ENTRIES, **arguments) -> banks.Bank | banks.DualMemory:
     sizes = {"hierarchical": split(entries, 3), "dual": dual_state.split(entries)}
-    size = {"capacities": sizes[policy]} if policy in sizes else {"capacity": entries}
+    size = {"capacity": sizes[policy]} if policy in sizes else {"capacity": entries}
     # equal weights for all that are made
     torch.manual_seed(0)
-    return banks.make(policy, **({"dim": DIM, "grid": GRID} | size | arguments))
+    return banks.build_memory(policy, **({"dim": DIM, "grid": GRID} | size | arguments))
 
 
 def clip(frames: int, seed: int = 0, **kind) -> Tensor:
@@ -61,7 +61,7 @@ def test_compress_equals_push_and_read(policy: str, frames: int, chunk: int) -> 
 @pytest.mark.parametrize("policy", STORES)
 def test_everything_fits_when_capacity_does(policy: str) -> None:
     video = clip(ENTRIES)
-    bank = make(policy, **({"capacities": (ENTRIES,)} if policy == "hierarchical" else {}))
+    bank = make(policy, **({"capacity": (ENTRIES,)} if policy == "hierarchical" else {}))
     bank.push(video)
     assert torch.equal(bank.read().tokens, video.flatten(0, 2))
 
@@ -87,17 +87,17 @@ def test_degenerate_frames_are_defined(policy: str, kind: str) -> None:
 @pytest.mark.parametrize("policy", STORES)
 @pytest.mark.parametrize("capacity", [0, 1])
 def test_capacities_zero_and_one(policy: str, capacity: int) -> None:
-    bank = make(policy, **({"capacities": (capacity,)} if policy == "hierarchical" else {"capacity": capacity}))
+    bank = make(policy, **({"capacity": (capacity,)} if policy == "hierarchical" else {"capacity": capacity}))
     bank.push(clip(5))
     assert bank.entries().frame.tolist() == ([4] if capacity else [])
     assert bank.read().tokens.shape[0] == capacity * math.prod(GRID)
     same(bank.compress(clip(5)), bank.read())
-    found = bank.retrieve(torch.ones(2, DIM), 3)
+    found = bank.search(torch.ones(2, DIM), 3)
     assert found.frame.tolist() == [[4, -1, -1] if capacity else [-1, -1, -1]] * 2
 
 
 def test_a_tier_of_capacity_zero_passes_its_frames_on() -> None:
-    bank = banks.HierarchicalBank(DIM, (4, 4), capacities=(2, 0, 3), grids=((4, 4), (2, 2), (1, 1)))
+    bank = banks.HierarchicalBank(DIM, (4, 4), capacity=(2, 0, 3), grid_size=((4, 4), (2, 2), (1, 1)))
     bank.push(torch.randn(9, 4, 4, DIM))
     assert sorted(set(bank.read().level.tolist())) == [0, 2]
     assert bank.counts() == {"seen": 9, "skipped": 0, "dropped": 4, "held": 5}
@@ -160,7 +160,7 @@ def test_a_failed_push_changes_nothing(policy: str) -> None:
         (ValueError, {"frames": good, "time": [6.0, 5.0]}, "time: expected strictly increasing"),
         (ValueError, {"frames": good, "time": [4.0, 5.0]}, "time: expected more than 4.0 s"),
         (ValueError, {"frames": good, "time": torch.tensor([5, 6])}, "time: expected float64"),
-        (ValueError, {"frames": good, "valid": torch.ones(2, 4, 5, dtype=torch.bool)}, "valid: expected"),
+        (ValueError, {"frames": good, "mask": torch.ones(2, 4, 5, dtype=torch.bool)}, "mask: expected"),
         (ValueError, {"frames": good[None].expand(2, -1, -1, -1, -1)}, "frames: expected 1 streams"),
         (ValueError, {"frames": good, "streams": torch.tensor([0.0])}, "streams: expected int64"),
     ):
@@ -179,7 +179,7 @@ def test_times_known_to_the_host_are_checked_wherever_the_bank_is(policy: str) -
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_budget_is_a_hard_bound(policy: str) -> None:
-    bank = banks.make(policy, dim=DIM, grid=GRID, budget="40KiB")
+    bank = banks.build_memory(policy, dim=DIM, grid=GRID, budget="40KiB")
     assert bank.nbytes <= 40 * 1024
     bytes_before = bank.nbytes
     larger = make(policy, entries=bank.capacity + 8)
@@ -188,9 +188,9 @@ def test_budget_is_a_hard_bound(policy: str) -> None:
         bank.push(clip(50))
     assert bank.nbytes == bytes_before
     with pytest.raises(ValueError, match="budget: expected at least"):
-        banks.make(policy, dim=DIM, grid=GRID, budget="100B")
+        banks.build_memory(policy, dim=DIM, grid=GRID, budget="100B")
     with pytest.raises(ValueError, match="budget: expected a size such as"):
-        banks.make(policy, dim=DIM, grid=GRID, budget="lots")
+        banks.build_memory(policy, dim=DIM, grid=GRID, budget="lots")
 
 
 @pytest.mark.parametrize("policy", STORES)
@@ -255,16 +255,16 @@ def test_retrieve_finds_the_frame_it_is_shown(policy: str) -> None:
     bank = make(policy)
     bank.push(clip(20), time=[i / 4 for i in range(20)])
     entries = bank.entries()
-    found = bank.retrieve(entries.descriptor, 2)
+    found = bank.search(entries.descriptor, 2)
     assert torch.equal(found.frame[:, 0], entries.frame)
     assert torch.equal(found.time[:, 0], entries.time)
     assert torch.equal(found.level[:, 0], entries.level)
     torch.testing.assert_close(found.values[:, 0], torch.ones(len(entries.frame)))
-    none = bank.retrieve(-entries.descriptor, 2, threshold=2.0)
+    none = bank.search(-entries.descriptor, 2, threshold=2.0)
     assert bool((none.frame == -1).all())
     assert bool(none.time.isnan().all())
     with pytest.raises(ValueError, match=r"query: expected \[Q, 8\]"):
-        bank.retrieve(torch.ones(1, 3), 1)
+        bank.search(torch.ones(1, 3), 1)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -282,15 +282,15 @@ def test_gradients_reach_the_clip_and_the_adapter(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", STORES)
 def test_valid_cells_alone_are_read(policy: str) -> None:
-    video, valid = clip(20), torch.rand(20, *GRID, generator=torch.Generator().manual_seed(3)) > 0.4
-    valid[4] = False
-    poisoned = torch.where(valid[..., None], video, torch.nan)
+    video, mask = clip(20), torch.rand(20, *GRID, generator=torch.Generator().manual_seed(3)) > 0.4
+    mask[4] = False
+    poisoned = torch.where(mask[..., None], video, torch.nan)
     bank = make(policy)
-    bank.push(poisoned, valid=valid)
+    bank.push(poisoned, mask=mask)
     held = bank.read()
     assert not held.tokens.isnan().any()
-    same(bank.compress(poisoned, valid=valid), held)
-    lost = {source for source, ok in enumerate(valid.flatten().tolist()) if not ok}
+    same(bank.compress(poisoned, mask=mask), held)
+    lost = {source for source, ok in enumerate(mask.flatten().tolist()) if not ok}
     if policy in ("recent", "uniform", "episodic", "reservoir"):
         assert not lost & set(held.source.tolist())
 

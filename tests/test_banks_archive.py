@@ -31,11 +31,11 @@ def test_what_leaves_is_what_was_held(policy: str) -> None:
                 left[s][number] = before[s].tokens[before[s].frame == number]
     same(bank.state, plain.state)
     for s in range(2):
-        found = bank.recall(-1, 100, stream=s)
+        found = bank.archive.read(-1, 100, stream=s)
         assert sorted(left[s]) == found.frame.unique().tolist()
         assert torch.equal(found.tokens, torch.cat([left[s][n] for n in sorted(left[s])]))
         assert bool((found.source.diff() > 0).all())
-        some = bank.recall(5, 9, stream=s)
+        some = bank.archive.read(5, 9, stream=s)
         assert torch.equal(some.tokens, found.tokens[(found.start <= 9) & (found.stop >= 5)])
     assert bank.archive.counts()["held"] == sum(len(n) for n in left)
     assert bank.archive.counts()["lost"] == 0
@@ -49,9 +49,9 @@ def test_chunks_and_skipped_streams_leave_alike(policy: str) -> None:
     many.push(clip(30).expand(2, -1, -1, -1, -1), seconds(30), streams=rows)
     for t in range(30):
         one.push(clip(30)[None, t : t + 1], [float(t)], streams=torch.tensor([1]))
-    assert torch.equal(one.recall(0, 99, stream=1).tokens, many.recall(0, 99, stream=1).tokens)
-    assert many.recall(0, 99, stream=1).tokens.shape[0] > 0
-    assert many.recall(0, 99, stream=0).tokens.shape[0] == 0
+    assert torch.equal(one.archive.read(0, 99, stream=1).tokens, many.archive.read(0, 99, stream=1).tokens)
+    assert many.archive.read(0, 99, stream=1).tokens.shape[0] > 0
+    assert many.archive.read(0, 99, stream=0).tokens.shape[0] == 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -70,7 +70,7 @@ def test_every_frame_kept_repeats_the_past_under_any_policy(policy: str, where: 
     never.push(video[16:], seconds(40)[16:])
     bank.erase(10, 15)
     same(bank.state, never.state)
-    assert bank.recall(0, 99).frame.unique().tolist() == [*range(10), *range(16, 40)]
+    assert bank.archive.read(0, 99).frame.unique().tolist() == [*range(10), *range(16, 40)]
 
 
 @pytest.mark.parametrize("policy", ["recent", "uniform", "episodic", "reservoir"])
@@ -84,7 +84,7 @@ def test_evicted_frames_repeat_the_past_of_memories_that_do_not_reduce(policy: s
     bank.erase(10, 37)
     same(bank.state, never.state)
     # nothing of the others is lost, however differently they were evicted
-    everywhere = set(bank.recall(0, 99).frame.tolist()) | set(bank.read().frame.tolist())
+    everywhere = set(bank.archive.read(0, 99).frame.tolist()) | set(bank.read().frame.tolist())
     assert everywhere == {*range(10), 38, 39}
     then = make(policy)
     then.push(clip(40)[:10], seconds(10))
@@ -107,7 +107,7 @@ def test_no_byte_of_the_span_is_left(policy: str, keep: str, tmp_path) -> None:
     everything = [*bank.buffers(), *bank.archive.box.frames()]
     assert not holds(pattern, everything)
     assert pattern not in path.read_bytes()
-    assert not bool((bank.recall(0, 99).start >= 20).any())
+    assert not bool((bank.archive.read(0, 99).start >= 20).any())
 
 
 def test_the_oldest_leave_when_the_budget_is_full(tmp_path) -> None:
@@ -115,7 +115,7 @@ def test_the_oldest_leave_when_the_budget_is_full(tmp_path) -> None:
     bank.archive = banks.Archive(PAGE + 5 * BLOCK, path)
     bank.push(clip(40), seconds(40))
     assert bank.archive.counts() == {"held": 5, "capacity": 5, "lost": 0}
-    assert bank.recall(0, 99).frame.unique().tolist() == [29, 30, 31, 32, 33]
+    assert bank.archive.read(0, 99).frame.unique().tolist() == [29, 30, 31, 32, 33]
     assert path.stat().st_size <= PAGE + 5 * BLOCK
     with pytest.raises(ValueError, match="budget: expected at least"):
         make("recent").archive = banks.Archive(100)
@@ -140,10 +140,10 @@ def test_preserved_pushes_leave_nothing_behind(policy: str) -> None:
     bank = make(policy)
     bank.archive = banks.Archive("1MiB")
     bank.push(clip(20), seconds(20))
-    before = bank.recall(0, 99).tokens
+    before = bank.archive.read(0, 99).tokens
     with bank.preserved():
         bank.push(clip(20, seed=1), seconds(20) + 20)
-    assert torch.equal(bank.recall(0, 99).tokens, before)
+    assert torch.equal(bank.archive.read(0, 99).tokens, before)
     assert not any(t.any() for t in bank.archive.box.frames())
 
 
@@ -156,14 +156,14 @@ def test_compiled_pushes_fill_the_outbox(policy: str) -> None:
         eager.push(clip(15)[t : t + 1], seconds(15)[t : t + 1])
         push(clip(15)[t : t + 1], seconds(15)[t : t + 1])
     assert int(bank.archive.box.count[0]) > 0
-    assert torch.equal(bank.recall(0, 99).tokens, eager.recall(0, 99).tokens)
+    assert torch.equal(bank.archive.read(0, 99).tokens, eager.archive.read(0, 99).tokens)
 
 
 def test_a_file_is_opened_again_and_belongs_to_one_bank(tmp_path) -> None:
     path, bank = tmp_path / "a.frames", make("recent")
     bank.archive = banks.Archive("64KiB", path)
     bank.push(clip(20), seconds(20))
-    found = bank.recall(3, 9)
+    found = bank.archive.read(3, 9)
     with pytest.raises(RuntimeError, match="another archive has this file open"):
         make("recent").archive = banks.Archive("64KiB", path)
     with pytest.raises(ValueError, match="expected one that no bank has yet"):
@@ -171,7 +171,7 @@ def test_a_file_is_opened_again_and_belongs_to_one_bank(tmp_path) -> None:
     bank.archive.close()
     again = make("recent")
     again.archive = banks.Archive("64KiB", path)
-    assert torch.equal(again.recall(3, 9).tokens, found.tokens)
+    assert torch.equal(again.archive.read(3, 9).tokens, found.tokens)
     again.archive.close()
     with pytest.raises(RuntimeError, match="expected an archive of"):
         make("recent").archive = banks.Archive("128KiB", path)
@@ -191,15 +191,15 @@ def test_a_torn_block_is_left_out(tmp_path) -> None:
     path.write_bytes(data)
     again = make("recent")
     again.archive = banks.Archive("64KiB", path)
-    assert again.recall(0, 99).frame.unique().tolist() == [n for n in range(14) if n != 4]
+    assert again.archive.read(0, 99).frame.unique().tolist() == [n for n in range(14) if n != 4]
 
 
 def test_a_killed_writer_loses_the_last_block_at_most(tmp_path) -> None:
     path, budget = tmp_path / "a.frames", 64 * 1024
-    kill_a_writer("banks.RingBank(8, (4, 6), 6)", path, budget)
+    kill_a_writer("banks.RecentBank(8, (4, 6), 6)", path, budget)
     again = make("recent")
     again.archive = banks.Archive(budget, path)
-    found = again.recall(-1, 1e9)
+    found = again.archive.read(-1, 1e9)
     numbers = found.frame.unique()
     capacity = again.archive.counts()["capacity"]
     assert capacity - 1 <= len(numbers) <= capacity
@@ -210,7 +210,6 @@ def test_a_killed_writer_loses_the_last_block_at_most(tmp_path) -> None:
 def test_errors_name_what_is_wrong() -> None:
     bank = make("recent")
     for call, error, words in (
-        (lambda: bank.recall(0, 1), ValueError, "archive: expected a bank with an archive"),
         (lambda: banks.Archive(keep="some"), ValueError, "keep: expected one of"),
         (lambda: banks.Archive(outbox=0), ValueError, "outbox: expected at least 1"),
         (lambda: banks.Archive("much"), ValueError, "budget: expected a size"),
@@ -219,9 +218,9 @@ def test_errors_name_what_is_wrong() -> None:
             call()
     bank.archive = banks.Archive("1MiB")
     with pytest.raises(ValueError, match="t0: expected at most t1"):
-        bank.recall(2, 1)
+        bank.archive.read(2, 1)
     with pytest.raises(ValueError, match="stream: expected between 0 and 0"):
-        bank.recall(0, 1, stream=1)
+        bank.archive.read(0, 1, stream=1)
     bank.push(clip(7))
     bank.push(clip(6, seed=1), seconds(6))
     before = bank.snapshot()

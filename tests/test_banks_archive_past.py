@@ -11,6 +11,7 @@ import torch
 
 from tests.memories import DIM, GRID, POLICIES, clip, holds, make, same, seconds, skip
 from vmemory import banks
+from vmemory.banks import history
 
 pytest.importorskip("vmemory._host", reason="vmemory._host is not built")
 
@@ -25,13 +26,13 @@ def test_reset_forgets_the_archive_too(policy: str, keep: str, tmp_path) -> None
     pattern = torch.tensor([1234.0625]).numpy().tobytes()
     video = torch.stack([clip(30), torch.full((30, *GRID, DIM), 1234.0625)])
     bank.push(video, seconds(30))
-    kept = bank.recall(0, 99, stream=0).tokens
+    kept = bank.archive.read(0, 99, stream=0).tokens
     assert pattern in path.read_bytes()
     bank.reset([1])
-    assert bank.recall(0, 99, stream=1).tokens.shape[0] == 0
+    assert bank.archive.read(0, 99, stream=1).tokens.shape[0] == 0
     assert pattern not in path.read_bytes()
     assert not holds(pattern, [*bank.buffers(), *bank.archive.box.frames()])
-    assert torch.equal(bank.recall(0, 99, stream=0).tokens, kept)
+    assert torch.equal(bank.archive.read(0, 99, stream=0).tokens, kept)
     bank.reset()
     assert bank.archive.counts()["held"] == 0
     same(bank.state, make(policy, streams=2).state)
@@ -60,14 +61,14 @@ def test_frames_from_before_a_restore_are_not_taken_for_later_ones(policy: str, 
     bank.push(clip(10), seconds(10))
     snapshot = bank.snapshot()
     bank.push(clip(20, seed=1), seconds(20) + 10)
-    gone = bank.recall(10, 12)
+    gone = bank.archive.read(10, 12)
     bank.restore(snapshot)
-    assert torch.equal(bank.recall(10, 12).tokens, gone.tokens)
+    assert torch.equal(bank.archive.read(10, 12).tokens, gone.tokens)
     later = clip(8, seed=2)
     bank.push(later, seconds(8) + 10)
     plain.push(torch.cat([clip(10), later]), seconds(18))
     same(bank.state, plain.state)
-    known = {n: frame.tokens for n, frame in bank._at_hand(0, all_or_none=False).items()}
+    known = {n: frame.tokens for n, frame in history.frames_at_hand(bank, 0, all_or_none=False).items()}
     assert all(torch.equal(known[n], torch.cat([clip(10), later])[n]) for n in known)
     if keep == "frames":
         then = make(policy)
@@ -106,11 +107,11 @@ def test_what_leaves_a_memory_in_few_bits_is_what_it_held(policy: str, dtype: st
                 left[s][number] = before[s].tokens[before[s].frame == number]
     same(bank.state, plain.state)
     for s in range(2):
-        found = bank.recall(-1, 100, stream=s)
+        found = bank.archive.read(-1, 100, stream=s)
         assert found.tokens.dtype == torch.float32
         assert sorted(left[s]) == found.frame.unique().tolist()
         assert torch.equal(found.tokens, torch.cat([left[s][n] for n in sorted(left[s])]))
-    assert bank.recall(200, 300).tokens.dtype == torch.float32
+    assert bank.archive.read(200, 300).tokens.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
@@ -119,7 +120,7 @@ def test_every_frame_kept_in_few_bits_repeats_the_past_of_the_rounded_frames(pol
     bank, never = make(policy, dtype=dtype), make(policy, dtype=dtype)
     bank.archive = banks.Archive("1MiB", keep="frames")
     bank.push(clip(40), seconds(40))
-    rounded = bank.recall(0, 99).tokens.unflatten(0, (40, *GRID))
+    rounded = bank.archive.read(0, 99).tokens.unflatten(0, (40, *GRID))
     assert float((rounded - clip(40)).abs().max()) <= 0.08 * float(clip(40).abs().max())
     then = make(policy, dtype=dtype)
     then.push(rounded[:25], seconds(25))
@@ -129,7 +130,7 @@ def test_every_frame_kept_in_few_bits_repeats_the_past_of_the_rounded_frames(pol
     never.push(rounded[16:], seconds(40)[16:])
     assert bank.erase(10, 15) >= 0
     same(bank.state, never.state)
-    assert bank.recall(0, 99).frame.unique().tolist() == [*range(10), *range(16, 40)]
+    assert bank.archive.read(0, 99).frame.unique().tolist() == [*range(10), *range(16, 40)]
 
 
 class FailingDisk:
@@ -159,8 +160,8 @@ def test_where_the_disk_fails_memory_and_archive_forget_alike(policy: str, keep:
     with pytest.raises(RuntimeError, match="No space left on device"):
         getattr(bank, call)(*arguments)
     same(bank.state, well.state)
-    assert torch.equal(bank.recall(0, 99).tokens, well.recall(0, 99).tokens)
-    assert torch.equal(bank.recall(0, 99).frame, well.recall(0, 99).frame)
+    assert torch.equal(bank.archive.read(0, 99).tokens, well.archive.read(0, 99).tokens)
+    assert torch.equal(bank.archive.read(0, 99).frame, well.archive.read(0, 99).frame)
 
 
 def test_an_altered_block_stops_an_erase_before_anything_changes(tmp_path) -> None:
@@ -177,7 +178,7 @@ def test_an_altered_block_stops_an_erase_before_anything_changes(tmp_path) -> No
         bank.erase(8, 9)
     same(bank.state, before)
     assert bank.archive.counts()["held"] == held
-    assert bank.recall(8, 9).frame.unique().tolist() == [8, 9]
+    assert bank.archive.read(8, 9).frame.unique().tolist() == [8, 9]
 
 
 def test_a_closed_archive_stops_erase_and_reset_before_anything_changes(tmp_path) -> None:

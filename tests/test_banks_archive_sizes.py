@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.memories import kill_a_writer, seconds
 from vmemory import banks
-from vmemory.banks.tiers import make_layout
+from vmemory.banks.layout import make_layout
 from vmemory.reference.bank import Stream
 from vmemory.reference.bank_layout import RULES, SEEN
 
@@ -64,7 +64,7 @@ def test_a_budget_holds_as_many_entries_as_their_size_allows(rule: str, interval
     bank.archive = banks.Archive(PAGE + 20 * block(cells))
     bank.push(video(60), seconds(60))
     assert bank.archive.counts() == {"held": 20, "capacity": 20, "lost": 0}
-    assert bank.recall(0, 99).tokens.shape == (20 * cells, DIM)
+    assert bank.archive.read(0, 99).tokens.shape == (20 * cells, DIM)
     assert bank.archive.box.parts[0].shape[1] == cells
 
 
@@ -85,7 +85,7 @@ class Expected:
             self.held[number] = new
 
     def check(self, bank: banks.Bank) -> None:
-        found = bank.recall(-1, 1e6)
+        found = bank.archive.read(-1, 1e6)
         assert found.frame.unique().tolist() == sorted(self.held)
         for number, tokens in self.held.items():
             assert torch.equal(found.tokens[found.frame == number], tokens)
@@ -116,7 +116,7 @@ def test_an_entry_with_one_torn_block_is_left_out(torn: int, tmp_path) -> None:
     bank = tiered("videochat-online", (8, 4, 1))
     bank.archive = banks.Archive(budget, path)
     bank.push(video(60), seconds(60))
-    before = bank.recall(0, 99)
+    before = bank.archive.read(0, 99)
     number = next(n for n in before.frame.tolist() if (before.frame == n).sum() == 4)
     bank.archive.close()
     data = bytearray(path.read_bytes())
@@ -128,13 +128,13 @@ def test_an_entry_with_one_torn_block_is_left_out(torn: int, tmp_path) -> None:
     path.write_bytes(data)
     again = tiered("videochat-online", (8, 4, 1))
     again.archive = banks.Archive(budget, path)
-    after = again.recall(0, 99)
+    after = again.archive.read(0, 99)
     assert torch.equal(after.tokens, before.tokens[before.frame != number])
     data = path.read_bytes()
     assert not any(any(data[at : at + block(1)]) for at in pieces.values())
     # its blocks are taken again
     again.push(video(200, seed=1), seconds(200) + 100)
-    assert sum(len(again.recall(s, s).tokens) for s in range(400)) in range(37, 41)
+    assert sum(len(again.archive.read(s, s).tokens) for s in range(400)) in range(37, 41)
 
 
 @pytest.mark.parametrize("blocks", [5, 9, 40])
@@ -150,7 +150,7 @@ def test_nothing_of_a_larger_entry_stays_in_the_blocks_that_it_made_free(blocks:
         if t % 7:
             continue
         bank.archive.flush()
-        data, held = path.read_bytes(), set(bank.recall(0, 999).frame.tolist())
+        data, held = path.read_bytes(), set(bank.archive.read(0, 999).frame.tolist())
         there = {n for n in range(t + 1) if torch.tensor([1000.0 + n]).numpy().tobytes() in data}
         assert there == held
     bank.reset()
@@ -168,7 +168,7 @@ def test_a_writer_killed_among_the_blocks_of_an_entry_loses_that_at_most(tmp_pat
         kill_a_writer(SEVERAL_SIZES, path, budget, block=True)
         again = tiered("videochat-online", (8, 4, 1))
         again.archive = banks.Archive(budget, path)
-        found = again.recall(-1, 1e9)
+        found = again.archive.read(-1, 1e9)
         assert torch.equal(found.tokens, found.frame[:, None].float().expand(-1, DIM))
         # the largest entry and what made room for it
         assert len(found.tokens) >= 41 - 2 * 4
@@ -205,11 +205,11 @@ def test_a_budget_too_small_for_the_largest_entry_is_refused() -> None:
 
 
 def test_a_memory_of_no_entries_takes_an_archive_and_never_fills_it() -> None:
-    bank = banks.RingBank(DIM, GRID, 0)
+    bank = banks.RecentBank(DIM, GRID, 0)
     bank.archive = banks.Archive("64KiB")
     bank.push(video(5), seconds(5))
     assert bank.archive.counts()["held"] == 0
-    assert bank.recall(0, 9).tokens.shape == (0, DIM)
+    assert bank.archive.read(0, 9).tokens.shape == (0, DIM)
 
 
 def test_a_block_has_the_size_that_wastes_least() -> None:

@@ -85,7 +85,7 @@ def test_reset_takes_streams_there_are(policy: str) -> None:
         with pytest.raises(error, match=words):
             bank.reset(streams)
         same(bank.state, before)
-        assert policy == "dual" or bank.recall(0, 99).tokens.shape[0] > 0
+        assert policy == "dual" or bank.archive.read(0, 99).tokens.shape[0] > 0
     bank.reset(torch.tensor([1]))
     assert [bank.counts(s)["held"] > 0 for s in range(2)] == [True, False]
 
@@ -136,7 +136,7 @@ def test_a_memory_with_an_archive_keeps_its_dtype(policy: str) -> None:
         bank.to(torch.bfloat16)
     same(bank.state, before)
     bank.push(clip(3), seconds(3) + 20)
-    assert bank.recall(0, 99).tokens.dtype == torch.float32
+    assert bank.archive.read(0, 99).tokens.dtype == torch.float32
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -195,7 +195,7 @@ def test_grids_budgets_and_snapshots_of_another_kind_are_refused_by_name(policy:
             make(policy, **arguments)
     for budget, words in (("1" + 400 * "0", "expected a positive size below"), (1, "expected at least")):
         with pytest.raises(ValueError, match=f"budget: {words}"):
-            banks.make(policy, dim=DIM, grid=GRID, budget=budget)
+            banks.build_memory(policy, dim=DIM, grid=GRID, budget=budget)
     bank = make(policy)
     own, other = ("DualState", "BankState") if policy == "dual" else ("BankState", "DualState")
     for snapshot, got in ((None, "NoneType"), (tuple(bank.state), "tuple"), ({}, "dict")):

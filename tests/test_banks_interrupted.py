@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.memories import DIM, GRID, clip, same, seconds
 from tests.test_banks import POLICIES, STORES, make
 from vmemory import banks
-from vmemory.banks.unbroken import unbroken
+from vmemory.banks.interrupts import delayed_interrupts
 
 
 @pytest.fixture(autouse=True)
@@ -85,17 +85,17 @@ def test_an_interrupted_push_takes_frames_in_or_not_but_never_by_half(policy, ki
         same(bank.state, after[15].state)
         if kind == "archive":
             # whoever is in one of the two is not missing
-            assert torch.equal(bank.recall(0, 99).tokens, whole.recall(0, 99).tokens)
+            assert torch.equal(bank.archive.read(0, 99).tokens, whole.recall(0, 99).tokens)
 
 
 def test_an_interrupt_is_held_back_and_not_lost() -> None:
     done = []
 
     def step() -> None:
-        with unbroken():
+        with delayed_interrupts():
             signal.raise_signal(signal.SIGINT)
             done.append(1)
-            with unbroken():
+            with delayed_interrupts():
                 signal.raise_signal(signal.SIGINT)
             done.append(2)
 
@@ -104,7 +104,7 @@ def test_an_interrupt_is_held_back_and_not_lost() -> None:
     assert done == [1, 2]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     # elsewhere Python calls no handlers, and none may be set
-    thread = threading.Thread(target=lambda: [done.append(3) for _ in [0] if unbroken().__enter__() is None])
+    thread = threading.Thread(target=lambda: [done.append(3) for _ in [0] if delayed_interrupts().__enter__() is None])
     thread.start()
     thread.join()
     assert done == [1, 2, 3]
@@ -125,7 +125,7 @@ def test_recall_in_another_thread_sees_whole_frames_and_loses_none(policy: str, 
         while not over.is_set() or rounds < 3:
             rounds += 1
             try:
-                found = bank.recall(0, 999)
+                found = bank.archive.read(0, 999)
                 # a frame is all of one number, and so are its tokens, but for the rounding of a mean
                 if not merged and not torch.equal(found.tokens.round(), found.frame[:, None].expand(-1, DIM).float()):
                     failed.append("mixed frames")
@@ -147,15 +147,15 @@ def test_recall_in_another_thread_sees_whole_frames_and_loses_none(policy: str, 
             thread.join()
     assert failed == []
     assert bank.archive.counts() == alone.archive.counts()
-    assert torch.equal(bank.recall(0, 999).source, alone.recall(0, 999).source)
-    assert torch.equal(bank.recall(0, 999).tokens, alone.recall(0, 999).tokens)
+    assert torch.equal(bank.archive.read(0, 999).source, alone.recall(0, 999).source)
+    assert torch.equal(bank.archive.read(0, 999).tokens, alone.recall(0, 999).tokens)
 
 
 def _in_a_fork(bank, results) -> None:
     said = [str(bank.counts()["seen"]), str(bank.read().frame.unique().tolist())]
     for call in (
         lambda: bank.push(clip(1), 30.0),
-        lambda: bank.recall(0, 99),
+        lambda: bank.archive.read(0, 99),
         lambda: bank.archive.flush(),
         lambda: bank.erase(0, 9),
         lambda: bank.reset(),
@@ -188,7 +188,7 @@ def test_a_forked_process_reads_the_memory_and_is_told_that_the_archive_is_not_i
     assert said == ["20", str(bank.read().frame.unique().tolist()), *[refused] * 5, "20"]
     # the parent goes on, and its file is free when it lets go of it, whoever else has inherited it
     bank.push(clip(3), seconds(3) + 20)
-    stored = bank.recall(0, 99).tokens
+    stored = bank.archive.read(0, 99).tokens
     sleeper = os.fork()
     if sleeper == 0:
         signal.pause()

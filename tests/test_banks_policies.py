@@ -12,7 +12,7 @@ from vmemory import banks
 @pytest.mark.parametrize("rule", ["paper", "videochat-online", "all-pairs"])
 def test_intervals_route_frames_and_count_the_skipped(rule: str) -> None:
     bank = banks.HierarchicalBank(
-        DIM, (4, 4), capacities=(2, 2, 3), grids=((4, 4), (2, 2), (1, 1)), rule=rule, intervals=(8, 4, 2)
+        DIM, (4, 4), capacity=(2, 2, 3), grid_size=((4, 4), (2, 2), (1, 1)), rule=rule, intervals=(8, 4, 2)
     )
     video = torch.randn(33, 4, 4, DIM)
     for frame in video:
@@ -28,10 +28,10 @@ def test_intervals_route_frames_and_count_the_skipped(rule: str) -> None:
     ("arguments", "words"),
     [
         ({"rule": "best"}, "rule: expected one of"),
-        ({"capacities": (1, 2), "budget": "1MiB"}, "budget: expected either"),
-        ({"capacities": (1, -2)}, "capacities: expected at least 0"),
-        ({"capacities": (1, 2), "grids": ((4, 6),)}, "grids: expected one per capacity"),
-        ({"capacities": (1,), "grids": ((5, 6),)}, r"grids: expected between \(1, 1\) and \(4, 6\)"),
+        ({"capacity": (1, 2), "budget": "1MiB"}, "budget: expected either"),
+        ({"capacity": (1, -2)}, "capacity: expected at least 0"),
+        ({"capacity": (1, 2), "grid_size": ((4, 6),)}, "grid_size: expected one per capacity"),
+        ({"capacity": (1,), "grid_size": ((5, 6),)}, r"grid_size: expected between \(1, 1\) and \(4, 6\)"),
         ({"intervals": (8, 4, 2, 1)}, "intervals: expected at most one per tier"),
         ({"intervals": (0,)}, "intervals: expected at least 1"),
         ({"key_dim": DIM + 1}, "key_dim: expected between 1 and 8"),
@@ -44,8 +44,8 @@ def test_bad_arguments_are_named(arguments: dict, words: str) -> None:
 
 
 def test_unknown_policy_is_named() -> None:
-    with pytest.raises(ValueError, match="policy: expected one of 'hierarchical', 'merging'"):
-        banks.make("perfect", dim=1, grid=(1, 1))
+    with pytest.raises(ValueError, match="policy: expected one of 'dual', 'episodic'"):
+        banks.build_memory("perfect", dim=1, grid=(1, 1))
 
 
 def test_uniform_spreads_over_everything_seen() -> None:
@@ -73,7 +73,7 @@ def test_merging_keeps_spans_and_weighted_means() -> None:
 
 def test_tokens_of_a_clip_are_those_that_a_bank_would_give():
     clip = torch.randn(5, 2, 3, 4)
-    bank = banks.RingBank(4, (2, 3), 2)
+    bank = banks.RecentBank(4, (2, 3), 2)
     wanted = bank.compress(clip, torch.arange(5.0, dtype=torch.float64))
     made = banks.MemoryTokens.of(clip, wanted.source, torch.arange(5.0, dtype=torch.float64))
     for name, value in made._asdict().items():

@@ -104,7 +104,7 @@ def test_bytes(policy: str, dtype: str, fewer: float) -> None:
     size = {"dim": 512, "grid": (8, 8)}
     stored, full = make(policy, dtype=dtype, **size), make(policy, **size)
     assert stored.nbytes < full.nbytes / fewer
-    bank = banks.make(policy, dtype=dtype, budget="1MiB", **size)
+    bank = banks.build_memory(policy, dtype=dtype, budget="1MiB", **size)
     assert 0.8 * 2**20 < bank.nbytes <= 2**20 or policy == "hierarchical"
     assert bank.nbytes <= 2**20
 
@@ -138,7 +138,7 @@ def test_compiled_push_equals_eager(policy: str) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_erase(policy: str, dtype: str) -> None:
     """Rounding what was rounded changes nothing, so that the past can be repeated here too."""
-    size = {"capacities": (9, 1, 3)} if policy == "hierarchical" else {"entries": 9}
+    size = {"capacity": (9, 1, 3)} if policy == "hierarchical" else {"entries": 9}
     video, time = clip(30), torch.arange(30, dtype=torch.float64)
     bank, never = make(policy, dtype=dtype, **size), make(policy, dtype=dtype, **size)
     bank.push(video[:8], time[:8])
@@ -158,8 +158,8 @@ def test_erase(policy: str, dtype: str) -> None:
 
 def test_refuses() -> None:
     bank = make("merging", dtype="int8")
-    with pytest.raises(ValueError, match="valid: expected None, a memory in 8 or 4 bits"):
-        bank.push(clip(1), valid=torch.ones(1, *GRID, dtype=torch.bool))
+    with pytest.raises(ValueError, match="mask: expected None, a memory in 8 or 4 bits"):
+        bank.push(clip(1), mask=torch.ones(1, *GRID, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"frames: .*int32"):
         bank.push(clip(1).int())
     with pytest.raises(ValueError, match=r"frames: expected \[S, T, 4, 6, 8\]"):

@@ -24,10 +24,11 @@ def clip(T: int, seed: int = 0, **kind) -> Tensor:
 )
 def test_a_bank_without_memory_compresses_where_the_clip_is(options) -> None:
     here, nowhere = (
-        banks.make(dim=DIM, grid=GRID, capacity=3, pooled=(2, 3), device=d, **options) for d in ("cpu", "meta")
+        banks.build_memory(dim=DIM, grid=GRID, capacity=3, grid_size=(2, 3), device=d, **options)
+        for d in ("cpu", "meta")
     )
-    valid = random_tensor(7, *GRID, seed=5) > -0.5
-    wanted, found = (bank.compress(clip(7), valid=valid) for bank in (here, nowhere))
+    mask = random_tensor(7, *GRID, seed=5) > -0.5
+    wanted, found = (bank.compress(clip(7), mask=mask) for bank in (here, nowhere))
     assert torch.equal(found.tokens, wanted.tokens)
     assert torch.equal(found.source, wanted.source)
 
@@ -36,7 +37,7 @@ def test_a_bank_without_memory_compresses_where_the_clip_is(options) -> None:
 @pytest.mark.parametrize("pooled", [None, (2, 3)])
 def test_episodic_holds_what_the_rule_says(level: str, pooled: tuple[int, int] | None) -> None:
     video, M = clip(30), 5
-    bank = banks.EpisodicBank(DIM, GRID, M, level=level, pooled=pooled)
+    bank = banks.EpisodicBank(DIM, GRID, M, level=level, grid_size=pooled)
     for start in range(0, 30, 7):
         bank.push(video[start : start + 7])
     # what a frame is compared by: its mean as it comes, or its tokens as they are held
@@ -114,11 +115,11 @@ def test_seeds_differ() -> None:
 
 @pytest.mark.parametrize("arguments", [{"policy": "episodic", "level": "flat"}, {"policy": "reservoir", "seed": 9}])
 def test_settings_are_saved(arguments: dict, tmp_path) -> None:
-    bank = banks.make(dim=DIM, grid=GRID, capacity=4, **arguments)
+    bank = banks.build_memory(dim=DIM, grid=GRID, capacity=4, **arguments)
     bank.push(clip(9))
     bank.save(tmp_path / "m.vmem")
     back, _ = banks.load(tmp_path / "m.vmem")
-    assert back.config() == bank.config()
+    assert back.to_dict() == bank.to_dict()
     for memory in (bank, back):
         memory.push(clip(20, seed=1))
     assert torch.equal(back.read().tokens, bank.read().tokens)
@@ -128,12 +129,12 @@ def test_settings_are_saved(arguments: dict, tmp_path) -> None:
 @pytest.mark.parametrize("policy", ["episodic", "reservoir"])
 @pytest.mark.parametrize("pooled", [None, (2, 3), (3, 4)])
 def test_cells_that_do_not_exist_do_not_count(policy: str, pooled: tuple[int, int] | None) -> None:
-    video, valid = clip(11), torch.rand(11, *GRID, generator=torch.Generator().manual_seed(2)) > 0.5
-    poisoned = torch.where(valid[..., None], video, torch.nan)
-    bank = banks.make(policy, dim=DIM, grid=GRID, capacity=4, pooled=pooled)
-    ring = banks.RingBank(DIM, GRID, 11, pooled=pooled)
-    bank.push(poisoned, valid=valid)
-    ring.push(poisoned, valid=valid)
+    video, mask = clip(11), torch.rand(11, *GRID, generator=torch.Generator().manual_seed(2)) > 0.5
+    poisoned = torch.where(mask[..., None], video, torch.nan)
+    bank = banks.build_memory(policy, dim=DIM, grid=GRID, capacity=4, grid_size=pooled)
+    ring = banks.RecentBank(DIM, GRID, 11, grid_size=pooled)
+    bank.push(poisoned, mask=mask)
+    ring.push(poisoned, mask=mask)
     held, everything = bank.read(), ring.read()
     assert not held.tokens.isnan().any()
     same = torch.isin(everything.frame, held.frame)

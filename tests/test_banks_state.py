@@ -104,29 +104,29 @@ def test_erased_equals_never_seen_where_all_is_whole(policy: str, t0: float, t1:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_erased_equals_never_seen_with_missing_cells(policy: str) -> None:
-    valid = torch.rand(10, *GRID, generator=torch.Generator().manual_seed(3)) > 0.4
+    mask = torch.rand(10, *GRID, generator=torch.Generator().manual_seed(3)) > 0.4
     bank, never = roomy(policy, 12), roomy(policy, 12)
-    bank.push(clip(10), seconds(10), valid=valid)
-    never.push(clip(10)[:4], seconds(4), valid=valid[:4])
+    bank.push(clip(10), seconds(10), mask=mask)
+    never.push(clip(10)[:4], seconds(4), mask=mask[:4])
     skip(never, 2)
-    never.push(clip(10)[6:], seconds(10)[6:], valid=valid[6:])
+    never.push(clip(10)[6:], seconds(10)[6:], mask=mask[6:])
     bank.erase(4, 5)
     same(bank.state, never.state)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("survivors", ["clear", "keep"])
-def test_erase_after_evictions_keeps_nothing_of_the_span(policy: str, survivors: str) -> None:
+@pytest.mark.parametrize("drop_dependent", [True, False])
+def test_erase_after_evictions_keeps_nothing_of_the_span(policy: str, drop_dependent: bool) -> None:
     bank = make(policy, entries=12)
     bank.push(clip(40), seconds(40))
     held = bank.entries()
     t0, t1 = float(held.start[-4]), float(held.stop[-3])
     hit = (held.start <= t1) & (held.stop >= t0)
     assert int(hit.sum()) == 2
-    if survivors == "clear" and policy in COMPARING:
+    if drop_dependent and policy in COMPARING:
         hit |= held.stop >= t0
     expected, tokens = held.frame[~hit], bank.read()
-    assert bank.erase(t0, t1, survivors=survivors) == int(hit.sum())
+    assert bank.erase(t0, t1, drop_dependent=drop_dependent) == int(hit.sum())
     after = bank.entries()
     assert torch.equal(after.frame, expected)
     assert torch.equal(after.descriptor, held.descriptor[~hit])
@@ -167,7 +167,7 @@ def test_an_early_span_goes_to_the_last_byte_and_the_rest_stays(policy: str, dty
 def test_pushes_after_an_erase_decide_as_the_reference(policy: str, native) -> None:
     bank = make(policy, entries=12)
     bank.push(clip(40), seconds(40))
-    bank.erase(31, 33, survivors="keep")
+    bank.erase(31, 33)
     oracle = bank.snapshot()
     later, when = clip(30, seed=5) + 3, seconds(30) + 40
     bank.push(later, when)
@@ -201,7 +201,7 @@ def test_a_failed_erase_changes_nothing(policy: str, monkeypatch) -> None:
         (ValueError, {"t0": 5.0, "t1": 4.0}, r"t0: expected at most t1 \(4.0 s\), got 5.0"),
         (ValueError, {"t0": float("nan"), "t1": 4.0}, "t0: expected at most t1"),
         (ValueError, {"t0": 0.0, "t1": 1.0, "stream": 1}, "stream: expected between 0 and 0"),
-        (ValueError, {"t0": 0.0, "t1": 1.0, "survivors": "some"}, "survivors: expected one of"),
+        (TypeError, {"t0": 0.0, "t1": 1.0, "drop_dependent": "some"}, "drop_dependent: expected True or False"),
     ):
         with pytest.raises(error, match=words):
             bank.erase(**arguments)
@@ -291,7 +291,7 @@ def resident() -> int:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_hundred_thousand_frames_stay_within_the_budget(policy: str) -> None:
-    bank = banks.make(policy, dim=4, grid=(2, 2), budget="256KiB", streams=50)
+    bank = banks.build_memory(policy, dim=4, grid=(2, 2), budget="256KiB", streams=50)
     frames = torch.randn(50, 100, 2, 2, 4, generator=torch.Generator().manual_seed(0))
     size = bank.nbytes
     assert size <= 256 * 1024

@@ -86,7 +86,7 @@ def test_the_dual_memory_answers_from_its_slots(run: Run, clip: Path, tmp_path: 
     assert re.search(r"^ *0:1[2-7] .* [12]  blue", text, re.M)
     memory = VideoSearch.load(saved, lambda name: Colours())
     assert memory.bank.capacities == (3, 12)
-    assert memory.bank.config()["rule"] == "bridged"
+    assert memory.bank.to_dict()["rule"] == "bridged"
     assert memory.bytes_in_use <= memory.bank.nbytes
     held = memory.bank.entries()
     assert held.frame[held.level == 0].tolist() == [15, 16, 17]

@@ -65,7 +65,12 @@ def test_arranged_tokens_are_pooled_frames(S: int | None, start: int) -> None:
 def test_arrangement_gives_what_a_roomy_memory_holds() -> None:
     tokens = clip(17, 8, 8)
     bank = banks.HierarchicalBank(
-        6, (8, 8), capacities=(20, 20, 20), grids=((8, 8), (4, 4), (2, 2)), rule="videochat-online", intervals=(8, 4, 1)
+        6,
+        (8, 8),
+        capacity=(20, 20, 20),
+        grid_size=((8, 8), (4, 4), (2, 2)),
+        rule="videochat-online",
+        intervals=(8, 4, 1),
     )
     bank.push(tokens)
     held, reduced = bank.read(), TokenArrangement()(tokens)

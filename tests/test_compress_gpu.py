@@ -103,8 +103,8 @@ def test_frame_compressors_never_wait(make: Callable[[], torch.nn.Module]) -> No
 
 @pytest.mark.parametrize("policy", ["episodic", "reservoir"])
 def test_slot_memories_replay_from_a_graph(policy: str) -> None:
-    bank = banks.make(policy, dim=16, grid=(4, 4), capacity=6, streams=2, device="cuda")
-    host = banks.make(policy, dim=16, grid=(4, 4), capacity=6, streams=2)
+    bank = banks.build_memory(policy, dim=16, grid=(4, 4), capacity=6, streams=2, device="cuda")
+    host = banks.build_memory(policy, dim=16, grid=(4, 4), capacity=6, streams=2)
     video = random_tensor(2, 19, 4, 4, 16)
     buffer = video[:, :1].cuda()
     empty = bank.snapshot()
@@ -128,18 +128,18 @@ def test_slot_memories_replay_from_a_graph(policy: str) -> None:
 
 @pytest.mark.parametrize("make", [
     lambda: banks.HierarchicalBank(16, (4, 4), (3, 2), ((4, 4), (3, 3)), device="cuda"),
-    lambda: banks.make("episodic", dim=16, grid=(4, 4), capacity=3, device="cuda"),
+    lambda: banks.build_memory("episodic", dim=16, grid=(4, 4), capacity=3, device="cuda"),
     lambda: banks.DualMemory(16, (4, 4), (2, 3), device="cuda"),
 ])  # fmt: skip
 def test_times_of_the_host_and_questions_never_wait(make: Callable[[], Any]) -> None:
     bank, frames, query = make(), random_tensor(2, 4, 4, 16, device="cuda"), random_tensor(3, 16, device="cuda")
     bank.push(frames, [0.0, 1.0])
-    bank.retrieve(query, 2)
+    bank.search(query, 2)
     with no_waiting():
         bank.push(frames, [2.0, 3.0])
         bank.push(frames[:1], 4.0)
         bank.push(frames[1:], torch.tensor([5.0], dtype=torch.float64))
-        found = bank.retrieve(query, 2, threshold=-1.0)
+        found = bank.search(query, 2, threshold=-1.0)
         bank.read(padded=True)
     assert {0.0, 1.0, 2.0, 3.0, 4.0, 5.0} >= set(found.time.flatten().tolist())
     assert sorted(bank.entries().time.unique().tolist())[-2:] == [4.0, 5.0]

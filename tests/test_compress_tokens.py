@@ -184,23 +184,23 @@ def test_each_frame_loses_its_share(by: str, drop: float) -> None:
 )
 def test_cells_that_do_not_exist_never_stay(arguments: dict) -> None:
     tokens = still(clip(S=2))
-    valid = torch.rand(2, 5, 3, 4, generator=torch.Generator().manual_seed(1)) < 0.6
-    valid[1, 2:] = False
-    poisoned = torch.where(valid[..., None], tokens, torch.nan)
+    mask = torch.rand(2, 5, 3, 4, generator=torch.Generator().manual_seed(1)) < 0.6
+    mask[1, 2:] = False
+    poisoned = torch.where(mask[..., None], tokens, torch.nan)
     reducer = TokenDifference(**arguments)
-    reduced = reducer(poisoned, valid=valid)
+    reduced = reducer(poisoned, mask=mask)
     assert reduced.count is not None
     assert not reduced.tokens.isnan().any()
     for s in range(2):
-        flat = valid[s].flatten()
+        flat = mask[s].flatten()
         n = int(reduced.count[s])
         assert bool(flat[reduced.source[s, :n]].all())
-        assert torch.equal(reducer(poisoned[s], valid=valid[s]).source, reduced.source[s, :n])
+        assert torch.equal(reducer(poisoned[s], mask=mask[s]).source, reduced.source[s, :n])
         if reducer.budget:
             assert n == min(30, int(flat.sum()))
         if reducer.min_tokens:
-            per_frame = reducer.mask(poisoned, valid=valid)[s].sum((1, 2))
-            assert bool((per_frame >= valid[s].sum((1, 2)).clamp_max(2)).all())
+            per_frame = reducer.mask(poisoned, mask=mask)[s].sum((1, 2))
+            assert bool((per_frame >= mask[s].sum((1, 2)).clamp_max(2)).all())
 
 
 @pytest.mark.parametrize("by", ["feature", "pixel"])
@@ -210,7 +210,7 @@ def test_a_stream_in_pieces_drops_what_the_whole_does(by: str, S: int | None, pi
     tokens, pixels = still(clip(11, S=S)), random_tensor(S or 1, 11, 3, 6, 8, seed=8) / 100
     pixels[:, 4] = pixels[:, 3]
     pixels = pixels if S else pixels[0]
-    valid = torch.rand(tokens.shape[:-1], generator=torch.Generator().manual_seed(4)) < 0.8
+    mask = torch.rand(tokens.shape[:-1], generator=torch.Generator().manual_seed(4)) < 0.8
     reducer = TokenDifference("feature", threshold=0.2) if by == "feature" else TokenDifference("pixel", threshold=2.8)
     along = 1 if S else 0
     compared = tokens if by == "feature" else pixels
@@ -226,15 +226,15 @@ def test_a_stream_in_pieces_drops_what_the_whole_does(by: str, S: int | None, pi
     # a cell that is missing now is new when it comes back; those before the piece all exist
     if by == "feature":
         last = tokens.narrow(along, 10, 1)
-        got = reducer.mask(last, valid=valid.narrow(along, 10, 1), previous=tokens.select(along, 9))
-        assert torch.equal(got, whole.narrow(along, 10, 1) & valid.narrow(along, 10, 1))
+        got = reducer.mask(last, mask=mask.narrow(along, 10, 1), previous=tokens.select(along, 9))
+        assert torch.equal(got, whole.narrow(along, 10, 1) & mask.narrow(along, 10, 1))
 
 
 def test_a_mask_feeds_a_memory() -> None:
     tokens = still(clip(9, 4, 4, S=1))[0]
-    bank = banks.RingBank(6, (4, 4), 5)
+    bank = banks.RecentBank(6, (4, 4), 5)
     mask = TokenDifference(threshold=0.2).mask(tokens)
-    bank.push(tokens, valid=mask)
+    bank.push(tokens, mask=mask)
     held = bank.read()
     sources = mask.flatten().nonzero().flatten()
     assert held.source.tolist() == sources[sources >= 4 * 16].tolist()
@@ -343,7 +343,7 @@ def test_bad_settings_are_named(error: type, arguments: dict, words: str) -> Non
         (ValueError, {}, {"time": torch.zeros(4, dtype=torch.float64)}, r"time: expected shape \[5\] or \[1, 5\]"),
         (ValueError, {}, {"time": torch.zeros(5)}, "time: expected float64 seconds"),
         (TypeError, {}, {"time": [0.0]}, "time: expected a tensor"),
-        (ValueError, {}, {"valid": torch.ones(5, 3, 4)}, r"valid: expected bool \[1, 5, 3, 4\]"),
+        (ValueError, {}, {"mask": torch.ones(5, 3, 4)}, r"mask: expected bool \[1, 5, 3, 4\]"),
         (ValueError, {}, {"pixels": torch.ones(5, 3, 6, 8)}, "pixels: expected none"),
         (ValueError, {"key_dim": 7}, {}, "key_dim: expected at most|key_dim: expected between"),
         (TypeError, {"by": "pixel"}, {}, "pixels: expected a tensor"),

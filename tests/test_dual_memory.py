@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, linear
 
 from vmemory import banks
-from vmemory.banks.dual_step import MemoryReader
+from vmemory.banks.dual.step import MemoryReader
 from vmemory.testing import assert_within_budget, random_tensor
 
 GRID, DIM, N = (2, 3), 8, 6
@@ -60,7 +60,7 @@ class Plain:
             return attend(reader, frame, torch.cat([tokens for *_, tokens in slots]))
         if self.memory.empty == "frame":
             return attend(reader, frame, self.held(frame))
-        return frame if self.memory.empty == "skip" else torch.zeros_like(frame)
+        return torch.zeros_like(frame)
 
     def victim(self, m: Tensor) -> int:
         whole = [x for _, x, _ in self.episodic]
@@ -69,10 +69,7 @@ class Plain:
             line = [whole[i].mean(0) for i in order] + [m.mean(0)]
             bridges = [float(cosine_similarity(a, b, dim=0)) for a, b in zip(line, line[2:], strict=False)]
             return order[1 + bridges.index(max(bridges))] if bridges else 0
-        if self.memory.level == "mean":
-            scores = [float(cosine_similarity(x.sum(0), m.sum(0), dim=0)) for x in whole]
-        else:
-            scores = [float(cosine_similarity(x.flatten(), m.flatten(), dim=0).detach()) for x in whole]
+        scores = [float(cosine_similarity(x.flatten(), m.flatten(), dim=0).detach()) for x in whole]
         return scores.index(max(scores))
 
     def push(self, frame: Tensor, cells: Tensor) -> Tensor:
@@ -113,9 +110,8 @@ def test_every_option_equals_algorithm_1_on_lists(data) -> None:
     draw = data.draw
     memory = memory_of(
         draw(st.tuples(st.integers(0, 4), st.integers(0, 4))),
-        empty=draw(st.sampled_from(["frame", "zeros", "skip"])),
+        empty=draw(st.sampled_from(["frame", "zeros"])),
         slots=draw(st.sampled_from(["tokens", "means"])),
-        level=draw(st.sampled_from(["flat", "mean"])),
         rule=draw(st.sampled_from(["most-similar", "bridged"])),
         salience=draw(st.sampled_from([None, 0.45, 0.5])),
         residual=draw(st.booleans()),
@@ -129,7 +125,7 @@ def test_every_option_equals_algorithm_1_on_lists(data) -> None:
     plain, got, want = Plain(memory), [], []
     for start in range(0, T, chunk):
         part = slice(start, start + chunk)
-        got.append(memory.push(frames[part], valid=None if exists is None else exists[part]))
+        got.append(memory.push(frames[part], mask=None if exists is None else exists[part]))
     with torch.no_grad():
         for t in range(T):
             cells = torch.ones(N, dtype=torch.bool) if exists is None else exists[t].flatten()
@@ -161,7 +157,7 @@ def test_rounding_is_that_of_the_lists(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("through_slots", [False, True])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"slots": "means", "empty": "zeros"}, {"salience": 0.5, "empty": "skip"}, {"residual": True}],
+    [{}, {"slots": "means", "empty": "zeros"}, {"salience": 0.5}, {"residual": True}],
 )
 def test_gradients_are_those_of_the_lists(options: dict, through_slots: bool) -> None:
     memory = memory_of(**options)
@@ -226,7 +222,8 @@ def test_provenance_of_what_is_read() -> None:
         mine = held.level == level
         torch.testing.assert_close(held.tokens[mine], whole.flatten(0, 2)[held.source[mine]])
         assert len(held.source[mine].unique()) == int(mine.sum())
-    assert memory.counts() == {"seen": 7, "entered": 7, "written": 7, "held": 5}
+    assert memory.counts().items() >= {"seen": 7, "entered": 7, "written": 7, "held": 5}.items()
+    assert memory.counts()["dropped"] == 7 - len(held.frame.unique())
 
 
 def test_a_clip_becomes_one_token_for_each_of_its_own() -> None:
@@ -235,9 +232,9 @@ def test_a_clip_becomes_one_token_for_each_of_its_own() -> None:
     before = memory.snapshot()
     exists = random_tensor(2, 5, *GRID) > 0
     clips, time = torch.stack([video(5), video(5, seed=1)]), torch.arange(5.0, dtype=torch.float64)
-    padded = memory.transform(clips, time, valid=exists)
+    padded = memory.transform(clips, time, mask=exists)
     for stream in range(2):
-        alone = memory.compress(clips[stream], time, valid=exists[stream])
+        alone = memory.compress(clips[stream], time, mask=exists[stream])
         assert alone.source.tolist() == exists[stream].flatten().nonzero().flatten().tolist()
         assert alone.time.tolist() == time[alone.source // N].tolist()
         n = int(padded.count[stream])
@@ -251,7 +248,7 @@ def test_a_clip_becomes_one_token_for_each_of_its_own() -> None:
     assert all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(before, memory.state, strict=True))
 
 
-@pytest.mark.parametrize("empty", ["frame", "zeros", "skip"])
+@pytest.mark.parametrize("empty", ["frame", "zeros"])
 @pytest.mark.parametrize("first", [0, 4])
 @pytest.mark.parametrize("chunk", [1, 12])
 def test_a_broken_frame_enters_neither_memory(empty: str, first: int, chunk: int) -> None:
@@ -266,7 +263,7 @@ def test_a_broken_frame_enters_neither_memory(empty: str, first: int, chunk: int
     if empty != "zeros":
         assert bool(out[first].isnan().any())
     assert not set(memory.entries().frame.tolist()) & {first, first + 1}
-    assert memory.counts() == {"seen": 12, "entered": 10, "written": 10, "held": 5}
+    assert memory.counts().items() >= {"seen": 12, "entered": 10, "written": 10, "held": 5}.items()
     assert bool(memory.read().tokens.isfinite().all())
 
 
@@ -275,7 +272,7 @@ def test_an_overflowing_answer_enters_the_working_memory_alone() -> None:
     with torch.no_grad():
         memory.working.out.bias.fill_(torch.inf)
     memory.push(video(3))
-    assert memory.counts() == {"seen": 3, "entered": 3, "written": 0, "held": 2}
+    assert memory.counts().items() >= {"seen": 3, "entered": 3, "written": 0, "held": 2}.items()
 
 
 @pytest.mark.parametrize(("rule", "overwrites"), [("most-similar", [5, 0, 0]), ("bridged", [0, 3, 2])])
@@ -289,7 +286,7 @@ def test_of_equal_slots_the_first_that_may_go_is_replaced(rule: str, overwrites:
     out = memory.push(video(1).expand(8, -1, -1, -1))
     assert torch.equal(out, torch.full_like(out, bias))
     assert memory.overwrites[0].tolist() == overwrites
-    assert memory.counts() == {"seen": 8, "entered": 8, "written": 8, "held": 4}
+    assert memory.counts().items() >= {"seen": 8, "entered": 8, "written": 8, "held": 4}.items()
 
 
 @pytest.mark.parametrize("capacities", [(0, 0), (0, 1), (1, 0), (1, 1)])
@@ -302,7 +299,7 @@ def test_capacities_zero_and_one(capacities: tuple[int, int], slots: str) -> Non
     entries = memory.entries()
     assert entries.frame.tolist() == [4] * sum(capacities)
     assert entries.level.tolist() == [level for level in (0, 1) if capacities[level]]
-    found = memory.retrieve(torch.ones(2, DIM), 3)
+    found = memory.search(torch.ones(2, DIM), 3)
     assert (found.frame == 4).sum(1).tolist() == [sum(capacities)] * 2
     assert (found.level >= 0).sum(1).tolist() == [sum(capacities)] * 2
     torch.testing.assert_close(memory.transform(video(5)).tokens, out.flatten(0, 2))
@@ -320,16 +317,16 @@ def test_nothing_pushed_changes_nothing() -> None:
     assert all(torch.equal(a.nan_to_num(9.0), b.nan_to_num(9.0)) for a, b in zip(before, memory.state, strict=True))
 
 
-@pytest.mark.parametrize("options", [{}, {"salience": 0.5}, {"rule": "bridged", "empty": "skip"}])
+@pytest.mark.parametrize("options", [{}, {"salience": 0.5}, {"rule": "bridged", "empty": "zeros"}])
 def test_streams_named_in_any_order_are_fed_alone(options: dict) -> None:
     shared, alone = memory_of(streams=3, **options), [memory_of(**options) for _ in range(3)]
     for step in range(11):
         rows = [stream for stream in (2, 0, 1) if (step + stream) % (stream + 1) == 0]
         frames = torch.stack([video(2, seed=7 * step + stream) for stream in (*rows, 9)])
         exists = random_tensor(len(rows) + 1, 2, *GRID, seed=step) > -1 if step > 6 else None
-        out = shared.push(frames, valid=exists, streams=torch.tensor([*rows, -1]))
+        out = shared.push(frames, mask=exists, streams=torch.tensor([*rows, -1]))
         for row, stream in enumerate(rows):
-            want = alone[stream].push(frames[row], valid=None if exists is None else exists[row])
+            want = alone[stream].push(frames[row], mask=None if exists is None else exists[row])
             torch.testing.assert_close(out[row], want)
         assert bool((out[-1] == 0).all())
     for stream, memory in enumerate(alone):

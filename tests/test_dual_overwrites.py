@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.test_dual_state import DIM, GRID, memory_of
 from vmemory import banks
-from vmemory.banks.dual_rules import bridged_slot
+from vmemory.banks.dual.rules import bridged_slot
 from vmemory.eval import compare_overwrites
 
 
@@ -44,7 +44,7 @@ def test_entropy_of_nothing_is_unknown_and_bad_counts_are_named() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_papers_rule_freezes_slots_and_bridging_does_not(seed: int) -> None:
     frames = scenes(200, seed)
-    found = compare_overwrites(frames, capacities=(4, 8), heads=4, seed=seed)
+    found = compare_overwrites(frames, capacity=(4, 8), heads=4, seed=seed)
     frozen, cured = found["most-similar"], found["bridged"]
     assert frozen.times == cured.times == 192
     # out of three bits; most overwrites fall on one slot, and half of the memory are first frames to the end
@@ -59,16 +59,16 @@ def test_comparing_rules_leaves_no_trace_and_takes_weights(residual: bool) -> No
     frames = scenes(40, 0)
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    found = compare_overwrites(frames, capacities=(2, 4))
+    found = compare_overwrites(frames, capacity=(2, 4))
     assert torch.equal(torch.random.get_rng_state(), before)
     assert list(found) == ["most-similar", "bridged"]
-    assert compare_overwrites(frames, capacities=(2, 4)) == found
+    assert compare_overwrites(frames, capacity=(2, 4)) == found
     memory = memory_of((2, 4), heads=8, rule="bridged", residual=residual)
     memory.push(frames)
-    theirs = compare_overwrites(frames, capacities=(2, 4), rules=["bridged"], weights=memory.state_dict())["bridged"]
+    theirs = compare_overwrites(frames, capacity=(2, 4), rules=["bridged"], weights=memory.state_dict())["bridged"]
     assert theirs.bits == float(memory.overwrite_entropy()[0])
     assert theirs.held == memory.entries().frame[memory.entries().level == 1].tolist()
-    assert math.isnan(compare_overwrites(frames[:3], capacities=(2, 4))["bridged"].bits)
+    assert math.isnan(compare_overwrites(frames[:3], capacity=(2, 4))["bridged"].bits)
     with pytest.raises(ValueError, match=r"frames: expected \[T, H, W, D\], got shape \[2, 3, 16\]"):
         compare_overwrites(frames[0])
 

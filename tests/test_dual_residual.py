@@ -17,7 +17,7 @@ GRID, DIM, RIDING, N = (2, 3), 8, 5, 6
 def memory_of(capacities: tuple[int, int] | None = (2, 3), alpha: float = 0.0, **arguments: Any) -> banks.DualMemory:
     torch.manual_seed(0)
     given = {"dim": DIM, "grid": GRID, "heads": 2, "residual": True} | arguments
-    memory = banks.DualMemory(capacities=capacities, **given)
+    memory = banks.DualMemory(capacity=capacities, **given)
     if memory.alpha is not None:
         torch.nn.init.constant_(memory.alpha, alpha)
     return memory
@@ -33,7 +33,7 @@ def video(T: int, channels: int = DIM, seed: int = 0, dtype: torch.dtype = torch
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"empty": "zeros", "rule": "bridged"}, {"empty": "skip", "salience": 0.0, "heads": 4}, {"level": "mean"}],
+    [{}, {"empty": "zeros", "rule": "bridged"}, {"salience": 0.0, "heads": 4}],
 )
 @pytest.mark.parametrize("riding", [0, RIDING])
 def test_untrained_every_frame_passes_to_the_bit(dtype: torch.dtype, options: dict, riding: int) -> None:
@@ -104,8 +104,8 @@ def test_what_rides_behind_changes_nothing_in_front_and_stays_with_its_frame(opt
     for start in range(0, 12, 3):
         part, there = frames[:, start : start + 3], None if exists is None else exists[:, start : start + 3]
         streams = torch.tensor([1, -1] if start == 6 else [1, 0])
-        out = wide.push(part, valid=there, streams=streams)
-        front = bare.push(part[..., :DIM].contiguous(), valid=there, streams=streams)
+        out = wide.push(part, mask=there, streams=streams)
+        front = bare.push(part[..., :DIM].contiguous(), mask=there, streams=streams)
         torch.testing.assert_close(out[..., :DIM], front)
         behind = part[..., DIM:] if there is None else torch.where(there[..., None], part[..., DIM:], 0)
         assert torch.equal(out[..., DIM:], torch.where((streams >= 0)[:, None, None, None, None], behind, 0))
@@ -122,17 +122,17 @@ def test_what_rides_behind_changes_nothing_in_front_and_stays_with_its_frame(opt
             torch.testing.assert_close(held.tokens[:, DIM:], behind.mean(1)[held.frame])
         for query in (torch.ones(1, DIM), torch.ones(1, DIM + RIDING)):
             assert torch.equal(
-                wide.retrieve(query, 2, stream=stream).frame, bare.retrieve(query[:, :DIM], 2, stream=stream).frame
+                wide.search(query, 2, stream=stream).frame, bare.search(query[:, :DIM], 2, stream=stream).frame
             )
     assert wide.read(padded=True).tokens.shape[-1] == DIM + RIDING
     with pytest.raises(ValueError, match=r"query: expected \[Q, 8\], got shape \[1, 9\]"):
-        wide.retrieve(torch.ones(1, 9), 1)
+        wide.search(torch.ones(1, 9), 1)
 
 
 def test_a_training_clip_may_have_more_channels_than_are_held() -> None:
     memory, clip = memory_of(alpha=0.5), video(7, DIM + RIDING).requires_grad_()
-    made = memory.transform(clip, valid=random_tensor(7, *GRID) > 0)
-    front = memory.transform(clip[..., :DIM], valid=random_tensor(7, *GRID) > 0)
+    made = memory.transform(clip, mask=random_tensor(7, *GRID) > 0)
+    front = memory.transform(clip[..., :DIM], mask=random_tensor(7, *GRID) > 0)
     torch.testing.assert_close(made.tokens[:, :DIM], front.tokens)
     assert torch.equal(made.tokens[:, DIM:], clip.flatten(0, 2)[made.source, DIM:])
     made.tokens[:, DIM:].sum().backward()
@@ -150,7 +150,7 @@ def test_a_frame_that_is_broken_behind_enters_neither_memory() -> None:
     out = memory.push(frames)
     assert torch.equal(out[..., DIM:], frames[..., DIM:])
     assert bool(out[..., :DIM].isfinite().all())
-    assert memory.counts() == {"seen": 6, "entered": 5, "written": 5, "held": 5}
+    assert memory.counts().items() >= {"seen": 6, "entered": 5, "written": 5, "held": 5}.items()
     assert bool(memory.read().tokens.isfinite().all())
 
 
@@ -189,19 +189,19 @@ def test_a_memory_like_another_has_its_weights_and_options() -> None:
     memory = memory_of(alpha=0.5, rule="bridged", salience=0.25, adapter=banks.FeatureAdapter(3, DIM))
     memory.push(video(4, 3))
     other = memory.like((4, 5), dim=DIM + RIDING, streams=2)
-    assert other.config() == memory.config() | {"grid": [4, 5], "dim": DIM + RIDING, "streams": 2}
-    assert other.counts() == {"seen": 0, "entered": 0, "written": 0, "held": 0}
+    assert other.to_dict() == memory.to_dict() | {"grid": [4, 5], "dim": DIM + RIDING, "streams": 2}
+    assert other.counts().items() >= {"seen": 0, "entered": 0, "written": 0, "held": 0}.items()
     for (name, mine), theirs in zip(memory.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
         assert mine.data_ptr() != theirs.data_ptr(), name
-    sizes = memory.like(GRID, capacities=(1, 6), rule="most-similar", dtype=torch.float64)
+    sizes = memory.like(GRID, capacity=(1, 6), rule="most-similar", dtype=torch.float64)
     assert (sizes.capacities, sizes.rule, sizes.alpha.dtype) == ((1, 6), "most-similar", torch.float64)
     assert memory.bfloat16().like(GRID).working_tokens.dtype == torch.bfloat16
     for changes, words in (
         ({"heads": 4}, "heads: expected 2, as trained, got 4"),
         ({"residual": False}, "residual: expected True, as trained, got False"),
         ({"key_dim": 4}, "key_dim: expected 8, as trained, got 4"),
-        ({"budget": "64KiB", "capacities": (2, 3)}, "budget: expected either capacities or a budget, got both"),
+        ({"budget": "64KiB", "capacity": (2, 3)}, "budget: expected either capacity or a budget, got both"),
     ):
         with pytest.raises(ValueError, match=words):
             memory.like(GRID, **changes)
@@ -212,7 +212,7 @@ def test_a_budget_means_the_same_bytes_for_every_grid() -> None:
     fitting = small.like(GRID)
     assert fitting.nbytes <= 8 * 1024
     assert fitting.capacity < small.capacity
-    assert small.like(GRID, capacities=(2, 3)).capacities == (2, 3)
+    assert small.like(GRID, capacity=(2, 3)).capacities == (2, 3)
     assert fitting.like((1, 1)).capacities == small.capacities
     frames = video(40)
     assert torch.equal(small.transform(frames).tokens, fitting.push(frames).flatten(0, 2))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vmemory import banks
-from vmemory.banks.dual_state import split
+from vmemory.banks.dual.state import split
 from vmemory.testing import random_tensor
 
 GRID, DIM, N = (2, 3), 16, 6
@@ -67,7 +67,7 @@ def test_state_dict_holds_weights_alone_and_loading_renews_what_is_stored() -> N
 
 def test_restoring_brings_back_that_cells_do_not_exist() -> None:
     memory, exists = memory_of(), random_tensor(4, *GRID) > 0
-    memory.push(video(4), valid=exists)
+    memory.push(video(4), mask=exists)
     taken = memory.snapshot()
     want = memory.push(video(3, seed=1))
     memory.reset()
@@ -88,7 +88,7 @@ def test_files_bring_weights_options_and_state_back(tmp_path, options: dict) -> 
     memory.save(tmp_path / "m.vmem", extra={"picture": torch.arange(3)}, notes={"video": "film"})
     back, file = banks.load(tmp_path / "m.vmem")
     assert isinstance(back, banks.DualMemory)
-    assert back.config() == memory.config()
+    assert back.to_dict() == memory.to_dict()
     assert list(file.extra) == ["picture"]
     assert file.notes == {"video": "film"}
     equal(back.snapshot(), memory.snapshot())
@@ -104,7 +104,7 @@ def test_budgets_pick_one_working_slot_in_five() -> None:
         memory = memory_of(None, budget="64KiB", **options)
         assert memory.nbytes <= 64 * 1024
         assert memory_of(split(memory.capacity + 1), **options).nbytes > 64 * 1024
-    with pytest.raises(ValueError, match="budget: expected either capacities or a budget, got both"):
+    with pytest.raises(ValueError, match="budget: expected either capacity or a budget, got both"):
         memory_of((1, 2), budget="64KiB")
 
 
@@ -122,7 +122,7 @@ def test_adapters_learn_with_the_memory() -> None:
     [
         {},
         {"rule": "bridged", "empty": "zeros"},
-        {"slots": "means", "level": "mean", "salience": 0.5, "empty": "skip"},
+        {"slots": "means", "salience": 0.5, "empty": "zeros"},
         {"residual": True, "key_dim": 10},
     ],
 )
@@ -136,7 +136,7 @@ def test_compiled_pushes_equal_eager_ones(options: dict, named: bool) -> None:
     for t in range(16):
         arguments: dict[str, Any] = {"time": torch.tensor([[float(t)]] * 2, dtype=torch.float64)}
         if named:
-            arguments |= {"streams": torch.tensor([1, -1] if t % 3 else [1, 0]), "valid": exists[:, t : t + 1]}
+            arguments |= {"streams": torch.tensor([1, -1] if t % 3 else [1, 0]), "mask": exists[:, t : t + 1]}
         one = frames[:, t : t + 1]
         assert torch.equal(push(one, **arguments), eager.push(one, **arguments))
         equal(memory.snapshot(), eager.snapshot())
@@ -164,7 +164,7 @@ def test_nothing_on_the_way_of_a_push_looks_at_values() -> None:
     with FakeTensorMode():
         memory = memory_of(streams=2, salience=0.5, rule="bridged", residual=True, key_dim=10)
         frames, exists = torch.randn(2, 3, *GRID, DIM), torch.ones(2, 3, *GRID, dtype=torch.bool)
-        out = memory.push(frames, valid=exists, streams=torch.zeros(2, dtype=torch.int64))
+        out = memory.push(frames, mask=exists, streams=torch.zeros(2, dtype=torch.int64))
         assert out.shape == frames.shape
         assert memory.read(padded=True).tokens.shape == (2, 5 * N, DIM)
 
@@ -204,18 +204,17 @@ def test_pushes_replay_from_a_graph_without_waiting(options: dict) -> None:
         (ValueError, {"heads": 3}, "heads: expected a divisor of dim 16, got 3"),
         (ValueError, {"hidden": 0}, "hidden: expected at least 1"),
         (ValueError, {"activation": "tanh"}, "activation: expected one of 'relu', 'gelu', 'silu'"),
-        (ValueError, {"empty": "none"}, "empty: expected one of 'frame', 'zeros', 'skip'"),
+        (ValueError, {"empty": "none"}, "empty: expected one of 'frame', 'zeros'"),
         (ValueError, {"slots": "frames"}, "slots: expected one of 'tokens', 'means'"),
-        (ValueError, {"level": "token"}, "level: expected one of 'flat', 'mean'"),
         (ValueError, {"rule": "oldest"}, "rule: expected one of 'most-similar', 'bridged'"),
         (ValueError, {"key_dim": 17}, "key_dim: expected between 1 and 16, got 17"),
         (ValueError, {"key_dim": 9}, "heads: expected a divisor of dim 9, got 2"),
         (TypeError, {"residual": 0.5}, "residual: expected True or False, got 0.5"),
         (ValueError, {"salience": 1.5}, "salience: expected None or between 0 and 1, got 1.5"),
         (ValueError, {"streams": 0}, "streams: expected at least 1"),
-        (ValueError, {"capacities": (1, 2, 3)}, r"capacities: expected \(working, episodic\), got \(1, 2, 3\)"),
-        (ValueError, {"capacities": (1, -2)}, "capacities: expected at least 0"),
-        (TypeError, {"capacities": (1, 2.0)}, "capacities: expected an int"),
+        (ValueError, {"capacities": (1, 2, 3)}, r"capacity: expected \(working, episodic\), got \(1, 2, 3\)"),
+        (ValueError, {"capacities": (1, -2)}, "capacity: expected at least 0"),
+        (TypeError, {"capacities": (1, 2.0)}, "capacity: expected an int"),
     ],
 )
 def test_bad_arguments_are_named(error: type[Exception], arguments: dict, words: str) -> None:
@@ -231,8 +230,8 @@ def test_a_failed_push_changes_nothing() -> None:
     for arguments, words in (
         ({"frames": good[0]}, "frames: expected 2 streams"),
         ({"frames": good[..., :7]}, r"frames: expected \[S, T, 2, 3, 16\], got shape \[2, 2, 2, 3, 7\]"),
-        ({"frames": good, "valid": torch.ones(2, 2, 2, 3)}, r"valid: expected bool \[2, 2, 2, 3\], got torch.float32"),
-        ({"frames": good, "valid": torch.ones(2, 2, 3, dtype=torch.bool)}, "valid: expected"),
+        ({"frames": good, "mask": torch.ones(2, 2, 2, 3)}, r"mask: expected bool \[2, 2, 2, 3\], got torch.float32"),
+        ({"frames": good, "mask": torch.ones(2, 2, 3, dtype=torch.bool)}, "mask: expected"),
         ({"frames": good, "streams": torch.tensor([0])}, "frames: expected 1 streams"),
         ({"frames": good, "streams": torch.tensor([0, 1], dtype=torch.int32)}, "streams: expected int64"),
         ({"frames": good, "time": [[5.0, 6.0], [2.0, 3.0]]}, "time: expected more than 2.0 s"),
@@ -248,7 +247,7 @@ def test_a_failed_push_changes_nothing() -> None:
         (lambda: memory.read(2), "stream: expected between 0 and 1, got 2"),
         (lambda: memory.entries(-1), "stream: expected between 0 and 1, got -1"),
         (lambda: memory.counts(2), "stream: expected between 0 and 1, got 2"),
-        (lambda: memory.retrieve(torch.ones(1, DIM), 1, stream=2), "stream: expected between 0 and 1, got 2"),
+        (lambda: memory.search(torch.ones(1, DIM), 1, stream=2), "stream: expected between 0 and 1, got 2"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
@@ -258,9 +257,9 @@ def test_a_failed_push_changes_nothing() -> None:
 @pytest.mark.parametrize("riding", [0, 3])
 def test_dual_memory_goes_back_to_before_the_span(slots, riding):
     video, time = random_tensor(30, 4, 6, 8 + riding), torch.arange(30).double() * 0.5
-    arguments = {"capacities": (4, 5), "slots": slots, "streams": 2, "key_dim": 8}
-    bank = banks.make("dual", dim=8 + riding, grid=(4, 6), **arguments)
-    before = banks.make("dual", dim=8 + riding, grid=(4, 6), **arguments)
+    arguments = {"capacity": (4, 5), "slots": slots, "streams": 2, "key_dim": 8}
+    bank = banks.build_memory("dual", dim=8 + riding, grid=(4, 6), **arguments)
+    before = banks.build_memory("dual", dim=8 + riding, grid=(4, 6), **arguments)
     before.load_state_dict(bank.state_dict())
     both = torch.stack([video, video.flip(0)])
     bank.push(both[:, :3], time[:3])
@@ -283,7 +282,7 @@ def test_dual_memory_goes_back_to_before_the_span(slots, riding):
 def test_dual_memory_forks_and_is_preserved(riding: int) -> None:
     video, time = random_tensor(12, 4, 6, 8 + riding), torch.arange(12).double() * 0.5
     arguments = {"dim": 8 + riding, "key_dim": 8, "grid": (4, 6)}
-    bank = banks.make("dual", capacities=(9, 9), **arguments)
+    bank = banks.build_memory("dual", capacity=(9, 9), **arguments)
     bank.push(video[:8], time[:8])
     held = bank.snapshot()
     fork = bank.fork()
@@ -295,7 +294,7 @@ def test_dual_memory_forks_and_is_preserved(riding: int) -> None:
     bank.push(video[8:], time[8:])
     for x, y in zip(bank.state, fork.state, strict=True):
         assert torch.equal(x.nan_to_num(7), y.nan_to_num(7))
-    then = banks.make("dual", capacities=(12, 12), **arguments)
+    then = banks.build_memory("dual", capacity=(12, 12), **arguments)
     then.load_state_dict(bank.state_dict())
     then.push(video[:8], time[:8])
     early = then.fork(1.2)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 BUDGET, DIM = "12KiB", 8
 KINDS = {
-    "recent": lambda: banks.RingBank(DIM, (2, 2), 2),
+    "recent": lambda: banks.RecentBank(DIM, (2, 2), 2),
     "int8": lambda: banks.MergingBank(DIM, (2, 2), 2, dtype="int8"),
     "hierarchical": lambda: banks.HierarchicalBank(DIM, (4, 4), (2, 2, 2)),
     "sizes": lambda: banks.HierarchicalBank(DIM, (4, 4), (2, 2, 3), rule="videochat-online", intervals=(8, 4, 1)),
@@ -62,7 +62,7 @@ def refilled(bank: banks.Bank) -> banks.MemoryTokens:
     """More frames than an archive holds, and what it gives back of them."""
     for first in (1000.0, 2000.0):
         pushed(bank, 40, first)
-    return bank.recall(1000.0, 1e9)
+    return bank.archive.read(1000.0, 1e9)
 
 
 @cache
@@ -75,7 +75,7 @@ def wanted(kind: str) -> banks.MemoryTokens:
 def assert_works(kind: str, path: Path) -> None:
     """What the archive of this file takes in and gives back afterwards is what any other would."""
     bank = opened(kind, path)
-    bank.recall(-1e300, 1e300)
+    bank.archive.read(-1e300, 1e300)
     found = refilled(bank)
     assert torch.equal(found.source, wanted(kind).source)
     assert torch.equal(found.tokens, wanted(kind).tokens)
@@ -151,7 +151,7 @@ def test_a_block_shorter_than_its_frame_gives_nothing(size: int, archives, tmp_p
     file.write()
     bank = opened("recent", file.path)
     assert bank.archive.counts()["held"] == 0
-    assert len(bank.recall(500.0, 500.0).tokens) == 0
+    assert len(bank.archive.read(500.0, 500.0).tokens) == 0
 
 
 @pytest.mark.parametrize("tag", [b"A", b"\xff", b"\x1b", b"\0"])
@@ -183,9 +183,9 @@ def test_a_file_that_is_gone_while_it_is_open_is_an_error(how: str, call: str, a
     if call == "recall":
         if how in ("cut", "emptied"):
             with pytest.raises(RuntimeError, match=words):
-                bank.recall(0.0, 1e9)
+                bank.archive.read(0.0, 1e9)
         else:
-            assert len(bank.recall(0.0, 1e9).tokens)
+            assert len(bank.archive.read(0.0, 1e9).tokens)
     else:
         steps = {"push": lambda: pushed(bank, 30, 200.0), "erase": lambda: bank.erase(100.0, 105.0)}
         with pytest.raises(RuntimeError, match=words):

@@ -41,15 +41,15 @@ def use(path) -> None:
     loaded.counts(), loaded.read(), loaded.entries()
     S, frames = loaded.streams, clip(3)
     frames = (
-        frames.to(banks.quantized.dtype_of(loaded.config()["dtype"]))
-        if "int" not in loaded.config()["dtype"]
+        frames.to(banks.quantization.dtype_of(loaded.to_dict()["dtype"]))
+        if "int" not in loaded.to_dict()["dtype"]
         else frames
     )
     shape = loaded.grid if isinstance(loaded, banks.DualMemory) else loaded.layout.grid
     dim = loaded.dim if isinstance(loaded, banks.DualMemory) else loaded.layout.dim
     frames = frames.new_ones(S, 3, *shape, dim)
     loaded.push(frames)
-    loaded.read(), loaded.retrieve(torch.ones(2, dim), 3)
+    loaded.read(), loaded.search(torch.ones(2, dim), 3)
     loaded.fork().push(frames)
     # times may be unknown
     with suppress(ValueError):
@@ -125,7 +125,7 @@ def test_what_a_small_file_says_is_large_is_not_allocated(name: str, value, tmp_
 def test_metadata_that_is_no_metadata_is_refused(tmp_path) -> None:
     path, bank = tmp_path / "a.vmem", memory("recent")
     tensors = {f"state.{name}": x for name, x in bank.snapshot()._asdict().items()}
-    good = {"format": "vmem", "version": "1", "policy": "recent", "config": json.dumps(bank.config()), "notes": "{}"}
+    good = {"format": "vmem", "version": "1", "policy": "recent", "config": json.dumps(bank.to_dict()), "notes": "{}"}
     write_raw(path, good, tensors)
     banks.load(path)
     for name in good:
@@ -154,7 +154,7 @@ def test_metadata_that_is_no_metadata_is_refused(tmp_path) -> None:
         with pytest.raises(banks.BankFileError, match="state"):
             banks.load(path)
     # an argument of the constructor that no file holds
-    write_raw(path, {**good, "config": json.dumps({**bank.config(), "adapter": "x"})}, tensors)
+    write_raw(path, {**good, "config": json.dumps({**bank.to_dict(), "adapter": "x"})}, tensors)
     with pytest.raises(banks.BankFileError, match="config: expected"):
         banks.load(path)
 

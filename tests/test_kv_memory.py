@@ -161,7 +161,7 @@ def test_spans_leave_as_the_bank_decides():
     full = model(inputs_embeds=embeds, position_ids=positions, use_cache=True).past_key_values
     values = torch.cat([layer.values[0].transpose(0, 1).flatten(1) for layer in full.layers], 1).detach()
     spans = values[4 : 4 + 19 * 6].view(19, 6, -1).mean(1)
-    bank = HierarchicalBank(dim=spans.shape[-1], grid=(1, 1), capacities=(5,), grids=((1, 1),), rule="paper")
+    bank = HierarchicalBank(dim=spans.shape[-1], grid=(1, 1), capacity=(5,), grid_size=((1, 1),), rule="paper")
     bank.push(spans.view(19, 1, 1, -1))
     assert ((memory.token[0, 0, 0, 4:-2] - 4) // 6)[::6].tolist() == bank.read().frame.tolist()
     assert memory.token[0, 0, 0, -2:].tolist() == [118, 119], "the open span stays"

@@ -127,5 +127,5 @@ def test_settings_that_do_not_fit(settings, message):
 
 def test_settings_that_do_not_fit_the_policy():
     config = MemoryConfig.from_dict({"memory_capacities": [2, 2], "memory_reduced_sizes": [16]})
-    with pytest.raises(ValueError, match="grids: expected one per capacity"):
+    with pytest.raises(ValueError, match="grid_size: expected one per capacity"):
         config.build(8, (4, 4))

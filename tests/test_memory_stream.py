@@ -12,7 +12,6 @@ from PIL import Image
 from tests.colours import BLUE, GREEN, GREY, RED, Colours, frames_of
 from vmemory.banks import POLICIES, BankFileError, DualMemory, HierarchicalBank, MergingBank
 from vmemory.search.encoder import calibrate
-from vmemory.search.held import dropped
 from vmemory.search.presets import video_bank
 from vmemory.search.similar import Found, centred_search, spread
 from vmemory.search.thumbnails import Thumbnails, nearest
@@ -113,7 +112,7 @@ def test_history_says_where_every_frame_is(policy: str) -> None:
         assert np.bincount(history.entry).tolist() == entries.frames.tolist()
     else:
         assert history.frame[history.entry >= 0].tolist() == entries.frame.unique().tolist()
-        assert (history.entry < 0).sum() == dropped(stream.bank) > 0
+        assert (history.entry < 0).sum() == stream.bank.counts()["dropped"] > 0
     held = history.entry >= 0
     assert history.level[held].tolist() == entries.level[torch.from_numpy(history.entry[held])].tolist()
     assert (history.level[~held] == -1).all()
@@ -222,7 +221,7 @@ def test_video_bank() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
     for arguments, message in (
-        ({"policy": "best"}, "bank: expected one of hierarchical, merging, .*dual, got 'best'"),
+        ({"policy": "best"}, "bank: expected one of dual, episodic, .*uniform, got 'best'"),
         ({"policy": "merging", "rule": "paper"}, "rule: only the hierarchical bank and the dual one have rules"),
         ({"policy": "hierarchical", "keep": 3}, "keep: the hierarchical bank has sizes of its own, got 3"),
         ({"policy": "merging", "keep": 0}, "keep: expected 1 to 9 tokens a side, got 0"),

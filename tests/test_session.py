@@ -153,15 +153,15 @@ def test_retrieval_leaves_out_what_is_below_the_threshold():
     settings = {"memory_policy": "recent", "memory_capacities": 6}
     session = VideoSession(model, config=settings)
     with pytest.raises(ValueError, match="session: expected frames before"):
-        session.retrieve(torch.zeros(1, 32))
+        session.search(torch.zeros(1, 32))
     strict = VideoSession(model, config={**settings, "memory_similarity_threshold": 0.999})
     for piece in chunks(inputs, 4):
         session.push(**piece)
         strict.push(**piece)
     query = session.memory.entries().descriptor[-1:]
-    assert bool((session.retrieve(query, 3).frame >= 0).all())
-    assert session.retrieve(query, 3).frame[0, 0] == T - 1
-    found = strict.retrieve(query, 3)
+    assert bool((session.search(query, 3).frame >= 0).all())
+    assert session.search(query, 3).frame[0, 0] == T - 1
+    found = strict.search(query, 3)
     assert found.frame[0, 0] == T - 1
     assert torch.equal(found.frame >= 0, found.values >= 0.999)
 

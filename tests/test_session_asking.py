@@ -212,4 +212,4 @@ def test_an_early_span_goes_and_the_rest_stays(words):
     assert isinstance(session.ask("what happens?", **GREEDY), str)
     everything = VideoSession(model, words, config={"memory_policy": "merging", "memory_capacities": 4})
     everything.push(film(16), [float(t) for t in range(16)])
-    assert everything.erase(2.0, 3.0, survivors="clear") == 4
+    assert everything.erase(2.0, 3.0, drop_dependent=True) == 4

@@ -98,13 +98,13 @@ def test_a_saved_session_keeps_the_trained_memory(tmp_path, family):
 
 def test_options_come_from_the_memory_and_sizes_from_the_session():
     model, inputs = tiny("qwen2_5_vl", T=T)
-    given = DualMemory(32, (1, 1), (2, 3), heads=2, empty="skip", rule="bridged", residual=True)
+    given = DualMemory(32, (1, 1), (2, 3), heads=2, empty="zeros", rule="bridged", residual=True)
     with attach(model, given):
         torch.nn.init.constant_(given.alpha, 0.5)
         session, frames = watched(model, inputs, 5)
-        assert session.memory.config() == given.config() | {"grid": list(frames.shape[1:3])}
+        assert session.memory.to_dict() == given.to_dict() | {"grid": list(frames.shape[1:3])}
         larger, _ = watched(model, inputs, 5, config={"memory_policy": "dual", "memory_capacities": [3, 6]})
-        assert larger.memory.config() == session.memory.config() | {"capacities": [3, 6]}
+        assert larger.memory.to_dict() == session.memory.to_dict() | {"capacity": [3, 6]}
         assert larger.memory.alpha == 0.5
         assert larger.nbytes == larger.memory.nbytes + sum(weight.nbytes for weight in given.parameters())
         by_bytes, _ = watched(model, inputs, 5, config={"memory_policy": "dual", "memory_budget": "128KiB"})

@@ -90,12 +90,12 @@ def test_what_a_session_takes_as_its_memory():
 
     def make(dim, grid, key_dim, device, dtype):
         made.append((dim, grid, key_dim))
-        return vmemory.banks.RingBank(dim, grid, 3, device=device, dtype=dtype)
+        return vmemory.banks.RecentBank(dim, grid, 3, device=device, dtype=dtype)
 
     sessions = [
         VideoSession(model, None, "recent", {"memory_capacities": 3}),
         VideoSession(model, memory=make),
-        VideoSession(model, memory=vmemory.banks.RingBank(32, (4, 4), 3)),
+        VideoSession(model, memory=vmemory.banks.RecentBank(32, (4, 4), 3)),
     ]
     for session in sessions:
         session.push(film(5))
@@ -103,7 +103,7 @@ def test_what_a_session_takes_as_its_memory():
     assert made == [(32, (4, 4), 32)]
 
     class Compresses:
-        def compress(self, clip, time=None, valid=None):
+        def compress(self, clip, time=None, mask=None):
             raise AssertionError("a session has no whole clip")
 
     for wrong in (Compresses(), 5, torch.nn.Linear(2, 2)):

@@ -13,8 +13,8 @@ import torch
 
 from tests.memories import POLICIES, make, seconds
 from vmemory import banks
-from vmemory.banks.checks import check_state
 from vmemory.banks.lock import MemoryLock
+from vmemory.banks.state import check_state
 
 DIM, GRID = 8, (4, 6)
 SECONDS = 0.3
@@ -79,9 +79,9 @@ def test_three_pushers_and_every_other_call_at_once(policy: str, archived: bool,
     def go_back() -> None:
         bank.restore(bank.snapshot())
 
-    others = [bank.read, save_and_load, bank.entries, lambda: bank.retrieve(torch.ones(1, DIM), 3), bank.fork]
+    others = [bank.read, save_and_load, bank.entries, lambda: bank.search(torch.ones(1, DIM), 3), bank.fork]
     if archived:
-        others += [lambda: bank.recall(0, 1e9), bank.archive.counts]
+        others += [lambda: bank.archive.read(0, 1e9), bank.archive.counts]
     done = all_at_once(push, push, push, *others)
     assert bank.counts()["seen"] == sum(done[:3])
     assert_whole(policy, bank.read())
@@ -189,7 +189,7 @@ def test_every_call_waits_for_the_one_before(policy: str, tmp_path) -> None:
     kept = bank.snapshot()
     calls: dict[str, Callable[[], object]] = {
         "push": lambda: bank.push(frame(1.0)), "read": bank.read, "padded": lambda: bank.read(padded=True),
-        "retrieve": lambda: bank.retrieve(torch.ones(1, DIM), 1), "entries": bank.entries, "counts": bank.counts,
+        "search": lambda: bank.search(torch.ones(1, DIM), 1), "entries": bank.entries, "counts": bank.counts,
         "save": lambda: bank.save(tmp_path / "a.vmem"), "snapshot": bank.snapshot,
         "restore": lambda: bank.restore(kept), "reset": bank.reset, "fork": bank.fork,
         "erase": lambda: bank.erase(5.0, 6.0), "to": lambda: bank.to("cpu"),
@@ -271,7 +271,7 @@ def test_a_process_forked_beside_pushes_never_hangs(archived: bool) -> None:
 
     calls: list[Callable[[], object]] = [lambda: bank.push(frame(1.0)), bank.read, lambda: bank.save("/dev/null/x")]
     if archived:
-        calls = [lambda: bank.recall(0.0, 1.0), lambda: bank.push(frame(1.0)), bank.archive.counts]
+        calls = [lambda: bank.archive.read(0.0, 1.0), lambda: bank.push(frame(1.0)), bank.archive.counts]
     else:
         calls = calls[:2]
     thread = threading.Thread(target=push)

@@ -104,9 +104,9 @@ def test_streams_cells_and_the_past() -> None:
     bank.reset([1])
     assert bank.read(padded=True).count.tolist() == [0, 0]
     # cells that do not exist are neither read nor held
-    valid = torch.rand(T, *GRID, generator=torch.Generator().manual_seed(0)) < 0.7
-    poisoned = frames[0].masked_fill(~valid[..., None], torch.nan)
-    assert torch.equal(bank.compress(poisoned, valid=valid).tokens, frames[0][valid])
+    mask = torch.rand(T, *GRID, generator=torch.Generator().manual_seed(0)) < 0.7
+    poisoned = frames[0].masked_fill(~mask[..., None], torch.nan)
+    assert torch.equal(bank.compress(poisoned, mask=mask).tokens, frames[0][mask])
 
 
 def test_gradients_reach_every_frame() -> None:
@@ -138,8 +138,8 @@ def test_bad_input_is_named() -> None:
         ValueError, match=r"frames: expected \[S, T, 2, 3, 6\] or \[T, 2, 3, 6\], got shape \[15, 3, 2, 6\]"
     ):
         bank.push(drift(1)[0].transpose(1, 2))
-    with pytest.raises(ValueError, match=r"valid: expected bool \[15, 2, 3\], got"):
-        bank.push(drift(1)[0], valid=torch.ones(T, 3, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"mask: expected bool \[15, 2, 3\], got"):
+        bank.push(drift(1)[0], mask=torch.ones(T, 3, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="time: expected shape"):
         bank.push(drift(1)[0], [1.0])
     with pytest.raises(ValueError, match="stream: expected"):

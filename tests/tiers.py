@@ -16,10 +16,10 @@ from vmemory.testing import random_tensor
 class Video(NamedTuple):
     frames: Tensor
     time: Tensor | None = None
-    valid: Tensor | None = None
+    mask: Tensor | None = None
 
     def part(self, start: int, stop: int) -> dict[str, Tensor | None]:
-        return {n: None if x is None else x[:, start:stop] for n, x in zip(("time", "valid"), self[1:], strict=True)}
+        return {n: None if x is None else x[:, start:stop] for n, x in zip(("time", "mask"), self[1:], strict=True)}
 
 
 def video(layout: BankLayout, streams: int, steps: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -144,7 +144,7 @@ def attach(model: nn.Module, memory: MemoryLike | None = None, config: ConfigLik
 
     Args:
         model: A model of a family in `integrations/`, also inside the wrappers of PEFT and `torch.compile`.
-        memory: A policy's name (`"merging"`); a memory, or any object whose `compress(clip, time, valid=…)` returns
+        memory: A policy's name (`"merging"`); a memory, or any object whose `compress(clip, time, mask=…)` returns
             `MemoryTokens` (a bank supports videos of its own grid only); or a function that makes one from `dim`,
             `grid`, `key_dim`, `device` and `dtype`. None = a memory made from `config`. An untrained `DualMemory`
             changes the model's output unless it has `residual=True`, which `config` sets. LLaVA-Qwen also accepts a

@@ -13,7 +13,7 @@ using bank::Layout;
 inline void frames(const Argument& x, const std::optional<Tensor>& valid) {
   x.shape({kAny, kAny, kAny, kAny, kAny}).floating();
   for (const int64_t side : {2, 3}) x.at_least(1, side).at_most(kMostSide, side);
-  Argument("valid", valid).shape({x.size(0), x.size(1), x.size(2), x.size(3)}).of(dtype::boolean).beside(x);
+  Argument("mask", valid).shape({x.size(0), x.size(1), x.size(2), x.size(3)}).of(dtype::boolean).beside(x);
 }
 
 // reduction maps, all in one
@@ -126,7 +126,7 @@ inline Geometry bank_gather_backward(const Tensor& grad_, const Tensor& mass, co
   grad.shape({kAny, g.L, g.D});
   assign.shape({grad.size(0), kAny}).of(dtype::int64).beside(grad);
   Argument("mass", mass).shape({grad.size(0), g.L}).of(dtype::float32).beside(grad);
-  Argument("valid", valid).shape({grad.size(0), assign.size(1), g.H, g.W}).of(dtype::boolean).beside(grad);
+  Argument("mask", valid).shape({grad.size(0), assign.size(1), g.H, g.W}).of(dtype::boolean).beside(grad);
   maps(grad, table, g);
   return g;
 }

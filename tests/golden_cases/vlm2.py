@@ -58,7 +58,7 @@ def memory_of(case: Case, names: tuple[str, ...], **arguments: Any) -> banks.Dua
 
 def in_float64(memory: banks.DualMemory) -> banks.DualMemory:
     """An empty memory with the same weights."""
-    wide = banks.DualMemory(**{**memory.config(), "dtype": torch.float64})
+    wide = banks.DualMemory(**{**memory.to_dict(), "dtype": torch.float64})
     wide.load_state_dict({name: x.double() for name, x in memory.state_dict().items()})
     return wide
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from vmemory.banks.policies import POLICIES, make
+from vmemory.banks.memory import Memory
+from vmemory.banks.registry import POLICIES, build_memory
 from vmemory.ops._checks import check_choice, check_int
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ class MemoryConfig:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         streams: int = 1,
-    ) -> Any:
+    ) -> Memory:
         """Make the memory for frames of a grid; on the `"meta"` device one that only compresses and holds nothing.
 
         Raises:
@@ -168,20 +169,18 @@ class MemoryConfig:
         if self.memory_budget is not None:
             arguments["budget"] = self.memory_budget
         elif self.memory_capacities is not None:
-            arguments["capacities" if several else "capacity"] = (
-                self.memory_capacities if several else sum(self.memory_capacities)
-            )
+            arguments["capacity"] = self.memory_capacities if several else sum(self.memory_capacities)
         elif not several:
             arguments["capacity"] = 192
         sizes = self._grid_sizes(grid)
         if sizes is not None:
             if tiered:
-                arguments["grids"] = sizes
+                arguments["grid_size"] = sizes
             elif not several:
-                arguments["pooled"] = sizes[0]
+                arguments["grid_size"] = sizes[0]
         if self.memory_intervals is not None:
             arguments["intervals"] = self.memory_intervals
-        return make(policy, dim=dim, grid=grid, **arguments)
+        return build_memory(policy, dim=dim, grid=grid, **arguments)
 
     def _grid_sizes(self, grid: tuple[int, int]) -> list[tuple[int, int] | None] | None:
         if self.memory_reduced_sizes is not None:

@@ -1,4 +1,4 @@
-"""Memories out of files, and out of what files hold of them."""
+"""Make a memory again from a file, or from the parts that a file holds."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmemory.banks.dual import DualMemory
-from vmemory.banks.files import BankFile, BankFileError
-from vmemory.banks.policies import make
-from vmemory.banks.quantized import dtype_of
+from vmemory.banks.dual.memory import DualMemory
+from vmemory.banks.io import BankFile, BankFileError
+from vmemory.banks.memory import Memory
+from vmemory.banks.quantization import dtype_of
+from vmemory.banks.registry import build_memory
 
 
-def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Any, BankFile]:
-    """The memory that `save` wrote, of the class its policy names, and the file's other contents.
+def load(path: str | Path, device: torch.device | str = "cpu") -> tuple[Memory, BankFile]:
+    """Return the memory that `save` wrote, of the class its policy names, and the file's other contents.
 
     Sizes are compared with the file's own before anything is allocated, and what lists and counters say before any
     operator follows them.
@@ -38,8 +39,8 @@ def restored(
     state: dict[str, Tensor],
     device: torch.device | str = "cpu",
     weights: dict[str, Tensor] | None = None,
-) -> Any:
-    """The memory with this policy, this `config()` and this state, and of a dual memory with these weights.
+) -> Memory:
+    """Return the memory with this policy, this `to_dict()` and this state, and of a dual memory with these weights.
 
     Raises:
         ValueError: They are not what a memory says of itself, or do not fit each other; nothing has been allocated.
@@ -51,18 +52,18 @@ def restored(
         raise ValueError("config: expected arguments of the memory alone, got device or policy")
     try:
         # has sizes and no memory; what does not fit int64 is a RuntimeError
-        probe = make(policy, device="meta", **arguments)
+        probe = build_memory(policy, device="meta", **arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"config: {str(error).splitlines()[0]}") from None
-    if probe.config() != config:
-        raise ValueError(f"config: expected {probe.config()}, got {config}")
+    if probe.to_dict() != config:
+        raise ValueError(f"config: expected {probe.to_dict()}, got {config}")
     if set(state) != set(probe.state._fields):
         raise ValueError(f"state: expected {', '.join(probe.state._fields)}, got {', '.join(sorted(state))}")
     held = type(probe.state)(**state)
     probe.check(held)
     if isinstance(probe, DualMemory):
         probe.check_weights(weights or {})
-    memory = make(policy, device=device, **arguments)
+    memory = build_memory(policy, device=device, **arguments)
     if isinstance(memory, DualMemory):
         memory.load_state_dict(weights or {})
     memory.restore(held)

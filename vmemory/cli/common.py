@@ -11,10 +11,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from vmemory.banks import Memory
 from vmemory.cli.errors import UserError, user_input
 from vmemory.cli.terminal import Terminal, plain_table
 from vmemory.encoders import FrameEncoder
-from vmemory.search.held import Memory
 from vmemory.search.presets import video_bank
 from vmemory.search.video_search import Answer, VideoSearch
 from vmemory.sources.pictures import read_picture

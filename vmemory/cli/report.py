@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 import vmemory
 from vmemory._files import replacing
-from vmemory.banks import format_bytes, parse_bytes
+from vmemory.banks import Memory, format_bytes, parse_bytes
 from vmemory.cli.common import Question, concepts_text, span_text, timecode
 from vmemory.cli.curve import draw_curve, draw_storage
 from vmemory.cli.errors import UserError
@@ -22,7 +23,6 @@ from vmemory.cli.timeline import DARK, LIGHT, draw_timeline
 from vmemory.cli.watch import Watched
 from vmemory.eval.setups import CALIBRATION
 from vmemory.eval.trailer import LONGEST_SPAN, TOLERANCE
-from vmemory.search.held import dropped, frame_bytes, tiers_of
 from vmemory.search.thumbnails import jpeg
 from vmemory.search.video_search import VideoSearch
 
@@ -99,7 +99,7 @@ def _memory_parts(report: Report, memory: VideoSearch, pictures: dict[str, bytes
     video, last = memory.facts.get("title") or memory.facts.get("video", "a video"), float(memory.history.time[-1])
     # a single frame has no duration
     duration = max(float(memory.facts.get("duration") or 0.0), last) or 1.0
-    raw = counts["seen"] * frame_bytes(memory.bank)
+    raw = counts["seen"] * _frame_bytes(memory.bank)
     bound = ("holds" if given is None else "budget", budget)
     light, dark = (draw_timeline(memory, report.questions, bound, duration, palette) for palette in (LIGHT, DARK))
     pictures["timeline.png"] = light
@@ -108,7 +108,7 @@ def _memory_parts(report: Report, memory: VideoSearch, pictures: dict[str, bytes
     held = f"held, {limit}; all tokens would take {format_bytes(raw)}"
     facts = [
         (format_bytes(memory.bank.nbytes), held),
-        (f"{counts['held']}", f"entries, for {counts['seen']} frames seen; {dropped(memory.bank)} dropped"),
+        (f"{counts['held']}", f"entries, for {counts['seen']} frames seen; {counts['dropped']} dropped"),
         (timecode(last), f"of video watched, {_rate(memory)}"),
         (f"{work:.2f} ms", f"of memory work a frame, beside {encode:.0f} ms of encoding"),
     ]
@@ -125,6 +125,11 @@ def _memory_parts(report: Report, memory: VideoSearch, pictures: dict[str, bytes
         "encoder": memory.encoder.name,
         "latency": _latency(memory, report.watched),
     }
+
+
+def _frame_bytes(bank: Memory) -> int:
+    """Return the bytes of a whole frame's tokens in the dtype held, or in 16 bits where fewer are held."""
+    return math.prod(bank.grid) * bank.dim * (2 if bank.token_dtype is None else bank.token_dtype.itemsize)
 
 
 def _rate(memory: VideoSearch) -> str:
@@ -154,7 +159,7 @@ def _question(question: Question) -> dict[str, Any]:
 def _sheet(memory: VideoSearch) -> tuple[list[dict[str, Any]], bool]:
     """Return thumbnails by tier, and whether some were left out."""
     entries, tiers, partly = memory.entries, [], False
-    for place, tier in enumerate(tiers_of(memory.bank)):
+    for place, tier in enumerate(memory.bank.tiers):
         there = torch.nonzero(entries.level == tier.level).flatten().tolist()
         step = -(-len(there) // _SHOWN) or 1
         partly |= step > 1

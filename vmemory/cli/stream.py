@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from vmemory.banks import POLICIES, format_bytes
-from vmemory.banks.dual_rules import RULES as DUAL_RULES
-from vmemory.banks.hierarchical import HIERARCHICAL_RULES
+from vmemory.banks.dual.rules import RULES as DUAL_RULES
+from vmemory.banks.policies.hierarchical import HIERARCHICAL_RULES
 from vmemory.cli.common import (
     BUDGET,
     DTYPES,
@@ -28,7 +28,6 @@ from vmemory.cli.errors import Interrupted, user_input
 from vmemory.cli.report import Report, write_report
 from vmemory.cli.terminal import Terminal, error_line
 from vmemory.cli.watch import Kept, Watched, live_origin_of, origin_of, watch
-from vmemory.search.held import dropped
 from vmemory.search.presets import UNTRAINED
 from vmemory.search.video_search import VideoSearch
 from vmemory.sources import FrameSource, LiveSource
@@ -123,7 +122,7 @@ def summary(memory: VideoSearch, watched: Watched) -> str:
     last = float(memory.history.time[-1])
     return (
         f"{counts['seen']} frames to {timecode(last)}, {counts['held']} entries held in "
-        f"{format_bytes(memory.bytes_in_use)} of {format_bytes(memory.bank.nbytes)}, {dropped(memory.bank)} dropped\n"
+        f"{format_bytes(memory.bytes_in_use)} of {format_bytes(memory.bank.nbytes)}, {counts['dropped']} dropped\n"
         f"a frame: decoding {1e3 * watched.decode / latency.frames:.1f} ms, "
         f"encoding {1e3 * latency.encode / latency.frames:.1f} ms, "
         f"memory {1e3 * latency.memory / latency.frames:.2f} ms, "

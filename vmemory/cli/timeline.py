@@ -17,7 +17,6 @@ from vmemory.banks import format_bytes
 from vmemory.cli.common import Question, timecode
 from vmemory.cli.errors import UserError
 from vmemory.cli.terminal import clean
-from vmemory.search.held import dropped, tiers_of
 from vmemory.search.video_search import VideoSearch
 from vmemory.sources.pictures import rgb
 
@@ -53,7 +52,7 @@ def draw_timeline(
         duration: Seconds of the whole video; an unseen part stays empty.
         palette: Colours.
     """
-    lanes = len(tiers_of(memory.bank)) + (dropped(memory.bank) > 0) + len(questions)
+    lanes = len(memory.bank.tiers) + (memory.bank.counts()["dropped"] > 0) + len(questions)
     width, left, right = 12.0, 1.75, 0.25
     strip = (width - left - right) / _STRIP * 9 / 16
     heights = [strip, lanes * _LANE, _BYTES]
@@ -122,12 +121,12 @@ def _lanes(axis: Axes, memory: VideoSearch, questions: Sequence[Question], palet
     entries, history = memory.entries, memory.history
     level, start, stop = entries.level.numpy(), entries.start.numpy(), entries.stop.numpy()
     labels: list[tuple[str, str]] = []
-    for place, tier in enumerate(tiers_of(memory.bank)):
+    for place, tier in enumerate(memory.bank.tiers):
         there = level == tier.level
         colour = palette.tiers[place % len(palette.tiers)]
         labels.append((f"{tier.name} · {tier.grid[0]}×{tier.grid[1]}", colour))
         _spans(axis, start[there], stop[there], -place, colour)
-    if count := dropped(memory.bank):
+    if count := memory.bank.counts()["dropped"]:
         gone, lane = history.time[history.entry < 0], -len(labels)
         labels.append((f"dropped · {count}", palette.faint))
         axis.vlines(gone, lane - 0.22, lane + 0.22, color=palette.faint, linewidth=0.5, alpha=0.6, zorder=2)

@@ -74,7 +74,7 @@ def chatted(video: Path, question: str = "What happens?") -> Chatted:
     watched = clock.perf_counter()
     answer = session.ask(question, max_new_tokens=24, do_sample=False)
     assert session.memory is not None
-    tokens = session.memory.counts()["seen"] * math.prod(session.memory.config()["grid"])
+    tokens = session.memory.counts()["seen"] * math.prod(session.memory.to_dict()["grid"])
     seconds = (watched - started, clock.perf_counter() - watched)
     return Chatted(frames, tokens, session.num_tokens, *seconds, question, answer)
 

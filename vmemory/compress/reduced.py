@@ -85,21 +85,21 @@ def seconds(time: Tensor | None, tokens: Tensor) -> Tensor:
     return time.to(tokens.device).expand(S, T)
 
 
-def existing(valid: Tensor | None, tokens: Tensor) -> Tensor | None:
-    """Return `valid [S, T, H, W]` or `[T, H, W]` bool as `[S, T, H·W]`.
+def existing(mask: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """Return `mask [S, T, H, W]` or `[T, H, W]` bool as `[S, T, H·W]`.
 
     Raises:
-        TypeError, ValueError: `valid` does not fit `tokens [S, T, H, W, D]`.
+        TypeError, ValueError: `mask` does not fit `tokens [S, T, H, W, D]`.
     """
-    if valid is None:
+    if mask is None:
         return None
     S, T, H, W = tokens.shape[:4]
-    if not isinstance(valid, Tensor):
-        raise TypeError(f"valid: expected a bool tensor [{S}, {T}, {H}, {W}], got {type(valid).__name__}")
-    if valid.dtype != torch.bool or valid.shape not in ((S, T, H, W), (T, H, W)):
-        raise ValueError(f"valid: expected bool [{S}, {T}, {H}, {W}], got {valid.dtype} of shape {shape_of(valid)}")
-    check_device("valid", valid, "tokens", tokens)
-    return valid.expand(S, T, H, W).flatten(2)
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: expected a bool tensor [{S}, {T}, {H}, {W}], got {type(mask).__name__}")
+    if mask.dtype != torch.bool or mask.shape not in ((S, T, H, W), (T, H, W)):
+        raise ValueError(f"mask: expected bool [{S}, {T}, {H}, {W}], got {mask.dtype} of shape {shape_of(mask)}")
+    check_device("mask", mask, "tokens", tokens)
+    return mask.expand(S, T, H, W).flatten(2)
 
 
 def kept(tokens: Tensor, source: Tensor, count: Tensor, time: Tensor) -> ReducedTokens:

@@ -96,7 +96,7 @@ class TokenDifference(nn.Module):
         self,
         tokens: Tensor,
         pixels: Tensor | None = None,
-        valid: Tensor | None = None,
+        mask: Tensor | None = None,
         previous: Tensor | None = None,
     ) -> Tensor:
         """Return the difference of each token from its predecessor, `[S, T, H·W]` float32 (float64 for float64).
@@ -106,7 +106,7 @@ class TokenDifference(nn.Module):
         """
         tokens = as_streams(tokens)
         H, W, D = tokens.shape[2:]
-        there = existing(valid, tokens)
+        there = existing(mask, tokens)
         if self.by == "pixel":
             frames = _after(self._pixels(tokens, pixels), previous)
             changed = pixel_difference(frames, (H, W)).flatten(2)
@@ -142,17 +142,17 @@ class TokenDifference(nn.Module):
         tokens: Tensor,
         *,
         pixels: Tensor | None = None,
-        valid: Tensor | None = None,
+        mask: Tensor | None = None,
         previous: Tensor | None = None,
     ) -> Tensor:
-        """Return which tokens stay, bool `[S, T, H, W]` or `[T, H, W]` like the tokens: a `valid` for `Bank.push`.
+        """Return which tokens stay, bool `[S, T, H, W]` or `[T, H, W]` like the tokens: a `mask` for `Bank.push`.
 
         Arguments and errors as in `forward`. No host synchronisation.
         """
         streams = as_streams(tokens)
         S, T, H, W = streams.shape[:4]
-        there = existing(valid, streams)
-        difference = self.difference(tokens, pixels, valid, previous)
+        there = existing(mask, streams)
+        difference = self.difference(tokens, pixels, mask, previous)
         if self.budget is None:
             stay = self._staying(difference, there, previous is None)
         else:
@@ -203,7 +203,7 @@ class TokenDifference(nn.Module):
         time: Tensor | None = None,
         *,
         pixels: Tensor | None = None,
-        valid: Tensor | None = None,
+        mask: Tensor | None = None,
         previous: Tensor | None = None,
     ) -> ReducedTokens:
         """Return the kept tokens in stream order, differentiable.
@@ -213,14 +213,14 @@ class TokenDifference(nn.Module):
             time: `[T]` or `[S, T]` float64 seconds; None = unknown (NaN).
             pixels: `[S, T, C, h, w]` or `[T, C, h, w]` for `by="pixel"`, h and w multiples of H and W; see
                 `pixel_difference`.
-            valid: `[S, T, H, W]` or `[T, H, W]` bool, True where a cell exists. Other cells are never kept; if fewer
+            mask: `[S, T, H, W]` or `[T, H, W]` bool, True where a cell exists. Other cells are never kept; if fewer
                 cells exist than the budget, all of them stay.
             previous: The frame before the first, for a stream in pieces: `[S, H, W, D]` or `[H, W, D]`, for
                 `by="pixel"` `[S, C, h, w]` or `[C, h, w]`. All of its cells exist. None = the stream begins here.
 
         Returns:
             One clip: its tokens, without padding. Several streams: padded, with `count [S]`. With a budget and without
-            `valid` the number is known in advance, so nothing is padded. One clip with a threshold or with `valid`
+            `mask` the number is known in advance, so nothing is padded. One clip with a threshold or with `mask`
             synchronises the host once; other calls do not.
 
         Raises:
@@ -228,8 +228,8 @@ class TokenDifference(nn.Module):
         """
         streams = as_streams(tokens)
         when = seconds(time, streams)
-        there = existing(valid, streams)
-        difference = self.difference(tokens, pixels, valid, previous)
+        there = existing(mask, streams)
+        difference = self.difference(tokens, pixels, mask, previous)
         if self.budget is None:
             stay = self._staying(difference, there, previous is None).flatten(1)
             chosen = select_tokens(difference.flatten(1), [stay.shape[1]], torch.where(stay, 0, -1))

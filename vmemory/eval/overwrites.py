@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vmemory.banks import DualMemory, overwrite_entropy
-from vmemory.banks.dual_rules import RULES
+from vmemory.banks.dual.rules import RULES
 
 
 class Overwrites(NamedTuple):
@@ -32,7 +32,7 @@ class Overwrites(NamedTuple):
 def compare_overwrites(
     frames: Tensor,
     *,
-    capacities: tuple[int, int] = (8, 32),
+    capacity: tuple[int, int] = (8, 32),
     heads: int | None = None,
     rules: Sequence[str] = RULES,
     weights: Mapping[str, Tensor] | None = None,
@@ -44,7 +44,7 @@ def compare_overwrites(
 
     Args:
         frames: `[T, H, W, D]` features, oldest first.
-        capacities: Slots of the working and the episodic memory.
+        capacity: Slots of the working and the episodic memory.
         heads: Attention heads; None = the greatest common divisor of D and 8.
         rules: Rules of `DualMemory` to compare.
         weights: `state_dict` of a memory with these heads; None = drawn anew.
@@ -66,7 +66,7 @@ def compare_overwrites(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             memory = DualMemory(
-                D, (H, W), capacities, heads=heads or math.gcd(D, 8), rule=rule, dtype=frames.dtype,
+                D, (H, W), capacity, heads=heads or math.gcd(D, 8), rule=rule, dtype=frames.dtype,
                 residual=weights is not None and "alpha" in weights,
             )  # fmt: skip
         if weights is not None:

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmemory.banks import DualMemory, MemoryTokens
+from vmemory.banks import Memory, MemoryTokens
 from vmemory.eval.features import Features
-from vmemory.search.held import Memory
 from vmemory.search.presets import video_bank
 
 # seconds of a video whose mean token calibrated memories subtract
@@ -73,7 +72,7 @@ def origin_of(features: Features) -> Tensor:
 
 def watch(bank: Memory, features: Features, origin: Tensor | None) -> list[float]:
     """Push frames one by one, minus `origin`; return the seconds of each push."""
-    kind = bank.working_tokens.dtype if isinstance(bank, DualMemory) else features.tokens.dtype
+    kind = bank.token_dtype or features.tokens.dtype
     threads, seconds = torch.get_num_threads(), []
     # one frame is too little work for several threads, whose waiting would be measured on a busy machine
     torch.set_num_threads(1)
@@ -95,7 +94,7 @@ def keys_of(bank: Memory, memory: MemoryTokens) -> Tensor:
     For a bank in 8 or 4 bits it is the mean of the dequantised tokens, to include the rounding error.
     """
     entries = bank.entries()
-    return means(memory, entries.frame) if not isinstance(bank, DualMemory) and bank.quantized else entries.descriptor
+    return means(memory, entries.frame) if bank.token_dtype is None else entries.descriptor
 
 
 def means(memory: MemoryTokens, frames: Tensor) -> Tensor:

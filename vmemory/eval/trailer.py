@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vmemory.banks import MemoryTokens
+from vmemory.banks import Memory, MemoryTokens
 from vmemory.data import trailer_to_film
 from vmemory.eval.features import Features
 from vmemory.eval.setups import Setup, keys_of, origin_of, setups, watch
-from vmemory.search.held import Memory
 from vmemory.search.similar import centred_search
 
 # seconds: the largest error of an answer, and the longest merged span that counts as an answer

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vmemory.banks.budget import parse_bytes
+from vmemory.banks.layout import parse_bytes
 from vmemory.banks.lock import MemoryLock, locked
 from vmemory.kv.attention import observed_queries
 from vmemory.kv.cache import new_cache, one_input, plain_layers

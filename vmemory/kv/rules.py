@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vmemory.banks.reservoir import mixed
+from vmemory.banks.policies.reservoir import hash32
 from vmemory.ops import attention_column_sums, select_tokens
 from vmemory.ops._checks import check_int
 
@@ -107,7 +107,7 @@ class Reservoir(RowRule):
 
     def score(self, rows: Rows) -> Tensor:
         # float32 represents 24 bits exactly
-        return (mixed(mixed(rows.token + 1) ^ self.seed) >> 8).float()
+        return (hash32(hash32(rows.token + 1) ^ self.seed) >> 8).float()
 
 
 class KeyDifference(RowRule):

@@ -25,21 +25,21 @@ class Clip:
         frames: `[T, H, W, C]` features, one row per token.
         key_dim: Number of leading channels that similarity uses. Further channels (deepstack features) are reduced with
             the same weights.
-        valid: `[T, H, W]` bool, tokens that have a placeholder in the prompt; None = all.
+        mask: `[T, H, W]` bool, tokens that have a placeholder in the prompt; None = all.
         tail: `[k, C]` rows after the frames that are always kept (LLaVA's newline).
         time: `[T]` float64 seconds if the inputs have them, else None.
     """
 
     frames: Tensor
     key_dim: int
-    valid: Tensor | None = None
+    mask: Tensor | None = None
     tail: Tensor | None = None
     time: Tensor | None = None
 
     @property
     def placeholders(self) -> int:
         """Number of placeholders in the prompt for this video."""
-        grid = self.frames.shape[:3].numel() if self.valid is None else int(self.valid.sum())
+        grid = self.frames.shape[:3].numel() if self.mask is None else int(self.mask.sum())
         return grid + (0 if self.tail is None else self.tail.shape[0])
 
 

@@ -21,21 +21,21 @@ class KeptVideo(NamedTuple):
         source: `[N]` int64, sorted and unique: the token of the flattened `T·H·W` grid whose placeholder each kept
             token takes.
         grid: (T, H, W) of the video.
-        valid: `[T, H, W]` bool, tokens that had a placeholder; None = all.
+        mask: `[T, H, W]` bool, tokens that had a placeholder; None = all.
         tail: `[k, C]` rows after the frames, which always stay; or None.
     """
 
     tokens: Tensor
     source: Tensor
     grid: tuple[int, int, int]
-    valid: Tensor | None
+    mask: Tensor | None
     tail: Tensor | None
 
     @property
     def tokens_before(self) -> int:
         """Number of the video's tokens in the original prompt."""
         T, H, W = self.grid
-        cells = T * H * W if self.valid is None else int(self.valid.sum())
+        cells = T * H * W if self.mask is None else int(self.mask.sum())
         return cells + (0 if self.tail is None else self.tail.shape[0])
 
     def summary(self) -> VideoTokens:
@@ -70,7 +70,7 @@ def compress_video(pieces: Iterator[Clip], config: MemoryConfig, memory: Any = N
     Args:
         pieces: At least one piece.
         config: Settings of the memory if none is given, and the length up to which videos are not compressed.
-        memory: An object with `compress(clip, time, valid=…)`, or a callable that makes one from `dim`, `grid`,
+        memory: An object with `compress(clip, time, mask=…)`, or a callable that makes one from `dim`, `grid`,
             `key_dim`, `device` and `dtype`.
     """
     first = next(pieces)
@@ -87,17 +87,17 @@ def _streamed(first: Clip, second: Clip, rest: Iterator[Clip], config: MemoryCon
     kind, short = first.frames.dtype, config.short_video()
     bank = config.build(C, (H, W), key_dim=first.key_dim, device=first.frames.device, dtype=kind)
     early: list[Clip] = []
-    valid: list[Tensor] = []
+    mask: list[Tensor] = []
     length = 0
     for clip in _chained(first, second, rest):
-        bank.push(clip.frames.contiguous(), valid=clip.valid)
+        bank.push(clip.frames.contiguous(), mask=clip.mask)
         length += clip.frames.shape[0]
         early = [*early, clip] if length <= short else []
-        valid += [] if clip.valid is None else [clip.valid]
+        mask += [] if clip.mask is None else [clip.mask]
     if early:
         return _untouched(_joined(early))
     made = bank.read()
-    whole = torch.cat(valid) if valid else None
+    whole = torch.cat(mask) if mask else None
     return KeptVideo(made.tokens.to(kind), placed(made.source, whole), (length, H, W), whole, clip.tail)
 
 
@@ -117,12 +117,12 @@ def _at_once(clip: Clip, config: MemoryConfig, memory: Any = None) -> KeptVideo:
         memory = _planner(config, C, (H, W), **like)
     elif not hasattr(memory, "compress"):
         memory = memory(dim=C, grid=(H, W), device=clip.frames.device, **like)
-    made = memory.compress(clip.frames, clip.time, valid=clip.valid)
-    source = placed(made.source, clip.valid)
-    return KeptVideo(made.tokens.to(clip.frames.dtype), source, (T, H, W), clip.valid, clip.tail)
+    made = memory.compress(clip.frames, clip.time, mask=clip.mask)
+    source = placed(made.source, clip.mask)
+    return KeptVideo(made.tokens.to(clip.frames.dtype), source, (T, H, W), clip.mask, clip.tail)
 
 
-def placed(source: Tensor, valid: Tensor | None) -> Tensor:
+def placed(source: Tensor, mask: Tensor | None) -> Tensor:
     """Return distinct existing cells `[N]` for tokens `source [N]`, in order.
 
     The source of a pooled or merged token may not exist. The token then takes the next existing cell, of its own frame
@@ -130,20 +130,20 @@ def placed(source: Tensor, valid: Tensor | None) -> Tensor:
 
     Args:
         source: Sorted and unique.
-        valid: `[T, H, W]` bool, cells that exist; None = all.
+        mask: `[T, H, W]` bool, cells that exist; None = all.
 
     Raises:
         ValueError: More tokens than cells.
     """
-    if valid is None:
+    if mask is None:
         return source
-    exists = valid.flatten()
+    exists = mask.flatten()
     cells, N = exists.nonzero().flatten(), len(source)
     if len(cells) < N:
         raise ValueError(f"memory: expected at most {len(cells)} tokens, as many as the video had, got {N}")
     total = exists.long().cumsum(0)
-    frame = source // valid[0].numel()
-    ends = total[valid[0].numel() - 1 :: valid[0].numel()][frame]
+    frame = source // mask[0].numel()
+    ends = total[mask[0].numel() - 1 :: mask[0].numel()][frame]
     order = torch.arange(N, device=source.device)
     behind = torch.searchsorted(frame, frame, right=True) - 1 - order
     rank = torch.minimum(total[source] - exists[source].long(), ends - 1 - behind).clamp(min=0)
@@ -161,13 +161,13 @@ def _untouched(clip: Clip) -> KeptVideo:
     """Keep a video unchanged."""
     T, H, W, C = clip.frames.shape
     tokens, source = clip.frames.reshape(-1, C), torch.arange(T * H * W, device=clip.frames.device)
-    if clip.valid is not None:
-        source = source[clip.valid.flatten()]
+    if clip.mask is not None:
+        source = source[clip.mask.flatten()]
         tokens = tokens[source]
-    return KeptVideo(tokens, source, (T, H, W), clip.valid, clip.tail)
+    return KeptVideo(tokens, source, (T, H, W), clip.mask, clip.tail)
 
 
 def _joined(clips: list[Clip]) -> Clip:
     """Join the pieces of one video; times that restart in each piece are dropped."""
-    valid = None if clips[0].valid is None else torch.cat([c.valid for c in clips if c.valid is not None])
-    return Clip(torch.cat([c.frames for c in clips]), clips[0].key_dim, valid, clips[-1].tail)
+    mask = None if clips[0].mask is None else torch.cat([c.mask for c in clips if c.mask is not None])
+    return Clip(torch.cat([c.frames for c in clips]), clips[0].key_dim, mask, clips[-1].tail)

@@ -7,16 +7,14 @@ from typing import Protocol, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from vmemory.banks import Bank, DualMemory, MemoryTokens
-
-Memory = Bank | DualMemory
+from vmemory.banks import Memory, MemoryTokens
 
 
 class Compressor(Protocol):
     """An object that compresses a whole video at once; every memory is one."""
 
-    def compress(self, clip: Tensor, time: Tensor | None = None, *, valid: Tensor | None = None) -> MemoryTokens:
-        """Return the tokens kept of frames `clip [T, H, W, D]` with seconds `time [T]`; `valid` as in `Bank.push`."""
+    def compress(self, clip: Tensor, time: Tensor | None = None, *, mask: Tensor | None = None) -> MemoryTokens:
+        """Return the tokens kept of frames `clip [T, H, W, D]` with seconds `time [T]`; `mask` as in `Bank.push`."""
         ...
 
 

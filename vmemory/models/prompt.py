@@ -133,9 +133,9 @@ def keep_mask(
         mine = places[at : at + k.tokens_before]
         at += len(mine)
         source, tail = k.source.to(ids.device), 0 if k.tail is None else k.tail.shape[0]
-        if k.valid is not None:
-            # only valid cells have placeholders
-            source = (k.valid.flatten().long().cumsum(0) - 1).to(ids.device)[source]
+        if k.mask is not None:
+            # only mask cells have placeholders
+            source = (k.mask.flatten().long().cumsum(0) - 1).to(ids.device)[source]
         keep[mine[: len(mine) - tail]] = False
         keep[mine[source]] = True
         if adapter.frame_text and len(source) < len(mine) and len(mine):

@@ -63,7 +63,7 @@ def _fake_push(*args: Any) -> None:
 
 
 def _fake_plan(
-    frames: Tensor, time: Tensor | None, valid: Tensor | None, maps: Tensor, capacities: list[int], grids: list[int],
+    frames: Tensor, time: Tensor | None, mask: Tensor | None, maps: Tensor, capacities: list[int], grids: list[int],
     intervals: list[int], entries: list[int], rule: list[int], maps_per_slot: int, key_dim: int, pooled_cells: int,
 ) -> BankPlan:  # fmt: skip
     S, T, _, _, D = frames.shape
@@ -83,7 +83,7 @@ def _fake_plan(
 
 
 def _fake_gather(
-    frames: Tensor, valid: Tensor | None, pooled: Tensor, assign: Tensor, entry: Tensor, maps: Tensor,
+    frames: Tensor, mask: Tensor | None, pooled: Tensor, assign: Tensor, entry: Tensor, maps: Tensor,
     capacities: list[int], grids: list[int], intervals: list[int], entries: list[int], rule: list[int],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = sum(c * grids[2 * i] * grids[2 * i + 1] for i, c in enumerate(capacities))
@@ -92,7 +92,7 @@ def _fake_gather(
 
 
 def _fake_gather_backward(
-    grad: Tensor, mass: Tensor, valid: Tensor | None, assign: Tensor, maps: Tensor, grid: list[int], *layout: Any
+    grad: Tensor, mass: Tensor, mask: Tensor | None, assign: Tensor, maps: Tensor, grid: list[int], *layout: Any
 ) -> Tensor:
     return grad.new_empty((*assign.shape, *grid, grad.shape[-1]))
 
@@ -114,25 +114,25 @@ _push = Op(
     "bank_push_",
     "(Tensor(a!) slots, Tensor(b!) mass, Tensor(c!) descriptor, Tensor(d!) norm, Tensor(e!) link, Tensor(f!) entry, "
     "Tensor(g!) clock, Tensor(h!) order, Tensor(i!) counter, Tensor(j!) scale, Tensor frames, Tensor? time, "
-    f"Tensor? valid, Tensor? streams, Tensor? victim, Tensor maps, {_LAYOUT}) -> ()",
+    f"Tensor? mask, Tensor? streams, Tensor? victim, Tensor maps, {_LAYOUT}) -> ()",
     _fake_push,
 )
 _plan = Op(
     "bank_plan",
-    f"(Tensor frames, Tensor? time, Tensor? valid, Tensor maps, {_LAYOUT}, int maps_per_slot, int key_dim, "
+    f"(Tensor frames, Tensor? time, Tensor? mask, Tensor maps, {_LAYOUT}, int maps_per_slot, int key_dim, "
     "int pooled_cells) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_plan,
 )
 _gather = Op(
     "bank_gather",
-    f"(Tensor frames, Tensor? valid, Tensor pooled, Tensor assign, Tensor entry, Tensor maps, {_LAYOUT}) -> "
+    f"(Tensor frames, Tensor? mask, Tensor pooled, Tensor assign, Tensor entry, Tensor maps, {_LAYOUT}) -> "
     "(Tensor, Tensor)",
     _fake_gather,
 )
 _gather_backward = Op(
     "bank_gather_backward",
-    f"(Tensor grad, Tensor mass, Tensor? valid, Tensor assign, Tensor maps, int[] grid, {_LAYOUT}) -> Tensor",
+    f"(Tensor grad, Tensor mass, Tensor? mask, Tensor assign, Tensor maps, int[] grid, {_LAYOUT}) -> Tensor",
     _fake_gather_backward,
 )
 
@@ -143,14 +143,14 @@ def layout_maps(layout: BankLayout, like: Tensor) -> Tensor:
     return layout.packed_maps.to(device=like.device, dtype=wide)
 
 
-def check_frames(frames: Tensor, layout: BankLayout, time: Tensor | None, valid: Tensor | None) -> None:
-    """Check that frames, times and valid cells fit the layout and each other."""
+def check_frames(frames: Tensor, layout: BankLayout, time: Tensor | None, mask: Tensor | None) -> None:
+    """Check that frames, times and mask fit the layout and each other."""
     check_tensor("frames", frames, "[S, T, H, W, D]")
     check_floating("frames", frames)
     if tuple(frames.shape[2:]) != (*layout.grid, layout.dim):
         H, W = layout.grid
         raise ValueError(f"frames: expected [S, T, {H}, {W}, {layout.dim}], got shape {shape_of(frames)}")
-    for name, x, dims, kind in (("time", time, 2, torch.float64), ("valid", valid, 4, torch.bool)):
+    for name, x, dims, kind in (("time", time, 2, torch.float64), ("mask", mask, 4, torch.bool)):
         if x is None:
             continue
         want = frames.shape[:dims]
@@ -165,16 +165,16 @@ def check_push(
     layout: BankLayout,
     frames: Tensor,
     time: Tensor | None,
-    valid: Tensor | None,
+    mask: Tensor | None,
     streams: Tensor | None,
     victim: Tensor | None = None,
 ) -> None:
     """Check what `check_frames` checks, and that frames, streams and victims fit the state."""
-    check_frames(frames, layout, time, valid)
+    check_frames(frames, layout, time, mask)
     if state.quantized:
         check_device("frames", frames, "the bank", state.slots)
-        if valid is not None:
-            raise ValueError("valid: expected None, a memory in 8 or 4 bits takes whole frames")
+        if mask is not None:
+            raise ValueError("mask: expected None, a memory in 8 or 4 bits takes whole frames")
     else:
         check_same("frames", frames, "the bank", state.slots)
     rows = state.slots.shape[0] if streams is None else streams.shape[0]
@@ -236,7 +236,7 @@ def bank_push_(
     frames: Tensor,
     *,
     time: Tensor | None = None,
-    valid: Tensor | None = None,
+    mask: Tensor | None = None,
     streams: Tensor | None = None,
     victim: Tensor | None = None,
     maps: Tensor | None = None,
@@ -253,7 +253,7 @@ def bank_push_(
         frames: `[S, T, H, W, D]`, taken in order of T, on the device of `state.slots` and of its dtype, or of any
             floating dtype where tokens are stored in 8 or 4 bits.
         time: `[S, T]` float64 seconds, strictly increasing along T; omitted = NaN.
-        valid: `[S, T, H, W]` bool, True where a cell exists; pooling and means use these cells only.
+        mask: `[S, T, H, W]` bool, True where a cell exists; pooling and means use these cells only.
         streams: `[S]` int64, the stream of each row, without repetition; −1 skips the row.
         victim: `[S, T, tiers]` int64, the slots that full tiers give up to each frame, as in `bank_decide`.
         maps: `layout_maps(layout, frames)` stored by the caller; omitted = computed for this call.
@@ -264,22 +264,36 @@ def bank_push_(
 
     Source: VideoChat-Online's memory bank (arXiv 2501.00584), and the rules of `vmemory.reference.bank_layout.RULES`.
     """
-    check_push(state, layout, frames, time, valid, streams, victim)
+    check_push(state, layout, frames, time, mask, streams, victim)
+    push_checked_(state, layout, frames, time, mask, streams, victim, maps, impl)
+
+
+def push_checked_(
+    state: BankState,
+    layout: BankLayout,
+    frames: Tensor,
+    time: Tensor | None,
+    mask: Tensor | None,
+    streams: Tensor | None,
+    victim: Tensor | None,
+    maps: Tensor | None,
+    impl: Impl = "auto",
+) -> None:
+    """Run `bank_push_` on arguments that `check_push` has seen."""
     if frames.shape[0] == 0 or frames.shape[1] == 0:
         return
-    frames = frames.detach()
-    if state.quantized and frames.dtype == torch.float64:
-        # the stored values have no more digits
+    frames, quantized = frames.detach(), state.quantized
+    if quantized and frames.dtype == torch.float64:
+        # what is stored has no more digits
         frames = frames.float()
     picked = _PUSH.pick(frames, impl)
     if picked == "reference":
-        _reference.bank_push_(state, layout, frames, time, valid, streams, victim)
-        return
-    if state.quantized and frames.device.type != "cpu":
+        _reference.bank_push_(state, layout, frames, time, mask, streams, victim)
+    elif quantized and frames.device.type != "cpu":
         _push_quantized_(state, layout, frames, time, streams, victim, picked)
-        return
-    table = layout_maps(layout, frames) if maps is None else maps
-    _push(picked, *state, frames, time, valid, streams, victim, table, *layout.kernel_args)
+    else:
+        table = layout_maps(layout, frames) if maps is None else maps
+        _push(picked, *state, frames, time, mask, streams, victim, table, *layout.kernel_args)
 
 
 def _push_quantized_(
@@ -330,7 +344,7 @@ def bank_plan(
     layout: BankLayout,
     *,
     time: Tensor | None = None,
-    valid: Tensor | None = None,
+    mask: Tensor | None = None,
     maps: Tensor | None = None,
     impl: Impl = "auto",
 ) -> BankPlan:
@@ -338,20 +352,20 @@ def bank_plan(
 
     Args:
         frames: `[S, T, H, W, D]`.
-        layout, time, valid, maps, impl: As in `bank_push_`.
+        layout, time, mask, maps, impl: As in `bank_push_`.
 
     Raises:
         ValueError: A shape, dtype or device does not fit.
     """
-    check_frames(frames, layout, time, valid)
+    check_frames(frames, layout, time, mask)
     picked = _PLAN.pick(frames, impl)
     frames = frames.detach()
     if picked == "reference":
-        state, assign = _reference.bank_plan(frames, layout, time, valid)
+        state, assign = _reference.bank_plan(frames, layout, time, mask)
         return BankPlan(*state[2:9], assign, frames.new_empty((*frames.shape[:2], 0, layout.dim)))
     table = layout_maps(layout, frames) if maps is None else maps
     sizes = layout.descriptors, layout.key_dim, layout.pooled_cells
-    return BankPlan(*_plan(picked, frames, time, valid, table, *layout.kernel_args, *sizes))
+    return BankPlan(*_plan(picked, frames, time, mask, table, *layout.kernel_args, *sizes))
 
 
 class _Gather(torch.autograd.Function):
@@ -359,7 +373,7 @@ class _Gather(torch.autograd.Function):
     def forward(
         ctx: Any,
         frames: Tensor,
-        valid: Tensor | None,
+        mask: Tensor | None,
         pooled: Tensor,
         assign: Tensor,
         entry: Tensor,
@@ -367,8 +381,8 @@ class _Gather(torch.autograd.Function):
         layout: BankLayout,
         picked: str,
     ) -> tuple[Tensor, Tensor]:
-        slots, mass = _gather(picked, frames, valid, pooled, assign, entry, table, *layout.kernel_args)
-        ctx.save_for_backward(mass, valid, assign, table)
+        slots, mass = _gather(picked, frames, mask, pooled, assign, entry, table, *layout.kernel_args)
+        ctx.save_for_backward(mass, mask, assign, table)
         ctx.layout, ctx.picked = layout, picked
         ctx.mark_non_differentiable(mass)
         return slots, mass
@@ -376,9 +390,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        mass, valid, assign, table = ctx.saved_tensors
+        mass, mask, assign, table = ctx.saved_tensors
         layout = ctx.layout
-        out = _gather_backward(ctx.picked, grad, mass, valid, assign, table, list(layout.grid), *layout.kernel_args)
+        out = _gather_backward(ctx.picked, grad, mass, mask, assign, table, list(layout.grid), *layout.kernel_args)
         return out, None, None, None, None, None, None, None
 
 
@@ -388,7 +402,7 @@ def bank_gather(
     plan: BankPlan,
     layout: BankLayout,
     *,
-    valid: Tensor | None = None,
+    mask: Tensor | None = None,
     maps: Tensor | None = None,
     impl: Impl = "auto",
 ) -> BankTokens:
@@ -397,7 +411,7 @@ def bank_gather(
     Args:
         frames: `[S, T, H, W, D]`, the frames of `plan`.
         plan: The result of `bank_plan` for these frames.
-        layout, valid, maps, impl: As in `bank_push_`.
+        layout, mask, maps, impl: As in `bank_push_`.
 
     Returns:
         `BankTokens(slots [S, L, D], mass [S, L] float32)`, equal to pushing frame by frame up to rounding; free rows 0.
@@ -405,14 +419,14 @@ def bank_gather(
     Raises:
         ValueError: A shape, dtype or device does not fit.
     """
-    check_frames(frames, layout, None, valid)
+    check_frames(frames, layout, None, mask)
     if plan.assign.shape != frames.shape[:2]:
         raise ValueError(f"plan: expected a plan of {list(frames.shape[:2])} frames, got {list(plan.assign.shape)}")
     picked = _GATHER.pick(frames, impl)
     if picked == "reference":
-        return BankTokens(*_reference.bank_gather(frames, plan.assign, layout, valid))
+        return BankTokens(*_reference.bank_gather(frames, plan.assign, layout, mask))
     table = layout_maps(layout, frames) if maps is None else maps
     if torch.is_grad_enabled() and frames.requires_grad:
         kept = plan.pooled, plan.assign, plan.entry
-        return BankTokens(*_Gather.apply(frames, valid, *kept, table, layout, picked))
-    return BankTokens(*_gather(picked, frames, valid, plan.pooled, plan.assign, plan.entry, table, *layout.kernel_args))
+        return BankTokens(*_Gather.apply(frames, mask, *kept, table, layout, picked))
+    return BankTokens(*_gather(picked, frames, mask, plan.pooled, plan.assign, plan.entry, table, *layout.kernel_args))

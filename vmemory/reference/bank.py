@@ -309,7 +309,7 @@ def bank_push_(
     layout: BankLayout,
     frames: Tensor,
     time: Tensor | None,
-    valid: Tensor | None,
+    mask: Tensor | None,
     streams: Tensor | None,
     victim: Tensor | None = None,
 ) -> None:
@@ -320,7 +320,7 @@ def bank_push_(
             continue
         stream = Stream(state, s, layout)
         for t in range(frames.shape[1]):
-            mass = torch.ones(layout.grid, device=frames.device) if valid is None else valid[i, t].float()
+            mass = torch.ones(layout.grid, device=frames.device) if mask is None else mask[i, t].float()
             source = layout.entry_tier(int(stream.state.counter[SEEN]))
             descriptor = describe(frames[i, t], mass, layout, source) if source >= 0 else frames.new_zeros(())
             when = math.nan if time is None else float(time[i, t])
@@ -328,9 +328,7 @@ def bank_push_(
             stream.push(descriptor, float(mass.sum()), when, Tokens(stream.state, layout, frames[i, t], mass), chosen)
 
 
-def bank_plan(
-    frames: Tensor, layout: BankLayout, time: Tensor | None, valid: Tensor | None
-) -> tuple[BankState, Tensor]:
+def bank_plan(frames: Tensor, layout: BankLayout, time: Tensor | None, mask: Tensor | None) -> tuple[BankState, Tensor]:
     """Replay every decision of a new memory for `frames [S, T, H, W, D]` on descriptors alone.
 
     Returns the state without tokens (slots and mass empty) and `assign [S, T]` int64, the slot each frame ends in
@@ -342,7 +340,7 @@ def bank_plan(
     for s in range(S):
         stream = Stream(state, s, layout)
         for t in range(T):
-            mass = torch.ones(layout.grid, device=frames.device) if valid is None else valid[s, t].float()
+            mass = torch.ones(layout.grid, device=frames.device) if mask is None else mask[s, t].float()
             source = layout.entry_tier(t)
             descriptor = describe(frames[s, t], mass, layout, source) if source >= 0 else frames.new_zeros(())
             when = math.nan if time is None else float(time[s, t])
@@ -355,7 +353,7 @@ def bank_plan(
     return state._replace(slots=empty[0], mass=empty[1]), assign
 
 
-def bank_gather(frames: Tensor, assign: Tensor, layout: BankLayout, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+def bank_gather(frames: Tensor, assign: Tensor, layout: BankLayout, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """Pool each surviving frame of `frames [S, T, H, W, D]` directly to its final size; differentiable.
 
     Returns slots `[S, L, D]` and mass `[S, L]`, equal to pushing frame by frame up to rounding.
@@ -369,7 +367,7 @@ def bank_gather(frames: Tensor, assign: Tensor, layout: BankLayout, valid: Tenso
             slot = int(assign[s, t])
             if slot < 0:
                 continue
-            mass = torch.ones(layout.grid, device=frames.device) if valid is None else valid[s, t].float()
+            mass = torch.ones(layout.grid, device=frames.device) if mask is None else mask[s, t].float()
             tier = layout.tier_of[slot]
             pooled, held = pool(frames[s, t].to(wide), mass, *layout.maps(layout.entry_tier(t), tier))
             rows = torch.arange(layout.row_of(slot), layout.row_of(slot) + layout.cells[tier], device=frames.device)

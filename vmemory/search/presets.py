@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-from vmemory.banks import POLICIES, make
-from vmemory.banks.dual_state import split as working_and_episodic
-from vmemory.banks.hierarchical import split
-from vmemory.search.held import Memory
+from vmemory.banks import POLICIES, Memory, build_memory
+from vmemory.banks.dual.state import split as working_and_episodic
+from vmemory.banks.policies.hierarchical import split
 
 # shown with every answer of such a memory
 UNTRAINED = "nobody trained the dual memory here: it changes nothing, and both of its memories hold frames as they came"
@@ -63,16 +62,17 @@ def video_bank(
             keep = side // 3 if side % 3 == 0 else side
         if not 1 <= keep <= side:
             raise ValueError(f"keep: expected 1 to {side} tokens a side, got {keep}")
-        return make(policy, capacity=entries, pooled=None if keep == side else (keep, keep), **arguments)
+        return build_memory(policy, capacity=entries, grid_size=None if keep == side else (keep, keep), **arguments)
     if side % 9 == 0:
-        arguments["grids"] = ((side, side), (side // 3, side // 3), (side // 9, side // 9))
-    capacities = None if entries is None else split(entries, 3)
-    return make(policy, capacities=capacities, rule=rule or "paper", **arguments)
+        arguments["grid_size"] = ((side, side), (side // 3, side // 3), (side // 9, side // 9))
+    capacity = None if entries is None else split(entries, 3)
+    return build_memory(policy, capacity=capacity, rule=rule or "paper", **arguments)
 
 
 def _dual(arguments: dict[str, Any], entries: int | None, rule: str | None) -> Memory:
-    capacities = None if entries is None else working_and_episodic(entries)
+    capacity = None if entries is None else working_and_episodic(entries)
     heads = math.gcd(arguments["dim"], 8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
-        return make("dual", capacities=capacities, heads=heads, rule=rule or "most-similar", residual=True, **arguments)
+        arguments |= {"capacity": capacity, "heads": heads, "rule": rule or "most-similar", "residual": True}
+        return build_memory("dual", **arguments)

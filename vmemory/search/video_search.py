@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vmemory.banks import Bank, BankFileError, load
-from vmemory.banks.tokens import Entries
+from vmemory.banks import BankFileError, Memory, load
+from vmemory.banks.results import Entries
 from vmemory.ops.similarity_topk import MAX_K
 from vmemory.search.checkpoint import check_notes, check_times
 from vmemory.search.encoder import Encoder
-from vmemory.search.held import Memory, bytes_in_use, spans, token_device, token_dtype
 from vmemory.search.similar import Found, centred_search, spread
 from vmemory.search.thumbnails import Thumbnails
 from vmemory.search.trace import Trace
@@ -92,10 +91,9 @@ class VideoSearch:
     ) -> None:
         if bank.streams != 1:
             raise ValueError(f"bank: expected one stream, got {bank.streams}")
-        shape = bank.layout if isinstance(bank, Bank) else bank
-        dim = shape.dim
-        if shape.key_dim != dim:
-            raise ValueError(f"bank: expected key_dim = dim = {dim}, got {shape.key_dim}")
+        dim = bank.dim
+        if bank.key_dim != dim:
+            raise ValueError(f"bank: expected key_dim = dim = {dim}, got {bank.key_dim}")
         if origin is not None and origin.shape != (dim,):
             raise ValueError(f"origin: expected shape [{dim}], got {list(origin.shape)}")
         self.encoder, self.bank = encoder, bank
@@ -118,10 +116,10 @@ class VideoSearch:
         started = clock.perf_counter()
         tokens = self.encoder.encode(images)
         encoded = clock.perf_counter()
-        device = token_device(self.bank)
+        device = self.bank.entry.device
         if self.origin is not None:
             tokens = tokens - self.origin
-        tokens = tokens.to(device, token_dtype(self.bank) or tokens.dtype)
+        tokens = tokens.to(device, self.bank.token_dtype or tokens.dtype)
         self.bank.push(tokens, torch.tensor(times, dtype=torch.float64, device=device))
         if device.type == "cuda":
             # a push only queues work, whose time would otherwise be counted for the thumbnails
@@ -144,12 +142,14 @@ class VideoSearch:
     def _keep_thumbnails(
         self, thumbnails: Thumbnails, numbers: Sequence[int], times: Sequence[float], images: Sequence[np.ndarray]
     ) -> None:
-        thumbnails.update(numbers, times, images, *spans(self.bank))
+        held = self.bank.entries()
+        spans = (x.cpu().numpy() for x in (held.first, held.last, held.time))
+        thumbnails.update(numbers, times, images, *spans)
 
     @property
     def bytes_in_use(self) -> int:
         """Return the bytes that entries occupy, of the `bank.nbytes` that are always allocated."""
-        return bytes_in_use(self.bank)
+        return self.bank.bytes_in_use()
 
     @property
     def entries(self) -> Entries:
@@ -269,7 +269,7 @@ class VideoSearch:
         if not {"encoder", "facts", "latency", "trace"} <= notes.keys():
             raise BankFileError(f"{path}: a memory without a video stream (written by Bank.save)")
         try:
-            check_notes(notes, file.extra, (bank.layout if isinstance(bank, Bank) else bank).dim)
+            check_notes(notes, file.extra, bank.dim)
             entries = bank.entries()
             check_times(entries.time, entries.start, entries.stop)
         except ValueError as error:

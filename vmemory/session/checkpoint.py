@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vmemory.banks.checks import MOST
+from vmemory.banks.state import MOST_FRAMES
 
 # upper bounds for the pixels of a frame and of a side, above the input sizes of vision towers
 _MOST_PIXELS, _MOST_SIDE = 2**24, 2**14
@@ -56,11 +56,11 @@ class SessionNotes(NamedTuple):
             raise ValueError(f"session.short_stream: expected names and values, got {_brief(short)}")
         size = notes["frame_size"]
         return cls(
-            frames=integer("session.frames", notes["frames"], MOST),
+            frames=integer("session.frames", notes["frames"], MOST_FRAMES),
             last=last,
             fps=number("session.fps", notes["fps"], math.ulp(0.0)),
             frame_size=None if size is None else frame_size(size),
-            grid=_pair("session.grid", notes["grid"], MOST),
+            grid=_pair("session.grid", notes["grid"], MOST_FRAMES),
             time_origin=origin,
             waiting=seconds,
             step=number("session.step", notes["step"], 0.0),

@@ -49,7 +49,7 @@ class PromptPrefix:
             inputs: The result of `VideoSession.prompt`.
             seen: A key that is equal for prompts with equal videos.
             rows: Number of rows of the cache, for beams or several answers.
-            still: Returns whether `seen` is still valid; the cache is not kept if another thread has changed the video.
+            still: Returns whether `seen` is still mask; the cache is not kept if another thread has changed the video.
         """
         ids = inputs["input_ids"]
         end = int((ids[0] == self.adapter.placeholder_id(self.model)).nonzero()[-1]) + 1

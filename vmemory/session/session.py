@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vmemory._attach import adapter_of, attached, base_of
-from vmemory.banks import BankFile, BankFileError, MemoryTokens, Retrieved, load
+from vmemory.banks import BankFile, BankFileError, MemoryTokens, SearchResult, load
 from vmemory.banks.config import ConfigLike, MemoryConfig
 from vmemory.banks.lock import MemoryLock, locked
 from vmemory.models.adapter import Clip, Encoded, Inputs, device_of, dtype_of, on_device
@@ -244,21 +244,21 @@ class VideoSession:
             raise ValueError(
                 f"time: expected {len(clip.frames)} seconds, one for each frame of the memory, got {len(seconds)}"
             )
-        frames, times, valid = self._chosen(clip, seconds)
-        memory.push(frames, times, valid=valid)
-        self._short_stream.push(frames, times, valid)
+        frames, times, mask = self._chosen(clip, seconds)
+        memory.push(frames, times, mask=mask)
+        self._short_stream.push(frames, times, mask)
         self._note(memory, clip, output)
         self._pushes += 1
 
     def _chosen(self, clip: Clip, seconds: list[float]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return frames, times and valid cells of the frames that the gate selects."""
+        """Return frames, times and mask cells of the frames that the gate selects."""
         times = torch.tensor(seconds, dtype=torch.float64)
-        frames, valid = clip.frames, clip.valid
+        frames, mask = clip.frames, clip.mask
         if self.gate is not None:
             chosen = torch.as_tensor(self.gate(frames, self), device=frames.device).expand(len(frames))
             frames, times = frames[chosen], times[chosen.cpu()]
-            valid = None if valid is None else valid[chosen]
-        return frames.contiguous(), times, valid
+            mask = None if mask is None else mask[chosen]
+        return frames.contiguous(), times, mask
 
     def _note(self, memory: Memory, clip: Clip, output: Any) -> None:
         """Store the data that a prompt needs in addition to the memory."""
@@ -283,7 +283,7 @@ class VideoSession:
         like["dtype"] = torch.promote_types(clip.frames.dtype, dtype_of(trained))
         if config.policy == "dual":
             asked = {
-                "capacities": config.memory_capacities, "budget": config.memory_budget, "rule": config.memory_rule,
+                "capacity": config.memory_capacities, "budget": config.memory_budget, "rule": config.memory_rule,
                 **config.memory_options,
             }  # fmt: skip
             like |= {name: value for name, value in asked.items() if value is not None}
@@ -309,10 +309,10 @@ class VideoSession:
             self._pair = self._chosen(clip, seconds)
             self._note(memory, clip, output)
         assert self.memory is not None
-        frames, times, valid = self._pair
+        frames, times, mask = self._pair
         with self.memory.preserved(), self._short_stream.preserved():
-            self.memory.push(frames, times, valid=valid)
-            self._short_stream.push(frames, times, valid)
+            self.memory.push(frames, times, mask=mask)
+            self._short_stream.push(frames, times, mask)
             yield
 
     def _call_back(self) -> None:
@@ -360,8 +360,8 @@ class VideoSession:
 
     @locked
     @torch.no_grad()
-    def retrieve(self, query: Tensor, k: int = 5) -> Retrieved:
-        """Find the entries most similar to each query, by cosine; see `Bank.retrieve`.
+    def search(self, query: Tensor, k: int = 5) -> SearchResult:
+        """Find the entries most similar to each query, by cosine; see `Bank.search`.
 
         Args:
             query: `[Q, D]`, in the space of the model's visual tokens.
@@ -373,7 +373,7 @@ class VideoSession:
         with self._complete():
             if self.memory is None:
                 raise ValueError("session: expected frames before a question, got none")
-            found: Retrieved = self.memory.retrieve(query, k, threshold=self.config.memory_similarity_threshold)
+            found: SearchResult = self.memory.search(query, k, threshold=self.config.memory_similarity_threshold)
         return found
 
     # questions
@@ -680,7 +680,7 @@ class VideoSession:
         Raises:
             ValueError: The parts are made for other tokens.
         """
-        (H, W), D = _token_shape(memory)
+        (H, W), D = memory.grid, memory.dim
         if memory.streams != 1 or notes.grid != (H, W):
             raise ValueError(f"session.grid: expected a memory of one stream and {notes.grid} tokens, got {(H, W)}")
         stop = memory.entries().stop
@@ -693,8 +693,8 @@ class VideoSession:
             raise ValueError(f"frame_size: {size} pixels do not go through this model ({error})") from error
         if tuple(clip.frames.shape[1:]) != (H, W, D):
             raise ValueError(f"session: expected tokens {list(clip.frames.shape[1:])} of this model, got {[H, W, D]}")
-        if short.bank is not None and _token_shape(short.bank) != ((H, W), D):
-            raise ValueError(f"short_stream: expected tokens {[H, W, D]}, got {list(_token_shape(short.bank))}")
+        if short.bank is not None and (short.bank.grid, short.bank.dim) != ((H, W), D):
+            raise ValueError(f"short_stream: expected tokens {[H, W, D]}, got {[*short.bank.grid, short.bank.dim]}")
         want, got = (None if x is None else list(x.shape) for x in (clip.tail, extra.get("tail")))
         if want != got:
             raise ValueError(f"tail: expected {want}, got {got}")
@@ -734,10 +734,3 @@ def _resized(frame: Tensor, like: Tensor) -> Tensor:
         return frame
     scaled = nn.functional.interpolate(frame[None].float(), _size(like), mode="bilinear", antialias=True)[0]
     return scaled.round().clamp(0, 255).to(frame.dtype)
-
-
-def _token_shape(memory: Memory) -> tuple[tuple[int, int], int]:
-    """Return the token grid (H, W) and the channels of a memory's frames."""
-    config = memory.config()
-    H, W = config["grid"]
-    return (H, W), config["dim"]

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vmemory.banks import RingBank
-from vmemory.banks.checks import MOST
+from vmemory.banks import Memory, RecentBank
+from vmemory.banks.state import MOST_FRAMES
 from vmemory.banks.loading import restored
 from vmemory.session.checkpoint import integer
 
@@ -28,9 +28,9 @@ class ShortStream:
 
     def __init__(self, frames: int) -> None:
         self.frames, self.seen = frames, 0
-        self.bank: RingBank | None = None
+        self.bank: Memory | None = None
 
-    def push(self, frames: Tensor, times: Tensor, valid: Tensor | None) -> None:
+    def push(self, frames: Tensor, times: Tensor, mask: Tensor | None) -> None:
         """Push frames `[T, H, W, C]`, as into a memory."""
         self.seen += len(frames)
         if self.seen > self.frames:
@@ -38,8 +38,8 @@ class ShortStream:
         elif self.seen:
             if self.bank is None:
                 _, H, W, C = frames.shape
-                self.bank = RingBank(C, (H, W), self.frames, device=frames.device, dtype=frames.dtype)
-            self.bank.push(frames, times, valid=valid)
+                self.bank = RecentBank(C, (H, W), self.frames, device=frames.device, dtype=frames.dtype)
+            self.bank.push(frames, times, mask=mask)
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
@@ -81,8 +81,8 @@ class ShortStream:
         """
         if not {"frames", "seen"} <= notes.keys() <= {"frames", "seen", "bank"}:
             raise ValueError(f"short_stream: expected frames, seen and perhaps bank, got {', '.join(notes)}")
-        short = cls(integer("short_stream.frames", notes["frames"], MOST))
-        short.seen = integer("short_stream.seen", notes["seen"], MOST)
+        short = cls(integer("short_stream.frames", notes["frames"], MOST_FRAMES))
+        short.seen = integer("short_stream.seen", notes["seen"], MOST_FRAMES)
         if ("bank" in notes) != (0 < short.seen <= short.frames):
             raise ValueError(f"short_stream: expected frames while at most {short.frames} were seen, got {short.seen}")
         if "bank" not in notes:
@@ -91,7 +91,7 @@ class ShortStream:
         if not isinstance(config, dict) or config.get("capacity") != short.frames or config.get("streams") != 1:
             raise ValueError(f"short_stream: expected a memory of one stream and {short.frames} frames, got another")
         state = {name.removeprefix(_STATE): x for name, x in extra.items() if name.startswith(_STATE)}
-        short.bank = restored(RingBank.policy, config, state, device)
+        short.bank = restored(RecentBank.policy, config, state, device)
         if short.bank.counts()["seen"] != short.seen:
             raise ValueError(f"short_stream: expected a memory that has seen {short.seen} frames, got another")
         return short

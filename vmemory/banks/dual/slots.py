@@ -1,0 +1,117 @@
+"""One memory of the two in a `DualState`, and which rows of a call feed which streams."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vmemory.banks.dual.state import DualState
+from vmemory.ops.ring import ring_push_
+
+
+class Feed(NamedTuple):
+    """Which rows of a call feed which streams: rows `[R]`, their `stream` clamped into S, whether it is `there`;
+    and of each stream the `row` clamped into R, and whether it is `fed`. `whole`: row s feeds stream s."""
+
+    rows: Tensor
+    stream: Tensor
+    there: Tensor
+    row: Tensor
+    fed: Tensor
+    whole: bool
+
+    @staticmethod
+    def of(streams: Tensor | None, S: int, R: int, device: torch.device) -> Feed:
+        rows = torch.arange(R, device=device) if streams is None else streams
+        there = (rows >= 0) & (rows < S)
+        row = torch.full((S + 1,), -1, dtype=torch.int64, device=device)
+        # skipped rows meet in a place of their own
+        row = row.scatter(0, torch.where(there, rows, S), torch.arange(R, device=device))[:-1]
+        return Feed(rows, rows.clamp(0, S - 1), there, row.clamp_min(0), row >= 0, streams is None)
+
+    def of_streams(self, values: Tensor) -> Tensor:
+        """Values `[R, ...]` of rows as values `[S, ...]` of the streams they feed; anything where none does."""
+        return values if self.whole else values[self.row]
+
+    def takes(self, rows: Tensor) -> Tensor:
+        """`[S]` bool, streams that get something when only `rows [R]` (−1 = not) are written."""
+        return self.fed & (self.of_streams(rows) >= 0)
+
+
+class Arrived(NamedTuple):
+    """A frame `[R, N, D]`, the cells `[R, n]` that its slot's tokens would stand for, its seconds `[R]`, what rides
+    behind its tokens as a slot holds it, `[R, n, E]`, or None; and how it is to be taken in: `masked` = tokens may not
+    exist, `differentiable` = keys and values stay out of the state."""
+
+    tokens: Tensor
+    mass: Tensor
+    time: Tensor
+    rest: Tensor | None
+    feed: Feed
+    masked: bool
+    differentiable: bool
+
+
+class Side(NamedTuple):
+    """One memory: parts of the state that writing changes; keys and values may be other tensors, for a gradient.
+
+    tokens, keys, values `[S, L, n, D]`, means `[S, L, D]`, rest `[S, L, n, E]`, mass `[S, L, n]`, entry and clock
+    `[S, L]`, pushed `[S]` frames ever written.
+    """
+
+    tokens: Tensor
+    keys: Tensor
+    values: Tensor
+    means: Tensor
+    rest: Tensor
+    mass: Tensor
+    entry: Tensor
+    clock: Tensor
+    pushed: Tensor
+
+    @staticmethod
+    def both(state: DualState) -> tuple[Side, Side]:
+        """The working and the episodic memory."""
+        L_w = state.working_tokens.shape[1]
+        return (
+            Side(*state[:5], state.mass[:, :L_w], state.entry[:, :L_w], state.clock[:, :L_w], state.entered),
+            Side(*state[5:10], state.mass[:, L_w:], state.entry[:, L_w:], state.clock[:, L_w:], state.written),
+        )
+
+    def hit(self, slot: Tensor, fed: Tensor) -> Tensor:
+        """`[S, L]` bool: the slot `[S]` (modulo L) that each fed stream writes to."""
+        L = self.tokens.shape[1]
+        return (torch.arange(L, device=slot.device) == (slot % max(L, 1))[:, None]) & fed[:, None]
+
+    def store(
+        self, slot: Tensor, rows: Tensor, key: Tensor, value: Tensor, mean: Tensor, number: Tensor, frame: Arrived
+    ) -> Side:
+        """Write what belongs to tokens that were put into `slot [S]`: of `rows [R]` that are not −1 the key and value
+        `[R, n, D]` and the mean `[R, D]`; and the frame's number `[S]`, time, mass and rest."""
+        put(self.means[:, :, None], slot, rows, mean[:, None])
+        if frame.rest is not None:
+            put(self.rest, slot, rows, frame.rest)
+        if not frame.differentiable:
+            put(self.keys, slot, rows, key)
+            put(self.values, slot, rows, value)
+        # after the writes on purpose: inductor moves what was read from `slot` before them behind the last one, which
+        # then counts in `slot` itself (seen with torch 2.13)
+        feed, hit = frame.feed, self.hit(slot, frame.feed.takes(rows))
+        self.mass.copy_(torch.where(hit[..., None], feed.of_streams(frame.mass)[:, None], self.mass))
+        self.entry.copy_(torch.where(hit, number[:, None], self.entry))
+        self.clock.copy_(torch.where(hit, feed.of_streams(frame.time)[:, None], self.clock))
+        if not frame.differentiable:
+            return self
+        keys, values = (
+            torch.where(hit[..., None, None], new[:, None], old)
+            for new, old in ((key, self.keys), (value, self.values))
+        )
+        return self._replace(keys=keys, values=values)
+
+
+def put(slots: Tensor, slot: Tensor, rows: Tensor, value: Tensor) -> None:
+    """Write `value [R, n, D]` into `slot [S]` (modulo M) of `slots [S, M, n, D]` for the streams `rows [R]` names."""
+    # a ring writes where its counter points to, and skips the rows without a stream
+    ring_push_(slots, slot.clone(), value[:, None], rows)
