@@ -157,11 +157,11 @@ def test_exact_counts_are_known_beforehand(by: str, budget: float) -> None:
 def test_each_frame_loses_its_share(by: str, drop: float) -> None:
     tokens, pixels = still(clip(S=2)), random_tensor(2, 5, 3, 6, 8, seed=8).round()
     tokens[0, 3, 0, 0] = torch.nan
-    valid = torch.rand(2, 5, 3, 4, generator=torch.Generator().manual_seed(1)) < 0.6
+    mask = torch.rand(2, 5, 3, 4, generator=torch.Generator().manual_seed(1)) < 0.6
     reducer = TokenDifference(by, drop=drop)
     extra = {"pixels": pixels} if by == "pixel" else {}
-    for there in (None, valid):
-        difference = reducer.difference(tokens, valid=there, **extra)
+    for there in (None, mask):
+        difference = reducer.difference(tokens, mask=there, **extra)
         exists = torch.ones(2, 5, 12, dtype=torch.bool) if there is None else there.flatten(2)
         wanted = exists.clone()
         for s in range(2):
@@ -171,8 +171,8 @@ def test_each_frame_loses_its_share(by: str, drop: float) -> None:
                 key = {c: (math.inf if math.isnan(d := float(difference[s, t, c])) else d, -c) for c in cells}
                 for c in sorted(cells, key=key.__getitem__)[: int(len(cells) * drop)]:
                     wanted[s, t, c] = False
-        assert torch.equal(reducer.mask(tokens, valid=there, **extra).flatten(2), wanted)
-        reduced = reducer(tokens, valid=there, **extra)
+        assert torch.equal(reducer.mask(tokens, mask=there, **extra).flatten(2), wanted)
+        reduced = reducer(tokens, mask=there, **extra)
         assert reduced.count.tolist() == wanted.sum((1, 2)).tolist()
         assert torch.equal(reduced.stream(1).source, wanted[1].flatten().nonzero().flatten())
         if there is None:

@@ -61,7 +61,7 @@ def test_guides_have_code():
 
 
 def test_pages_show_the_examples_as_they_are(hooks):
-    assert (ROOT / "examples/custom_policy.py").read_text() in hooks["on_page_markdown"](PAGES["examples"])
+    assert (ROOT / "examples/custom_policy.py").read_text() in hooks["on_page_markdown"](PAGES["write-a-policy"])
     assert (ROOT / "examples/custom_family.py").read_text() in hooks["on_page_markdown"](PAGES["write-a-family"])
 
 

@@ -106,7 +106,7 @@ def test_what_a_memory_says_of_itself_is_taken_back(kind: str, frames: int, tmp_
         ("grid", [100_000, 1]),
         ("grid", [2**40, 2**40]),
         ("grid", [8192, 8192]),
-        ("pooled", [4, 5]),
+        ("grid_size", [4, 5]),
     ],
 )
 def test_what_a_small_file_says_is_large_is_not_allocated(name: str, value, tmp_path) -> None:
