@@ -1,4 +1,4 @@
-"""Ctrl-C in a push, other threads that recall meanwhile, and processes forked from one with an archive."""
+"""Ctrl-C in a push, other threads that read the archive meanwhile, and processes forked from one with an archive."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_an_interrupted_push_takes_frames_in_or_not_but_never_by_half(policy, ki
         same(bank.state, after[15].state)
         if kind == "archive":
             # whoever is in one of the two is not missing
-            assert torch.equal(bank.archive.read(0, 99).tokens, whole.recall(0, 99).tokens)
+            assert torch.equal(bank.archive.read(0, 99).tokens, whole.archive.read(0, 99).tokens)
 
 
 def test_an_interrupt_is_held_back_and_not_lost() -> None:
@@ -147,8 +147,8 @@ def test_recall_in_another_thread_sees_whole_frames_and_loses_none(policy: str, 
             thread.join()
     assert failed == []
     assert bank.archive.counts() == alone.archive.counts()
-    assert torch.equal(bank.archive.read(0, 999).source, alone.recall(0, 999).source)
-    assert torch.equal(bank.archive.read(0, 999).tokens, alone.recall(0, 999).tokens)
+    assert torch.equal(bank.archive.read(0, 999).source, alone.archive.read(0, 999).source)
+    assert torch.equal(bank.archive.read(0, 999).tokens, alone.archive.read(0, 999).tokens)
 
 
 def _in_a_fork(bank, results) -> None:
@@ -196,7 +196,7 @@ def test_a_forked_process_reads_the_memory_and_is_told_that_the_archive_is_not_i
         bank.archive.close()
         again = make(policy)
         again.archive = banks.Archive("64KiB", path)
-        assert torch.equal(again.recall(0, 99).tokens, stored)
+        assert torch.equal(again.archive.read(0, 99).tokens, stored)
     finally:
         os.kill(sleeper, signal.SIGKILL)
         os.waitpid(sleeper, 0)

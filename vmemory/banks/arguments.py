@@ -14,7 +14,7 @@ Times = float | Sequence[float] | Tensor | None
 
 
 def as_times(time: float | Sequence[float] | Tensor, streams: int, frames: int) -> Tensor:
-    """Times of T frames of S streams as `[S, T]` float64.
+    """Return times of T frames of S streams as `[S, T]` float64.
 
     Raises:
         TypeError: Not numbers.
@@ -34,7 +34,7 @@ def as_times(time: float | Sequence[float] | Tensor, streams: int, frames: int) 
 
 
 def check_seconds(times: Tensor, held: tuple[Tensor, Tensor] | None = None, streams: Tensor | None = None) -> None:
-    """Times are seconds that increase, as far as the host knows them.
+    """Check that times are seconds that increase, as far as the host knows them.
 
     Args:
         times: `[S', T]` float64.
@@ -65,7 +65,7 @@ def check_seconds(times: Tensor, held: tuple[Tensor, Tensor] | None = None, stre
 
 
 def on_device(times: Tensor, device: torch.device) -> Tensor:
-    """Times where the frames are; those of the host go to a CUDA device without anybody waiting for it.
+    """Move times to the frames' device; from the host to a CUDA device without waiting.
 
     Within the capture of a CUDA graph torch refuses the copy from the host, which would not be repeated.
     """
@@ -76,7 +76,7 @@ def on_device(times: Tensor, device: torch.device) -> Tensor:
 
 
 def as_streams(streams: Iterable[int] | Tensor, S: int) -> Tensor:
-    """Numbers of streams as int64 on the host.
+    """Return numbers of streams as int64 on the host.
 
     Raises:
         TypeError, ValueError: Not ints from 0 to S − 1.
@@ -90,7 +90,7 @@ def as_streams(streams: Iterable[int] | Tensor, S: int) -> Tensor:
 
 
 def check_rows(streams: Any, S: int) -> None:
-    """The stream of each row, `[S']` int64; where the host knows them, each below S and none twice.
+    """Check the stream of each row, `[S']` int64; where the host knows them, each below S and none twice.
 
     Raises:
         TypeError, ValueError: Something else; negative ones stand for rows that are skipped.

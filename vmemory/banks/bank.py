@@ -482,7 +482,7 @@ class Bank(nn.Module):
 
     @locked
     def reset(self, streams: Sequence[int] | None = None) -> None:
-        """Forget everything, of all streams or of those named, in the archive too; synchronises the host then.
+        """Remove everything from all streams or from those named, in the archive too; synchronises the host then.
 
         Of all streams it also makes a bank whole that `to_empty` brought from the meta device.
 
@@ -514,7 +514,7 @@ class Bank(nn.Module):
 
     @locked
     def restore(self, snapshot: BankState) -> None:
-        """Go back to a snapshot of a bank of the same shape; reads its lists, which synchronises the host.
+        """Replace the state by a snapshot of a bank of the same shape; reads its lists, which synchronises the host.
 
         An archive keeps what has left since and still reads it; `fork` and `erase` no longer take it for this memory's
         past.
@@ -544,7 +544,7 @@ class Bank(nn.Module):
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Leave no trace of pushes within the block: the state comes back, in the same tensors, also after an error.
+        """Run a block whose pushes leave no trace: the state comes back, in the same tensors, also after an error.
 
         For warm-up, compilation and graph capture. Holds a second copy of the state while it lasts. Other threads wait
         for the block to end.
@@ -581,7 +581,7 @@ class Bank(nn.Module):
     @torch.no_grad()
     @locked
     def erase(self, t0: float, t1: float, stream: int = 0, *, drop_dependent: bool = False) -> int:
-        """Forget the frames from `t0` to `t1`: nothing computed from them stays; freed memory is zeroed.
+        """Remove the frames from `t0` to `t1`: nothing computed from them stays; freed memory is zeroed.
 
         Where every frame taken in is still whole (neither dropped nor reduced nor merged), the others are taken in
         again, and the state is that of a memory which never saw the span, to the bit; a bank in 8 or 4 bits takes in

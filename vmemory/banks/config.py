@@ -203,7 +203,7 @@ def _names() -> tuple[str, ...]:
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """Other names resolved, lists as tuples, one number as a tuple."""
+    """Return settings under their own names, with lists and single numbers as tuples."""
     for name in settings:
         if name not in _names():
             close = get_close_matches(name, _names(), 1)

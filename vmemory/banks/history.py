@@ -78,7 +78,7 @@ def states_at(bank: Replayable, time: float) -> Iterator[tuple[int, BankState]]:
 
 
 def erase(bank: Replayable, t0: float, t1: float, stream: int, drop_dependent: bool) -> int:
-    """Forget the frames from `t0` to `t1`, as `Bank.erase`; returns the number of entries removed."""
+    """Remove the frames from `t0` to `t1`, as `Bank.erase`; returns the number of entries removed."""
     if not t0 <= t1:
         raise ValueError(f"t0: expected at most t1 ({t1} s), got {t0}")
     check_int("stream", stream, low=0, high=bank.streams - 1)

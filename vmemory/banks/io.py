@@ -92,7 +92,7 @@ class BankFile:
 
 
 def _contents(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Metadata and tensors of a safetensors file, which is read and not mapped: nobody can cut short what is held."""
+    """Read metadata and tensors of a safetensors file; not mapped, so that a file cut short later does no harm."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -126,7 +126,7 @@ def _values(path: Path, name: str, text: str) -> dict[str, Any]:
 
 
 def checksum(tensors: dict[str, Tensor], header: dict[str, str]) -> str:
-    """SHA-256 over names, shapes and bytes of the tensors and over the header."""
+    """Compute SHA-256 over names, shapes and bytes of the tensors and over the header."""
     digest = hashlib.sha256(json.dumps(sorted(header.items())).encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -58,14 +58,14 @@ _Result = TypeVar("_Result")
 
 
 def alone(lock: MemoryLock) -> AbstractContextManager[Any]:
-    """A block that no other thread enters; a compiler does not see the lock, and what it makes takes none."""
+    """Return a context that one thread enters at a time; compiled code takes no lock."""
     return nullcontext() if torch.compiler.is_compiling() else lock
 
 
 def locked(
     method: Callable[Concatenate[_Self, _Arguments], _Result],
 ) -> Callable[Concatenate[_Self, _Arguments], _Result]:
-    """The method within `alone(self._lock)`."""
+    """Run the method with the memory's lock held."""
 
     @wraps(method)
     def run(self: _Self, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:

@@ -65,5 +65,5 @@ def read_tokens(state: BankState, rows: Tensor, dim: int) -> Tensor:
 
 
 def words(codes: Tensor) -> Tensor:
-    """Contiguous codes, eight bytes an element where their number allows: what only moves bytes moves them faster."""
+    """Return contiguous codes as int64 where their number allows: copies of eight bytes at a time are faster."""
     return codes.view(torch.int64) if codes.shape[-1] % 8 == 0 else codes

@@ -14,7 +14,7 @@ _Policy = TypeVar("_Policy", bound="type[Memory]")
 
 
 def register_policy(memory: _Policy) -> _Policy:
-    """Let a class of memories be made, configured and loaded by the name in its attribute `policy`.
+    """Add a class of memories to `POLICIES` under the name in its attribute `policy`.
 
     A class decorator. The name works in `build_memory`, `MemoryConfig`, `attach` and `.vmem` files.
 

@@ -177,7 +177,7 @@ def padded_tokens(
 
 
 def compact_tokens(padded: MemoryTokens, stream: int) -> MemoryTokens:
-    """One stream of a padded read without its padding; reads the count, so it synchronises the host once."""
+    """Return one stream of a padded read without its padding; reads the count, so it synchronises the host once."""
     assert isinstance(padded.count, Tensor)
     n = int(padded.count[stream])
     return MemoryTokens(*(field[stream, :n] for field in padded[:-1]))

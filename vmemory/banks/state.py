@@ -89,7 +89,7 @@ def check_counters(name: str, counter: Tensor) -> None:
 
 
 def check_entries(numbers: Tensor, live: Tensor, seen: Tensor) -> None:
-    """`numbers [S, M, 3]`: frame, first, last."""
+    """Check `numbers [S, M, 3]`: frame, first, last."""
     frame, first, last = numbers.unbind(-1)
     if not torch.equal(frame >= 0, live):
         raise ValueError("state.entry: expected a frame in each slot that is listed and in no other")

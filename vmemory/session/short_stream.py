@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vmemory.banks import Memory, RecentBank
-from vmemory.banks.state import MOST_FRAMES
 from vmemory.banks.loading import restored
+from vmemory.banks.state import MOST_FRAMES
 from vmemory.session.checkpoint import integer
 
 _STATE = "short_stream."

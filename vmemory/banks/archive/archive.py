@@ -80,7 +80,7 @@ class Archive:
         self._branches: dict[int, Branches] = {}
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """Copies and pickles of a bank have no archive: a file has one writer."""
+        """Replace the archive by None in copies and pickles of a bank: a file has one writer."""
         return type(None), ()
 
     @property
@@ -158,7 +158,7 @@ class Archive:
             raise ValueError(f"archive: expected a bank of {transfer.box.parts[0].dtype}, got {dtype}")
 
     def moved(self, state: BankState) -> None:
-        """Follow a bank whose tensors went to another device."""
+        """Move the outbox after a bank whose tensors went to another device."""
         transfer = self._transfer_or_none
         if transfer is None:
             return
@@ -177,7 +177,7 @@ class Archive:
         return {"held": self._opened.held(), "capacity": self._opened.capacity, "lost": lost}
 
     def drain(self) -> None:
-        """Send the outbox on to the thread, unless the batch before is still on its way.
+        """Move the outbox on to the thread, unless the batch before is still on its way.
 
         On the CPU this reads the outbox at once; on a CUDA device it queues a copy and does not wait for it.
         """
@@ -199,7 +199,7 @@ class Archive:
         return nullcontext() if torch.compiler.is_compiling() else self._transfer.lock
 
     def pushed(self, streams: int) -> None:
-        """Send on the outbox after a frame of a push, where it is time and nobody waits for it."""
+        """Move the outbox on after a frame of a push, where it is time and nobody waits for it."""
         if self._paused or torch.compiler.is_compiling():
             return
         box = self.box
@@ -218,7 +218,7 @@ class Archive:
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Keep pushes within the block out of outbox and store."""
+        """Run a block whose pushes reach neither outbox nor store."""
         self._transfer.settle()
         lost, self._paused = self.box.count[1].clone(), True
         try:
@@ -238,7 +238,7 @@ class Archive:
         self._opened.sync()
 
     def close(self) -> None:
-        """Flush, and let go of the file; the archive cannot be used afterwards.
+        """Write all and release the file; the archive cannot be used afterwards.
 
         Raises:
             RuntimeError: As `flush`; the file is let go of all the same.
@@ -250,7 +250,7 @@ class Archive:
                 self._store = self._transfer_or_none = self._reader = None
 
     def branch(self, seen: Tensor) -> None:
-        """Let streams go on after `seen [S]` frames: stored later ones can be read, but repeat no past."""
+        """Track that streams go on after `seen [S]` frames: stored later ones can be read, but repeat no past."""
         if self._paused:
             return
         self._transfer.settle()
@@ -308,7 +308,7 @@ class Archive:
         return {number: frame for number, frame in frames.items() if frame is not None}
 
     def erase(self, t0: float, t1: float, stream: int = 0) -> int:
-        """Overwrite every entry with a part in [t0, t1] seconds by zeros; returns the number of entries.
+        """Replace every entry with a part in [t0, t1] seconds by zeros; returns the number of entries.
 
         Raises:
             RuntimeError: The disk does not take it; no entry can be read all the same.
@@ -318,7 +318,7 @@ class Archive:
         return gone
 
     def forget(self, stream: int, span: tuple[float, float] | None) -> int:
-        """`erase`, or with None all of a stream, for every reader; `flush` then brings it to the disk."""
+        """Remove a span, or with None all of a stream, for every reader; `flush` then brings it to the disk."""
         if self._paused:
             return 0
         with self._transfer.lock:
@@ -343,5 +343,5 @@ class Archive:
         return rows
 
     def put(self, rows: list[tuple[Tensor, ...]]) -> None:
-        """Store rows of `rows_of`: frames that a repeated past no longer holds."""
+        """Write rows of `rows_of`: frames that a repeated past no longer holds."""
         self._transfer.put(rows)

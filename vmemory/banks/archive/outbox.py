@@ -41,7 +41,7 @@ class Outbox:
         self._last_row = len(self._streams) * layout.rows - 1
 
     def frames(self) -> tuple[Tensor, ...]:
-        """What is kept for each frame: the parts, numbers, clock."""
+        """Return all tensors of the frames: the parts, numbers, clock."""
         return *self.parts, self.numbers, self.clock
 
     def release(self) -> None:
@@ -49,7 +49,7 @@ class Outbox:
         self.count[:1].zero_()
 
     def clear(self) -> None:
-        """Zero every byte but the count of what found no room."""
+        """Fill with zeros every byte but the count of frames that found no room."""
         for t in self.frames():
             t.zero_()
         self.release()

@@ -36,7 +36,7 @@ class Transfer:
         self.lock = MemoryLock()
 
     def arrived(self) -> bool:
-        """Whether the host's memory can take a batch; gives the thread what has come in. Waits for nothing."""
+        """Return whether the host's memory can take a batch; hands arrived frames to the thread, without waiting."""
         with self.lock:
             if self._on_its_way:
                 if self._copied is not None and not self._copied.query():
@@ -49,7 +49,7 @@ class Transfer:
             return not self._store.busy()
 
     def step(self) -> bool:
-        """Send off what the outbox holds, unless a batch is still on its way; whether the outbox is empty now."""
+        """Move the outbox on unless a batch is still on its way; returns whether the outbox is empty now."""
         with self.lock:
             return self._step()
 
@@ -94,7 +94,7 @@ class Transfer:
         self._store.wait()
 
     def put(self, frames: list[tuple[Tensor, ...]]) -> None:
-        """Store frames that do not come from the outbox, each as a row of `frames`, some of them shorter."""
+        """Write frames that do not come from the outbox, each as a row of `frames`, some of them shorter."""
         with self.lock:
             self.settle()
             for first in range(0, len(frames), self.box.room):
@@ -106,7 +106,7 @@ class Transfer:
                 self._store.wait()
 
     def clear(self) -> None:
-        """Zero the outbox and the host's memory, both settled before."""
+        """Fill with zeros the outbox and the host's memory, both settled before."""
         with self.lock:
             self.box.clear()
             for t in self.frames:

@@ -340,7 +340,7 @@ class DualMemory(nn.Module):
     @torch.no_grad()
     @locked
     def refresh(self) -> None:
-        """Project the keys and values of every slot again, with the weights as they are now."""
+        """Compute the keys and values of every slot again, with the weights as they are now."""
         for reader, memory in ((self.working, "working"), (self.episodic, "episodic")):
             projected = reader.project(getattr(self, f"{memory}_tokens"))
             for name, new in zip(("keys", "values"), projected, strict=True):
@@ -500,7 +500,7 @@ class DualMemory(nn.Module):
 
     @locked
     def reset(self, streams: Sequence[int] | None = None) -> None:
-        """Forget everything, of all streams or of those named; weights stay.
+        """Remove everything from all streams or from those named; weights stay.
 
         Raises:
             TypeError, ValueError: No such stream; nothing has changed then.
@@ -516,7 +516,7 @@ class DualMemory(nn.Module):
 
     @contextmanager
     def preserved(self) -> Iterator[None]:
-        """Leave no trace of pushes within the block: the state comes back, in the same tensors, also after an error."""
+        """Run a block whose pushes leave no trace: the state comes back, in the same tensors, also after an error."""
         with alone(self._lock):
             before = self.snapshot()
             try:
@@ -574,7 +574,7 @@ class DualMemory(nn.Module):
 
     @locked
     def restore(self, snapshot: DualState) -> None:
-        """Go back to a snapshot of a memory of the same shape and weights; synchronises the host.
+        """Replace the state by a snapshot of a memory of the same shape and weights; synchronises the host.
 
         Raises:
             ValueError: The snapshot's shapes or dtypes are not this memory's, or its counters are none that a memory

@@ -1,4 +1,4 @@
-"""One memory of the two in a `DualState`, and which rows of a call feed which streams."""
+"""Write into one of the two memories of a `DualState`; map the rows of a call to streams."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from vmemory.ops.ring import ring_push_
 
 
 class Feed(NamedTuple):
-    """Which rows of a call feed which streams: rows `[R]`, their `stream` clamped into S, whether it is `there`;
-    and of each stream the `row` clamped into R, and whether it is `fed`. `whole`: row s feeds stream s."""
+    """The map between the R rows of a call and the S streams of a memory.
+
+    rows `[R]` the stream of each row as given, −1 = skipped; stream `[R]` the same within 0 and S − 1; there `[R]`
+    whether the row has a stream; row `[S]` the row of each stream, within 0 and R − 1; fed `[S]` whether the stream has
+    a row; whole: row s belongs to stream s.
+    """
 
     rows: Tensor
     stream: Tensor
@@ -32,18 +36,21 @@ class Feed(NamedTuple):
         return Feed(rows, rows.clamp(0, S - 1), there, row.clamp_min(0), row >= 0, streams is None)
 
     def of_streams(self, values: Tensor) -> Tensor:
-        """Values `[R, ...]` of rows as values `[S, ...]` of the streams they feed; anything where none does."""
+        """Return values `[R, ...]` of rows as values `[S, ...]` of the streams they feed; anything where none does."""
         return values if self.whole else values[self.row]
 
     def takes(self, rows: Tensor) -> Tensor:
-        """`[S]` bool, streams that get something when only `rows [R]` (−1 = not) are written."""
+        """Return `[S]` bool, streams that get something when only `rows [R]` (−1 = not) are written."""
         return self.fed & (self.of_streams(rows) >= 0)
 
 
 class Arrived(NamedTuple):
-    """A frame `[R, N, D]`, the cells `[R, n]` that its slot's tokens would stand for, its seconds `[R]`, what rides
-    behind its tokens as a slot holds it, `[R, n, E]`, or None; and how it is to be taken in: `masked` = tokens may not
-    exist, `differentiable` = keys and values stay out of the state."""
+    """A frame of each row, on its way into a memory.
+
+    tokens `[R, N, D]`; mass `[R, n]` the input cells of each token that a slot would hold; time `[R]` seconds; rest
+    `[R, n, E]` channels beyond `key_dim`, or None; masked: tokens may not exist; differentiable: keys and values stay
+    out of the state.
+    """
 
     tokens: Tensor
     mass: Tensor
@@ -73,7 +80,7 @@ class Side(NamedTuple):
 
     @staticmethod
     def both(state: DualState) -> tuple[Side, Side]:
-        """The working and the episodic memory."""
+        """Return the working and the episodic memory."""
         L_w = state.working_tokens.shape[1]
         return (
             Side(*state[:5], state.mass[:, :L_w], state.entry[:, :L_w], state.clock[:, :L_w], state.entered),
@@ -81,7 +88,7 @@ class Side(NamedTuple):
         )
 
     def hit(self, slot: Tensor, fed: Tensor) -> Tensor:
-        """`[S, L]` bool: the slot `[S]` (modulo L) that each fed stream writes to."""
+        """Return `[S, L]` bool: the slot `[S]` (modulo L) that each fed stream writes to."""
         L = self.tokens.shape[1]
         return (torch.arange(L, device=slot.device) == (slot % max(L, 1))[:, None]) & fed[:, None]
 

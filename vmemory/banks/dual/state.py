@@ -40,7 +40,7 @@ class DualState(NamedTuple):
     overwrites: Tensor
 
     def clear_(self, which: slice | Tensor = slice(None)) -> None:
-        """Empty the streams `which`."""
+        """Remove everything from the streams `which`."""
         for name, x in self._asdict().items():
             x[which] = -1 if name == "entry" else torch.nan if name == "clock" else 0
 
@@ -49,7 +49,7 @@ class DualState(NamedTuple):
         return sum(x.numel() * x.element_size() for x in self)
 
     def until_(self, stream: int, time: float, *, included: bool) -> int:
-        """Zero every slot of a stream written after second `time`, and pack the others; returns how many left.
+        """Remove every slot of a stream written after second `time`, and pack the others; returns how many left.
 
         Raises:
             ValueError: Something held has no time.

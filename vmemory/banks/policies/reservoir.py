@@ -19,7 +19,7 @@ _Word = TypeVar("_Word", int, Tensor)
 
 
 def hash32(x: _Word) -> _Word:
-    """Hash a 32-bit integer; both factors are below 2³¹, so that int64 never overflows."""
+    """Compute a hash of a 32-bit integer; both factors are below 2³¹, so that int64 never overflows."""
     x = (x ^ (x >> 16)) * 0x21F0AAAD & _MASK
     x = (x ^ (x >> 15)) * 0x735A2D97 & _MASK
     return x ^ (x >> 15)
