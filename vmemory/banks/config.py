@@ -1,4 +1,4 @@
-"""Which memory a model gets, in the names that model configs and command lines use for it."""
+"""Settings of a model's memory, under the names that model configs and command lines use."""
 
 from __future__ import annotations
 
