@@ -110,7 +110,7 @@ def test_what_is_written_can_be_read_from_any_object():
     ("settings", "message"),
     [
         ({"memory_capacity": 3}, "got 'memory_capacity'; did you mean 'memory_capacities'"),
-        ({"memory_policy": "elastic"}, "memory_policy: expected one of 'hierarchical'"),
+        ({"memory_policy": "elastic"}, "memory_policy: expected one of 'dual'"),
         ({"memory_reduced_sizes": [15]}, "memory_reduced_sizes: expected square numbers of tokens, got 15"),
         ({"memory_similarity_threshold": 2.0}, "memory_similarity_threshold: expected a cosine"),
         ({"max_frames_before_compression": -1}, "max_frames_before_compression"),
