@@ -90,7 +90,9 @@ def test_a_stream_that_stalls_is_opened_again_and_its_time_goes_on(
     times = [frame.time for frame in frames]
     assert all(a < b for a, b in pairwise(times))
     assert times[-1] >= 2 * 1.0
-    assert [frame.index for frame in frames] == list(range(len(frames)))
+    # a busy machine may have replaced some
+    assert all(a.index < b.index for a, b in pairwise(frames))
+    assert frames[-1].index + 1 == len(frames) + source.dropped
 
 
 def test_a_stream_that_stays_silent_is_given_up(clip: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +111,13 @@ def test_a_stream_that_stays_silent_is_given_up(clip: bytes, monkeypatch: pytest
         with pytest.raises(SourceError, match=r"silent for 1 s"):
             list(source)
     assert seen == [0, 1, 2]
+
+
+def test_the_first_picture_is_not_lost_while_the_stream_is_analysed(tmp_path: Path) -> None:
+    """It is the only one that says what a picture looks like; the others are changes to it."""
+    path = tmp_path / "a.mp4"
+    write_clip_at(path, list(range(8)))
+    assert [frame.time for frame in LiveSource(path, fps=1e-3)] == [0.0]
 
 
 def test_each_iteration_connects_anew(clip: bytes) -> None:

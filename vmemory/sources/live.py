@@ -15,7 +15,7 @@ from vmemory.sources.readers import SourceError
 from vmemory.sources.video import Frame, FrameSource, check_rate, check_size
 
 # by default ffmpeg analyses five seconds of a stream before the first frame
-_PROMPTLY = {"fflags": "nobuffer", "flags": "low_delay", "probesize": "65536", "analyzeduration": "500000"}
+_PROMPTLY = {"flags": "low_delay", "probesize": "65536", "analyzeduration": "500000"}
 # schemes that send live video only
 _SENDERS = frozenset(("mms", "rtmp", "rtmps", "rtp", "rtsp", "rtsps", "srt", "tcp", "udp", "unix"))
 # seconds before the first attempt to reconnect; each further attempt waits twice as long
