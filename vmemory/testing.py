@@ -18,6 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,10 +145,30 @@ def _dot(_: Any, a: Any, b: Any, c: Any, *options: Any) -> Any:
     return type(c)(total.astype(kept), c.dtype.scalar)
 
 
-def _launch(module: str, launcher: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from triton.runtime.interpreter import InterpreterBuilder
+def _reduce(reduction: Any, input: tuple[Any, ...]) -> list[Any]:
+    """Combine whole slices along the axis, in the interpreter's order; its own version combines single elements."""
+    kept, (input, axis) = [x.dtype for x in input], reduction.unravel(input, reduction.axis)
+    shape = input[0].handle.data.shape
+    shape = shape[:axis] + shape[axis + 1 :]
+    slices = [np.moveaxis(x.handle.data, axis, 0) for x in input]
+    total = [x[0] for x in slices]
+    for place in range(1, len(slices[0])):
+        pairs = [reduction.to_tensor(x, dtype) for x, dtype in zip(total, kept, strict=True)]
+        pairs += [reduction.to_tensor(x[place], dtype) for x, dtype in zip(slices, kept, strict=True)]
+        found = reduction.combine_fn.fn(*pairs)
+        found = found if isinstance(found, tuple) else (found,)
+        total = [x.handle.data.astype(y.dtype).reshape(shape) for x, y in zip(found, slices, strict=True)]
+    if reduction.keep_dims:
+        total = [np.expand_dims(x, axis) for x in total]
+    elif reduction.axis is None:
+        total = [x.item() for x in total]
+    return [reduction.to_tensor(x, dtype) for x, dtype in zip(total, kept, strict=True)]
 
-    InterpreterBuilder.create_dot = _dot
+
+def _launch(module: str, launcher: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from triton.runtime.interpreter import InterpreterBuilder, ReduceOps
+
+    InterpreterBuilder.create_dot, ReduceOps.generic_reduce = _dot, _reduce
     with poisoned():
         return getattr(import_module(module), launcher)(*args, **kwargs)
 
