@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import vmemory
 from vmemory.testing import python
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -172,3 +173,14 @@ def test_import_needs_neither_triton_nor_transformers():
         "import vmemory, torch; print(tuple(vmemory.ops.grid_pool(torch.ones(1, 4, 4, 8), 2).shape))"
     )
     assert out.strip() == "(1, 2, 2, 8)"
+
+
+def test_the_package_imports_its_names_when_they_are_asked_for():
+    out = python(
+        "import sys; sys.modules['torch'] = None\n"
+        "import vmemory; print(vmemory.__version__, 'VideoSession' in dir(vmemory))\n"
+        "del sys.modules['torch']\n"
+        "print(all(getattr(vmemory, name) is not None for name in vmemory.__all__))"
+    )
+    assert out.split()[-2:] == ["True", "True"]
+    assert "eval" not in vmemory.__all__, "a star import would hide Python's own"

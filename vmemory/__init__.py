@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vmemory import banks, compress, eval, kv, ops, search, session, sources
+    from vmemory import banks, compress, kv, ops, search, session, sources
     from vmemory._attach import MemoryHandle, attach, attached, compress_inputs
     from vmemory.banks import MemoryConfig
     from vmemory.kv import KVMemory
@@ -45,7 +45,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_ROOMS})
 
 
 __all__ = [
@@ -62,7 +62,6 @@ __all__ = [
     "banks",
     "compress",
     "compress_inputs",
-    "eval",
     "explain",
     "kv",
     "ops",
