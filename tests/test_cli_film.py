@@ -30,7 +30,6 @@ def film(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"vmemory.cli.{module}.fetch_trailer", lambda: trailer)
     monkeypatch.setattr(demo, "TEXTS", ("red", "blue"))
     monkeypatch.setattr(scores, "ENTRIES", (32,))
-    monkeypatch.setattr(scores, "DEMO_ENTRIES", (32,))
     monkeypatch.setattr(scores, "DUAL_ENTRIES", 15)
     monkeypatch.setattr(scores, "BUDGETS", ("64KiB",))
     monkeypatch.setattr(scores, "DTYPES", ("float16", "int4"))

@@ -25,9 +25,6 @@ from vmemory.eval.trailer import (
     trailer_queries,
 )
 
-# numbers of entries in the demo, which measures a part of `vmemory localize`
-DEMO_ENTRIES = (128,)
-
 
 class Scores(NamedTuple):
     """The unbounded memory; groups of scores by caption at equal entries; and at equal bytes, by budget."""
@@ -38,12 +35,12 @@ class Scores(NamedTuple):
 
 
 def measure(film: Features, trailer: Features, *, everything: bool = False) -> Scores:
-    """Score every memory at equal bytes in 16 bits, and at one number of entries.
+    """Score every memory at equal bytes in 16 bits.
 
-    With `everything` also in 8 and 4 bits, at more numbers of entries, and the dual memory, which takes minutes.
+    With `everything` also in 8 and 4 bits, at equal numbers of entries, and the dual memory, which takes minutes.
     """
     queries = trailer_queries(trailer)
-    sizes = ENTRIES if everything else DEMO_ENTRIES
+    sizes = ENTRIES if everything else ()
     (unbounded,), *groups = by_entries(film, queries, sizes)
     entries = {f"{n} entries each": group for n, group in zip(sizes, groups, strict=True)}
     if everything:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time as clock
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -73,19 +75,26 @@ def origin_of(features: Features) -> Tensor:
 def watch(bank: Memory, features: Features, origin: Tensor | None) -> list[float]:
     """Push frames one by one, minus `origin`; return the seconds of each push."""
     kind = bank.token_dtype or features.tokens.dtype
-    threads, seconds = torch.get_num_threads(), []
-    # one frame is too little work for several threads, whose waiting would be measured on a busy machine
-    torch.set_num_threads(1)
-    try:
+    seconds = []
+    with one_thread():
         for i in range(len(features.time)):
             frame, at = features.tokens[i : i + 1], features.time[i : i + 1]
             frame = (frame if origin is None else frame - origin).to(kind)
             started = clock.perf_counter()
             bank.push(frame, at)
             seconds.append(clock.perf_counter() - started)
+    return seconds
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: a frame is too little work for several, and on a busy machine they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
-    return seconds
 
 
 def keys_of(bank: Memory, memory: MemoryTokens) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from vmemory.banks import Memory, MemoryTokens
 from vmemory.data import trailer_to_film
 from vmemory.eval.features import Features
-from vmemory.eval.setups import Setup, keys_of, origin_of, setups, watch
+from vmemory.eval.setups import Setup, keys_of, one_thread, origin_of, setups, watch
 from vmemory.search.similar import centred_search
 
 # seconds: the largest error of an answer, and the longest merged span that counts as an answer
@@ -104,10 +104,13 @@ def evaluate(bank: Memory, setup: Setup, features: Features, queries: Queries) -
     error, span = (queries.truth - time).abs(), stop - start
     hit = (error <= queries.tolerance) | ((start <= queries.truth) & (queries.truth <= stop))
     hit &= span <= queries.longest
-    detail = [
-        _likeness(memory, int(entries.frame[i]), int(entries.level[i]), features, float(t), origin, setup.calibrated)
-        for i, t in zip(best.tolist(), queries.truth.tolist(), strict=True)
-    ]
+    with one_thread():
+        detail = [
+            _likeness(
+                memory, int(entries.frame[i]), int(entries.level[i]), features, float(t), origin, setup.calibrated
+            )
+            for i, t in zip(best.tolist(), queries.truth.tolist(), strict=True)
+        ]
     return Score(
         setup=setup,
         asked=len(queries.truth),
