@@ -81,7 +81,14 @@ def check_plan(plan: MergePlan) -> None:
 
 @with_backends(_BACKENDS)
 def bipartite_match(
-    metric: Tensor, r: int, protected: int = 0, *, cls: int | None = None, groups: int = 1, impl: Impl = "auto"
+    metric: Tensor,
+    r: int,
+    protected: int = 0,
+    *,
+    cls: int | None = None,
+    groups: int = 1,
+    similarity_dtype: torch.dtype | None = None,
+    impl: Impl = "auto",
 ) -> MergePlan:
     """Match r tokens with the tokens they merge into, without storing the scores of all pairs.
 
@@ -99,6 +106,8 @@ def bipartite_match(
             and odd rows after them.
         groups: Neighbouring clips that are matched as one sequence of groups · N rows: first the class tokens of all
             clips, clip by clip, then all other tokens.
+        similarity_dtype: Compare as code does that computes in this dtype, `torch.bfloat16` or `torch.float16`: rows,
+            norms and scores are rounded to it. It stores all scores and runs the reference. None = float32 or better.
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
@@ -120,8 +129,12 @@ def bipartite_match(
     if cls is None:
         r = min(r, max(0, rows - protected) // 2)
     front = rows if r == 0 else groups * cls if cls is not None else protected
-    picked = _BACKENDS.pick(metric, impl)
     arguments = metric.detach(), r, front, cls or 0, groups
+    if similarity_dtype is not None:
+        if similarity_dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"similarity_dtype: expected bfloat16, float16 or None, got {similarity_dtype}")
+        return MergePlan(*_reference.bipartite_match(*arguments, similarity_dtype), groups)
+    picked = _BACKENDS.pick(metric, impl)
     if picked == "reference":
         place, order, start = _reference.bipartite_match(*arguments)
     else:

@@ -26,15 +26,27 @@ def match_scores(metric: Tensor, front: int, cls: int, groups: int) -> Tensor:
     return torch.stack(scores, 1) if scores else rows.new_zeros(len(rows), 0, b.shape[1])
 
 
-def bipartite_match(metric: Tensor, r: int, front: int, cls: int, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def rounded_scores(metric: Tensor, front: int, cls: int, groups: int, dtype: torch.dtype) -> Tensor:
+    """Return `match_scores` as code gives them that computes in `dtype`: rows, norms and products are rounded to it."""
+    rows = metric.reshape(len(metric) // groups, groups * metric.shape[1], metric.shape[2]).to(dtype)
+    rows = rows[:, grouped_rows(metric.shape[1], cls, groups, metric.device)]
+    rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(_EPS)
+    return rows[:, front + front % 2 :: 2] @ rows[:, front + 1 - front % 2 :: 2].mT
+
+
+def bipartite_match(
+    metric: Tensor, r: int, front: int, cls: int, groups: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Match tokens: place and order `[B / groups, M]`, start `[B / groups, M - r + 1]` for `metric [B, N, D]`.
 
     M = groups · N. The first `front` rows in matching order do not merge. Each even row after them finds its best odd
     row, and the r best pairs merge: the larger score first, of equals the lower row, NaN the largest of all. The merged
     tokens are the front rows, the unmerged even rows, the odd rows. Row i is part of token `place[i]`; the rows of
     token j are `order[start[j] : start[j + 1]]`: first the row whose position the token keeps, then ascending.
+    With `dtype`, scores are computed in it.
     """
-    scores = match_scores(metric, front, cls, groups)
+    where = metric, front, cls, groups
+    scores = match_scores(*where) if dtype is None else rounded_scores(*where, dtype)
     streams, evens, odds = scores.shape
     rows = grouped_rows(metric.shape[1], cls, groups, metric.device)
     merged = torch.zeros(streams, evens, dtype=torch.bool, device=metric.device)
