@@ -201,12 +201,12 @@ class Bank(nn.Module):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain values, enough to make an empty bank like this one now."""
-        # a model around the bank may have been cast since
+        # the dtype may differ from the constructor's, if a model around the bank was cast
         return self._config | ({} if self.quantized else {"dtype": name_of(self.slots.dtype)})
 
     @property
     def archive(self) -> Archive | None:
-        """The archive that takes what leaves; None = none. Set it once, after the bank has its device and dtype."""
+        """The archive of frames that leave; None = none. Set it once, after the bank has its device and dtype."""
         return self._archive
 
     @archive.setter
@@ -225,7 +225,7 @@ class Bank(nn.Module):
     def push(
         self, frames: Tensor, time: Times = None, *, mask: Tensor | None = None, streams: Tensor | None = None
     ) -> None:
-        """Take frames in, oldest first. Does not synchronise the host; a failed push changes nothing.
+        """Push frames, oldest first. Does not synchronise the host; a failed push changes nothing.
 
         Args:
             frames: `[S, T, H, W, D]`, or `[T, H, W, D]` for one stream, in the bank's dtype and on its device.
@@ -268,7 +268,7 @@ class Bank(nn.Module):
         raise NotImplementedError
 
     def _chosen(self, state: BankState, frames: Tensor, mask: Tensor | None, streams: Tensor | None) -> Tensor | None:
-        """Return what `choose` says of frames `[S', 1, H, W, D]`, as `bank_push_` takes it: `[S', 1, tiers]`."""
+        """Return the result of `choose` for frames `[S', 1, H, W, D]` as `[S', 1, tiers]`, for `bank_push_`."""
         if not self._chooses or not state.order.shape[1]:
             return None
         if streams is not None:
@@ -281,7 +281,7 @@ class Bank(nn.Module):
     def _write(
         self, state: BankState, frames: Tensor, times: Tensor | None, mask: Tensor | None, streams: Tensor | None
     ) -> None:
-        """Take in frames that were checked."""
+        """Push frames without checks."""
         if not self._chooses:
             push_checked_(state, self.layout, frames, times, mask, streams, None, self.maps)
             return
@@ -299,7 +299,7 @@ class Bank(nn.Module):
         mask: Tensor | None,
         streams: Tensor | None,
     ) -> None:
-        """Take in a frame `[S', 1, H, W, D]` of each stream; what leaves for it, or the frame itself, is archived."""
+        """Push a frame `[S', 1, H, W, D]` of each stream, and archive the leaving frame, or the new frame itself."""
         victim = self._chosen(state, frame, mask, streams)
         if archive.keep == "frames":
             archive.box.add_frames(state, frame, time, mask, streams)
@@ -327,10 +327,10 @@ class Bank(nn.Module):
     # reading
 
     def compress(self, clip: Tensor, time: Times = None, *, mask: Tensor | None = None) -> MemoryTokens:
-        """Return what a fresh bank would hold after `clip`, without touching this one; gradients reach the clip.
+        """Return the content of a new bank after `clip`, differentiable; this bank does not change.
 
-        The whole clip is read once to decide, then each survivor is reduced straight to the size it ends with. Nothing
-        is stored, so what a bank in 8 or 4 bits gives here is not rounded.
+        The whole clip is read once to decide, then each survivor is pooled directly to its final size. Nothing is
+        stored, so the result is not rounded for a bank in 8 or 4 bits.
 
         Args:
             clip, time, mask: As `frames`, `time`, `mask` of `push`. `[T, H, W, D]` gives a compact result,
@@ -341,7 +341,7 @@ class Bank(nn.Module):
             check_seconds(times)
             times = on_device(times, frames.device)
         layout = clamped(self.layout, frames.shape[1])
-        # a bank on the meta device holds nothing, and only compresses
+        # a bank on the meta device only compresses
         whole = layout == self.layout and self.maps.device == frames.device
         maps = self.maps if whole and not self.quantized else layout_maps(layout, frames)
         plan = self._plan(frames, layout, times, mask, maps)
@@ -374,7 +374,7 @@ class Bank(nn.Module):
 
     @locked
     def read(self, stream: int = 0, *, padded: bool = False) -> MemoryTokens:
-        """Return everything held, in stream order, with provenance.
+        """Return all tokens held, in stream order, with provenance.
 
         Args:
             stream: Which stream; ignored by a padded read.
@@ -583,30 +583,29 @@ class Bank(nn.Module):
     def erase(self, t0: float, t1: float, stream: int = 0, *, drop_dependent: bool = False) -> int:
         """Remove the frames from `t0` to `t1`: nothing computed from them stays; freed memory is zeroed.
 
-        Where every frame taken in is still whole (neither dropped nor reduced nor merged), the others are taken in
-        again, and the state is that of a memory which never saw the span, to the bit; a bank in 8 or 4 bits takes in
-        the rounded frames, so that later decisions rest on the means of these. Else every entry with a part in the
-        span goes whole: a merged one with what it holds of other frames, since a mean cannot be taken apart. Entries
-        wholly outside stay as they are, for no byte of them was computed from the span; cosines between neighbours
-        are computed anew. Nothing that was dropped comes back. Other frames keep their numbers; those erased count as
-        skipped. Synchronises the host.
+        If every pushed frame is still whole (not dropped, reduced or merged), all other frames are pushed again, and
+        the state is bit-identical to that of a memory which never saw the span. A bank in 8 or 4 bits pushes the
+        rounded frames, so later decisions use their means. Otherwise every entry with a part in the span is removed, a
+        merged entry completely, because a mean cannot be split. Entries outside the span do not change, because no byte
+        of them was computed from the span; cosines between neighbours are computed again. Dropped frames do not return.
+        Other frames keep their numbers; erased frames count as skipped. Synchronises the host.
 
         Args:
             t0, t1: Seconds, both inclusive.
             stream: Which stream.
-            drop_dependent: Where the past cannot be repeated, also remove every entry since `t0` if frames of the span
-                can have been seen. Policies that compare frames (hierarchical, merging, episodic) let the frames of
-                the span decide which others stayed, so that their choice still tells a little of it. The others
-                (recent, uniform, reservoir) decide by number alone, and keep these entries either way.
+            drop_dependent: If the past cannot be repeated, also remove every entry since `t0`, provided that frames of
+                the span were seen. In policies that compare frames (hierarchical, merging, episodic) the frames of the
+                span influenced which other frames stayed. Other policies (recent, uniform, reservoir) decide by number
+                only, and keep these entries in any case.
 
         Returns:
-            Entries removed from what was held.
+            Number of entries removed.
 
         Raises:
-            TypeError, ValueError: `t0` above `t1` or NaN, no such stream or setting, or frames that came without a
-                time; nothing has changed then.
-            RuntimeError: The archive's file was altered, and nothing has changed; or the disk does not take its part,
-                and the span is forgotten here and there, while the disk may still hold it.
+            TypeError, ValueError: `t0` is above `t1` or NaN, the stream or setting does not exist, or frames have no
+                times; nothing has changed.
+            RuntimeError: The archive's file was altered, and nothing has changed; or it cannot be written: the span is
+                erased from memory and archive, but may remain on the disk.
         """
         return history.erase(self, t0, t1, stream, drop_dependent)
 

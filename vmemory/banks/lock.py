@@ -28,7 +28,7 @@ class MemoryLock(_RLock):
 
 
 class _LostLock(MemoryLock):
-    """In a forked process: the thread that held it is not there, and what it changed may be half done."""
+    """The lock in a forked process whose holder does not exist there; its change may be incomplete."""
 
     def __enter__(self) -> NoReturn:
         raise RuntimeError(

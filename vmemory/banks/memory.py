@@ -1,4 +1,4 @@
-"""The methods that every memory has, whatever its policy."""
+"""The interface of all memories."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vmemory.banks.results import Entries, MemoryTokens, SearchResult, Tier
 
 
 class Memory(Protocol):
-    """A bounded memory of video frames: what `Bank` and `DualMemory` have in common.
+    """A bounded memory of video frames: the common interface of `Bank` and `DualMemory`.
 
     `policy` is the name in `POLICIES`, `dim` the channels D and `grid` the tokens (H, W) of the frames, `key_dim` the
     channels that similarity looks at, `streams` S, `adapter` a module applied to frames first. `Bank` documents the

@@ -1,4 +1,4 @@
-"""Keep frames that leave a memory on the host: in RAM or in a memory-mapped file, bounded by bytes."""
+"""Keep frames that leave a memory on the host, in RAM or in a file, bounded by bytes."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from vmemory.reference.bank_layout import SEEN, BankLayout, BankState
 class Archive:
     """A bounded store of frames on the host, oldest out first, written by a thread of its own.
 
-    A push copies frames into an outbox of fixed size on the device, without synchronising the host. From there they go
-    to the thread: on the CPU after every push, on a CUDA device, where a stream of its own copies them to pinned
-    memory, when the outbox may be full; either is left for a later push while the batch before is on its way. What
-    finds the outbox full is dropped and counted. Pushes that are compiled or replayed from a CUDA graph only fill the
-    outbox: call `drain()` once in `outbox` frames. The way of a CUDA device has not run on one yet.
+    A push copies frames into an outbox of fixed size on the device, without synchronising the host. On the CPU a thread
+    writes them after every push. On a CUDA device a second stream copies the outbox to pinned memory when it may be
+    full. While a batch is being written, the next one waits for a later push. Frames that find the outbox full are
+    dropped and counted. Pushes that are compiled or replayed from a CUDA graph only fill the outbox: call `drain()`
+    once in `outbox` frames. The CUDA path has not run on a device yet.
 
     A bank in 8 or 4 bits is archived in codes and scales, as it holds them; `read` gives float32. Other threads than
     the one that pushes may call every method here, and find whole frames; a forked process may not, and copies of

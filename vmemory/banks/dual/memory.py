@@ -38,30 +38,30 @@ from vmemory.ops.similarity_topk import similarity_topk
 # never narrower than float32 when a model around them is cast
 _KEPT = ("working_means", "episodic_means", "mass", "clock")
 _WEIGHTS = "weights."
-# what weights were trained for; the other options say how much is kept, and what of it
+# options that the weights depend on; the other options determine the stored data
 _TRAINED = ("key_dim", "heads", "hidden", "activation", "empty", "slots", "salience", "residual")
 
 
 @register_policy
 class DualMemory(nn.Module):
-    """A working and an episodic memory that every frame reads by attention; a learned gate fuses what it reads.
+    """A working and an episodic memory that every frame reads by attention; a learned gate fuses both readings.
 
     For a frame H_t: M^w = attention of H_t over the working memory, M^e = attention of H_t over the episodic memory,
     M_t = γ · M^w + (1 − γ) · M^e with γ = σ(MLP([M^w; M^e])). Then H_t enters the working memory, first in, first out,
     and M_t the episodic memory, where it replaces the most similar slot once all are taken. Reads precede writes.
 
-    Keys and values are projected once, when a slot is written, and kept: changing the weights leaves those of earlier
-    frames as they are until `refresh` (`load_state_dict` calls it). State is device tensors of fixed shape, changed in
-    place without host synchronisation; it is not part of `state_dict`, and travels by `snapshot` and `save`.
+    Keys and values are projected once, when a slot is written, and stored. After a change of the weights, those of
+    earlier frames stay old until `refresh` (`load_state_dict` calls it). The state consists of device tensors of fixed
+    shape, changed in place without host synchronisation. It is not part of `state_dict`; use `snapshot` and `save`.
 
     Any call may come from any thread: calls on one memory take turns, as with `Bank`.
 
     A frame that is not finite, or of which no cell exists, is numbered and enters neither memory; nor does an M_t that
     is not finite enter the episodic one. One such slot would make every later frame NaN.
 
-    With `residual` M_t is H_t + α · (γ · M^w + (1 − γ) · M^e − H_t), of which α is learned and 0 at first: untrained,
-    every frame passes as it came, to the bit, and both memories hold frames as they came. A first training step
-    reaches α, those after it all weights. Without, M_t is what Algorithm 1 says, and of random weights of little use.
+    With `residual` M_t is H_t + α · (γ · M^w + (1 − γ) · M^e − H_t), where α is learned and starts at 0. Untrained, M_t
+    is bit-identical to H_t, and both memories hold unchanged frames. The first training step changes α only, later
+    steps all weights. Without `residual` M_t is that of Algorithm 1, which is of little use with random weights.
 
     Args:
         dim: Channels D of a token.
@@ -70,10 +70,10 @@ class DualMemory(nn.Module):
             None = (8, 32) without a `budget`.
         heads: Attention heads, a divisor of `dim`.
         hidden: Width of the gate's MLP; None = `dim`.
-        activation: Of the gate's MLP: `"relu"`, `"gelu"` or `"silu"`.
-        empty: What is read from an empty memory: `"frame"`, the frame attends to itself, at the price of one more
-            projection to keys and values a frame; or `"zeros"`.
-        slots: A slot holds a frame's `"tokens"` or their mean alone (`"means"`).
+        activation: Activation of the gate's MLP: `"relu"`, `"gelu"` or `"silu"`.
+        empty: Reading of an empty memory: `"frame"`, the frame attends to itself, which costs one more projection to
+            keys and values per frame; or `"zeros"`.
+        slots: Content of a slot: a frame's `"tokens"`, or only their mean (`"means"`).
         rule: The slot that a full episodic memory replaces: `"most-similar"`, by the cosine over all values of a slot,
             or `"bridged"`, the one that its neighbours in time make most superfluous, see
             `vmemory.banks.dual.rules.bridged_slot`. Not from the paper; it keeps slots from freezing.
@@ -83,10 +83,10 @@ class DualMemory(nn.Module):
             apart, stay within it.
         streams: Number of streams S.
         device, dtype: Of weights and state.
-        key_dim: Channels that memory reads and changes; what rides behind them (deepstack features) is kept beside H_t
-            and M_t as it came. None = all.
-        residual: Whether M_t is H_t and a learned share of what memory makes of it, as above.
-        adapter: Module applied to frames first, for example `FeatureAdapter` where feature sizes differ.
+        key_dim: Number of leading channels that the memory reads and changes; further channels (deepstack features) are
+            stored unchanged. None = all.
+        residual: Whether M_t is a residual with a learned share α, as above.
+        adapter: Module applied to frames first, for example `FeatureAdapter` for other feature sizes.
 
     Raises:
         ValueError, TypeError: An argument does not fit; the message names it.
@@ -117,7 +117,7 @@ class DualMemory(nn.Module):
     alpha: nn.Parameter | None
 
     policy = "dual"
-    # as many tokens as came, of whatever comes in place of a clip
+    # `compress` returns as many tokens as the clip has
     one_to_one = True
 
     def __init__(
@@ -169,7 +169,7 @@ class DualMemory(nn.Module):
         self.capacities = (capacity[0], capacity[1])
         self.activation: Literal["relu", "gelu", "silu"] = activation  # type: ignore[assignment]  # checked above
         self.empty, self.threshold = empty, salience
-        # some token of a slot does not exist, so attention has to look at the mass of each
+        # whether some tokens of slots do not exist, so that attention must read the mass of each token
         self.masked = False
         kind: dict[str, Any] = {"device": device, "dtype": dtype}
         self.working = MemoryReader(key_dim, heads, **kind)
@@ -180,7 +180,7 @@ class DualMemory(nn.Module):
         if salience is not None:
             half = max(key_dim // 2, 1)
             self.salience = nn.Sequential(nn.Linear(key_dim, half, **kind), nn.ReLU(), nn.Linear(half, 1, **kind))
-        # one element, not none: FSDP shards no scalars
+        # one element and not a scalar, because FSDP does not shard scalars
         self.register_parameter("alpha", nn.Parameter(torch.zeros(1, **kind)) if residual else None)
         state = new_state(streams, self.capacities, tokens, key_dim, device, dtype, dim - key_dim)
         for name, buffer in state._asdict().items():
@@ -232,7 +232,7 @@ class DualMemory(nn.Module):
 
     @property
     def archive(self) -> None:
-        """None, and cannot be set: what leaves are tokens made of many frames, for which there is no archive."""
+        """Always None: entries depend on many frames, and there is no archive for them."""
         return None
 
     @archive.setter
@@ -255,7 +255,7 @@ class DualMemory(nn.Module):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain values, enough to make an empty memory like this one."""
-        # a model around the memory may have been cast since
+        # the dtype may differ from the constructor's, if a model around the memory was cast
         return self._config | {"dtype": name_of(self.working_tokens.dtype)}
 
     # writing
@@ -265,7 +265,7 @@ class DualMemory(nn.Module):
     def push(
         self, frames: Tensor, time: Times = None, *, mask: Tensor | None = None, streams: Tensor | None = None
     ) -> Tensor:
-        """Take frames in, oldest first, and return what each became. No host synchronisation, no gradient.
+        """Push frames, oldest first, and return M_t of each. No host synchronisation, no gradient.
 
         Args:
             frames: `[S, T, H, W, D]`, or `[T, H, W, D]` for one stream, in the memory's dtype or one that it holds
@@ -371,7 +371,7 @@ class DualMemory(nn.Module):
         Raises:
             ValueError, TypeError: As in `push`.
         """
-        # weights know nothing of grids and of what rides behind: only what is held has them
+        # weights do not depend on the grid and on further channels, only the stored data does
         frames, exists = self._arrange(clip, mask, any_size=True)
         times = self._times(time, frames, None, fresh=True)
         S, T, N, _ = frames.shape
@@ -399,7 +399,7 @@ class DualMemory(nn.Module):
         return MemoryTokens(*(x[0] for x in tokens[:-1])) if exists is None else compact_tokens(tokens, 0)
 
     def compress(self, clip: Tensor, time: Times = None, *, mask: Tensor | None = None) -> MemoryTokens:
-        """Return `transform(clip)`, which takes a clip's place in a model; banks return what they would hold."""
+        """Return `transform(clip)`, unlike banks, whose `compress` returns their content after the clip."""
         return self.transform(clip, time, mask=mask)
 
     @locked
@@ -527,17 +527,17 @@ class DualMemory(nn.Module):
     @torch.no_grad()
     @locked
     def erase(self, t0: float, t1: float, stream: int = 0) -> int:
-        """Take the span [t0, t1] out of a stream: nothing computed from a frame in it remains, its bytes are zero.
+        """Erase the span [t0, t1] of a stream: nothing computed from its frames remains, and freed bytes are zero.
 
-        Every M_t is made from all that came before it, so whatever was written at t0 or later leaves, and frames are
-        numbered on from there. While no slot had been overwritten, that is the memory as it was before t0.
+        Every M_t depends on all earlier frames, so all slots written at t0 or later are removed, and frame numbers
+        continue from there. If no slot was overwritten before, the result is the memory as it was before t0.
 
         Args:
-            t0, t1: Seconds, both included.
+            t0, t1: Seconds, both inclusive.
             stream: Which stream.
 
         Returns:
-            How many slots were given up.
+            Number of slots removed.
 
         Raises:
             ValueError: The span is no span, or something held has no time; nothing has changed then.

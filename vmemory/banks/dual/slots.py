@@ -95,8 +95,11 @@ class Side(NamedTuple):
     def store(
         self, slot: Tensor, rows: Tensor, key: Tensor, value: Tensor, mean: Tensor, number: Tensor, frame: Arrived
     ) -> Side:
-        """Write what belongs to tokens that were put into `slot [S]`: of `rows [R]` that are not −1 the key and value
-        `[R, n, D]` and the mean `[R, D]`; and the frame's number `[S]`, time, mass and rest."""
+        """Write the data that belongs to tokens in `slot [S]`.
+
+        Writes key and value `[R, n, D]` and mean `[R, D]` of `rows [R]` that are not −1, and the frame's number `[S]`,
+        time, mass and rest.
+        """
         put(self.means[:, :, None], slot, rows, mean[:, None])
         if frame.rest is not None:
             put(self.rest, slot, rows, frame.rest)

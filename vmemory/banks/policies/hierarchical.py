@@ -1,4 +1,4 @@
-"""Tiers of falling resolution: recent and distinct frames large, the rest small (VideoChat-Online)."""
+"""Tiers of decreasing resolution: recent and distinct frames are large, other frames small (VideoChat-Online)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HIERARCHICAL_RULES = ("paper", "videochat-online", "all-pairs")
 
 @register_policy
 class HierarchicalBank(Bank):
-    """A memory in tiers of falling resolution: a full tier hands one of its most similar frames to the next.
+    """A memory with tiers of decreasing resolution: a full tier moves one of its most similar frames to the next tier.
 
     Rules:
         `"paper"`: the older of the closest time-adjacent pair leaves, demoted frames are area-pooled and inserted by
