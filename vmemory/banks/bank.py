@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,6 +64,10 @@ from vmemory.reference.bank_layout import (
 _KEPT, _WIDE = ("mass", "clock", "scale"), ("descriptor", "norm", "link", "maps")
 _TOKENS = ("slots", "mass", "scale")
 _Self = TypeVar("_Self", bound="Bank")
+
+
+# videos of one shape come one after the other, and their tables are only read
+_tables_of = lru_cache(maxsize=16)(row_tables)
 
 
 class Bank(nn.Module):
@@ -347,7 +351,7 @@ class Bank(nn.Module):
         plan = self._plan(frames, layout, times, mask, maps)
         slots, mass = bank_gather(frames, plan, layout, mask=mask, maps=maps)
         tables = (
-            self._tables() if whole else {k: t.to(slots.device) for k, t in row_tables(layout, self.levels).items()}
+            self._tables() if whole else {k: t.to(slots.device) for k, t in _tables_of(layout, self.levels).items()}
         )
         tokens = padded_tokens(slots, mass, plan.entry, plan.clock, tables, self.grid[0] * self.grid[1])
         return compact_tokens(tokens, 0) if clip.dim() == 4 else tokens
