@@ -3,6 +3,7 @@
 from vmemory.compress.adaptive import AdaptiveFrameResampler
 from vmemory.compress.arguments import add_tempme_arguments, tempme_from_arguments
 from vmemory.compress.arrange import TokenArrangement, tokens_arrange
+from vmemory.compress.fragment_merge import FragmentMerge, MergedFragment
 from vmemory.compress.pixels import pixel_difference
 from vmemory.compress.reduced import ReducedTokens
 from vmemory.compress.resampler import FrameResampler
@@ -15,10 +16,12 @@ from vmemory.compress.video import CompressedFrames
 __all__ = [
     "AdaptiveFrameResampler",
     "CompressedFrames",
+    "FragmentMerge",
     "FrameResampler",
     "FrameSelector",
     "MergeStep",
     "MergedClips",
+    "MergedFragment",
     "MergedVideo",
     "PixelDifference",
     "ReducedTokens",
