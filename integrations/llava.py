@@ -24,7 +24,7 @@ class Llava(Adapter):
     def frame_size(self, model: nn.Module, size: tuple[int, int], tokens: int) -> tuple[int, int]:
         return square_size(model)
 
-    def preprocess(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+    def preprocess(self, model: nn.Module, frames: Tensor, processor: object, size: tuple[int, int]) -> Inputs:
         return {"pixel_values": scaled(frames, size, *normalisation(processor, CLIP_MEAN, CLIP_STD))}
 
     def video_text(self, frames: Sequence[tuple[float, int]], token: str, tail: int) -> str:

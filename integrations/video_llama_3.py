@@ -20,7 +20,7 @@ class VideoLlama3(PatchRowAdapter):
     frame_text = True
     mean = std = (0.5, 0.5, 0.5)
 
-    def preprocess(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+    def preprocess(self, model: nn.Module, frames: Tensor, processor: object, size: tuple[int, int]) -> Inputs:
         inputs = super().preprocess(model, frames, processor, size)
         return {**inputs, "video_merge_sizes": torch.tensor([self.side])}
 

@@ -72,7 +72,7 @@ def chatted(video: Path, question: str = "What happens?") -> Chatted:
         session.push([frame])
         frames += 1
     watched = clock.perf_counter()
-    answer = session.ask(question, max_new_tokens=24, do_sample=False)
+    answer = "".join(session.stream_generate(question, max_new_tokens=24, do_sample=False))
     assert session.memory is not None
     tokens = session.memory.counts()["seen"] * math.prod(session.memory.to_dict()["grid"])
     seconds = (watched - started, clock.perf_counter() - watched)

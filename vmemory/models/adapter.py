@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vmemory.banks import DualMemory, MemoryConfig
 from vmemory.models.geometry import GeometryFusion
 from vmemory.models.hooks import install_prompt_hook
+from vmemory.models.memories import MemoryLike
 
 Inputs = dict[str, Any]
 
@@ -87,7 +88,7 @@ class Adapter:
         """Install the hooks of a `PromptMemory`, and append functions that undo this to `memory.undo`."""
         install_prompt_hook(model, memory)
 
-    def resolve_memory(self, model: nn.Module, memory: Any, settings: MemoryConfig) -> Any:
+    def resolve_memory(self, model: nn.Module, memory: MemoryLike | None, settings: MemoryConfig) -> Any:
         """Return the memory to use for the argument of `attach`; None = a memory made from `settings`.
 
         Args:
@@ -103,9 +104,12 @@ class Adapter:
             memory = None
         if memory is None and settings.memory_policy == DualMemory.policy:
             memory = settings.build(self.hidden_size(model), (1, 1), device=device_of(model), dtype=dtype_of(model))
-        if isinstance(memory, DualMemory) and memory.key_dim != self.hidden_size(model):
+        channels = getattr(self.trainable_module(memory), "key_dim", None)
+        if channels not in (None, self.hidden_size(model)):
             wanted = self.hidden_size(model)
-            raise ValueError(f"memory: expected a DualMemory for {wanted} channels, got one for {memory.key_dim}")
+            raise ValueError(
+                f"memory: expected a {type(memory).__name__} for {wanted} channels, got one for {channels}"
+            )
         if isinstance(memory, GeometryFusion):
             raise ValueError(
                 f"memory: expected one without geometry, whose frames {type(model).__name__} does not hand over, got "
@@ -155,7 +159,7 @@ class Adapter:
 
     # for streams: frames arrive one by one, and the prompt is written at the end
 
-    def encode_frames(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Encoded:
+    def encode_frames(self, model: nn.Module, frames: Tensor, processor: object, size: tuple[int, int]) -> Encoded:
         """Run the vision tower on frames of one video.
 
         Args:
@@ -174,7 +178,7 @@ class Adapter:
         """Return the seconds of a frame of the memory from those of its first and last video frame."""
         return first
 
-    def preprocess(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+    def preprocess(self, model: nn.Module, frames: Tensor, processor: object, size: tuple[int, int]) -> Inputs:
         """Return inputs for `encode` from `frames [n, 3, H, W]` uint8, scaled to `size`."""
         raise NotImplementedError
 

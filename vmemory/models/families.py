@@ -36,7 +36,7 @@ class PatchRowAdapter(Adapter):
         unit = self.patch_size(model) * self.side
         return grid[0] * unit, grid[1] * unit
 
-    def preprocess(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+    def preprocess(self, model: nn.Module, frames: Tensor, processor: object, size: tuple[int, int]) -> Inputs:
         mean, std = normalisation(processor, self.mean, self.std)
         pixels = scaled(frames, size, mean, std)
         rows, grid = patch_rows(pixels, self.patch_size(model), self.side, self.temporal_patch_size(model))
@@ -94,7 +94,7 @@ class SquareFrameAdapter(Adapter):
     def frame_size(self, model: nn.Module, size: tuple[int, int], tokens: int) -> tuple[int, int]:
         return square_size(model)
 
-    def preprocess(self, model: nn.Module, frames: Tensor, processor: Any, size: tuple[int, int]) -> Inputs:
+    def preprocess(self, model: nn.Module, frames: Tensor, processor: object, size: tuple[int, int]) -> Inputs:
         return {"pixel_values_videos": scaled(frames, size, *normalisation(processor, self.mean, self.std))[None]}
 
     def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:

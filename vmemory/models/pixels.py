@@ -18,7 +18,7 @@ CLIP_MEAN: Triple = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Triple = (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalisation(processor: Any, mean: Triple, std: Triple) -> tuple[Triple, Triple]:
+def normalisation(processor: object, mean: Triple, std: Triple) -> tuple[Triple, Triple]:
     """Return mean and standard deviation of a processor's frames, or the family's own."""
     for name in ("video_processor", "image_processor"):
         part = getattr(processor, name, None)

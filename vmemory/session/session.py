@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from threading import Thread
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,8 +37,23 @@ from vmemory.session.prompt import (
 from vmemory.session.short_stream import ShortStream
 from vmemory.sources.frames import FramesLike, TimeLike, as_frames, seconds_of
 
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
+    from typing_extensions import Unpack
+
 # one lock per model, held while it answers
 _answers: WeakKeyDictionary[nn.Module, MemoryLock] = WeakKeyDictionary()
+
+
+class SessionSettings(TypedDict, total=False):
+    """Arguments of `VideoSession` that `VideoSession.load` passes on."""
+
+    memory: str | Memory | MemoryFactory | None
+    config: ConfigLike | None
+    frame_tokens: int
+    reuse_prefix: bool
+    gate: Callable[[Tensor, VideoSession], bool | Tensor] | None
+    on_push: Sequence[Callable[[VideoSession], object]]
 
 
 class VideoSession:
@@ -439,12 +454,6 @@ class VideoSession:
             raise ValueError("processor: expected one for a question in words, got None")
         return self.processor
 
-    @overload
-    def ask(self, text: str, **generation: Any) -> Any: ...
-
-    @overload
-    def ask(self, *, input_ids: Tensor, video_ids: VideoIds | None = None, **generation: Any) -> Any: ...
-
     @torch.no_grad()
     def ask(
         self,
@@ -452,8 +461,8 @@ class VideoSession:
         *,
         input_ids: Tensor | None = None,
         video_ids: VideoIds | None = None,
-        **generation: Any,
-    ) -> Any:
+        **generation: object,
+    ) -> str | list[str] | Tensor | ModelOutput:
         """Answer a question about the stream.
 
         Args:
@@ -466,7 +475,7 @@ class VideoSession:
         """
         return self._answer(*self._asked(text, input_ids, video_ids), text, generation)
 
-    def stream_generate(self, text: str, **generation: Any) -> Iterator[str]:
+    def stream_generate(self, text: str, **generation: object) -> Iterator[str]:
         """Yield pieces of the answer while the model writes it.
 
         Raises:
@@ -535,7 +544,7 @@ class VideoSession:
         self._pushes += 1
 
     @locked
-    def erase(self, t0: float, t1: float, **how: Any) -> int:
+    def erase(self, t0: float, t1: float, **how: bool) -> int:
         """Forget the frames from `t0` to `t1` seconds in memory, archive and the prompt's cache.
 
         The pool's file of the session is written again; other files of `save` are not changed. If two frames form one
@@ -623,7 +632,7 @@ class VideoSession:
 
     @classmethod
     def load(
-        cls, path: str | Path, model: nn.Module, processor: Processor | None = None, **settings: Any
+        cls, path: str | Path, model: nn.Module, processor: Processor | None = None, **settings: Unpack[SessionSettings]
     ) -> VideoSession:
         """Load a session that `save` wrote, with the same model; encodes one blank frame to check the model.
 

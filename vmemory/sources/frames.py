@@ -23,7 +23,7 @@ TimeLike = float | Sequence[float] | np.ndarray | Tensor
 Timed = tuple[Tensor, list[float | None]]
 
 
-def as_frames(frames: Any, time: Any = None) -> Iterator[Timed]:
+def as_frames(frames: FramesLike, time: TimeLike | None = None) -> Iterator[Timed]:
     """Yield pieces of a stream as `[n, 3, H, W]` uint8, with seconds or None.
 
     Args:
@@ -87,7 +87,7 @@ def _tensor(array: Any) -> Tensor:
     return torch.as_tensor(array)
 
 
-def seconds_of(time: Any) -> list[float]:
+def seconds_of(time: TimeLike) -> list[float]:
     """Return one or several numbers of seconds as a list of floats.
 
     Raises:
