@@ -76,7 +76,8 @@ test-cuda: $(VENV)/test.stamp
 	$(MAKE) native VMEMORY_CUDA=1
 	$(BIN)/python -m pytest -q tests/test_cuda_build.py
 
-SIMT_TESTS = $(patsubst %,tests/test_%.py,ring select_tokens similarity_topk bank_op grid_pool token_merge gated_fusion)
+SIMT_TESTS = $(patsubst %,tests/test_%.py,ring select_tokens similarity_topk bank_op bank_decide custom_policy grid_pool token_merge \
+	gated_fusion)
 # of orders of threads and blocks
 SIMT_SEEDS ?= 1 2
 

@@ -101,12 +101,12 @@ class DualMemory(nn.Module):
     working_keys: Tensor
     working_values: Tensor
     working_means: Tensor
-    working_rest: Tensor
+    working_extra: Tensor
     episodic_tokens: Tensor
     episodic_keys: Tensor
     episodic_values: Tensor
     episodic_means: Tensor
-    episodic_rest: Tensor
+    episodic_extra: Tensor
     mass: Tensor
     entry: Tensor
     clock: Tensor
@@ -249,7 +249,7 @@ class DualMemory(nn.Module):
         slots = sum(
             n * state[f"{part}_{name}"][0, :1].nbytes
             for part, n in parts.items()
-            for name in ("tokens", "keys", "values", "means", "rest")
+            for name in ("tokens", "keys", "values", "means", "extra")
         )
         return slots + int(live.sum()) * sum(state[name][0, :1].nbytes for name in ("mass", "entry", "clock"))
 
@@ -417,9 +417,9 @@ class DualMemory(nn.Module):
             ValueError: No such stream.
         """
         slots = torch.cat([self.working_tokens.flatten(1, 2), self.episodic_tokens.flatten(1, 2)], 1)
-        if self.working_rest.shape[-1]:
-            rest = torch.cat([self.working_rest.flatten(1, 2), self.episodic_rest.flatten(1, 2)], 1)
-            slots = torch.cat([slots, rest], -1)
+        if self.working_extra.shape[-1]:
+            extra = torch.cat([self.working_extra.flatten(1, 2), self.episodic_extra.flatten(1, 2)], 1)
+            slots = torch.cat([slots, extra], -1)
         tables = {name: getattr(self, name) for name in ("row_slot", "row_cell", "row_level")}
         clock = self.clock[..., None].expand(*self.clock.shape, 3)
         cells = self.grid[0] * self.grid[1]
@@ -444,7 +444,7 @@ class DualMemory(nn.Module):
         """
         check_tensor("query", query, "[Q, D]")
         means = torch.cat([self.working_means, self.episodic_means], 1)
-        if query.shape[1] not in (means.shape[2], means.shape[2] + self.working_rest.shape[3]):
+        if query.shape[1] not in (means.shape[2], means.shape[2] + self.working_extra.shape[3]):
             raise ValueError(f"query: expected [Q, {means.shape[2]}], got shape {shape_of(query)}")
         check_int("stream", stream, low=0, high=self.entry.shape[0] - 1)
         there = (self.entry[stream] >= 0)[None]

@@ -11,7 +11,7 @@ from vmemory.banks.dual.state import DualState
 from vmemory.ops.ring import ring_push_
 
 
-class Feed(NamedTuple):
+class StreamMap(NamedTuple):
     """The map between the R rows of a call and the S streams of a memory.
 
     rows `[R]` the stream of each row as given, −1 = skipped; stream `[R]` the same within 0 and S − 1; there `[R]`
@@ -27,16 +27,16 @@ class Feed(NamedTuple):
     whole: bool
 
     @staticmethod
-    def of(streams: Tensor | None, S: int, R: int, device: torch.device) -> Feed:
+    def of(streams: Tensor | None, S: int, R: int, device: torch.device) -> StreamMap:
         rows = torch.arange(R, device=device) if streams is None else streams
         there = (rows >= 0) & (rows < S)
         row = torch.full((S + 1,), -1, dtype=torch.int64, device=device)
         # skipped rows meet in a place of their own
         row = row.scatter(0, torch.where(there, rows, S), torch.arange(R, device=device))[:-1]
-        return Feed(rows, rows.clamp(0, S - 1), there, row.clamp_min(0), row >= 0, streams is None)
+        return StreamMap(rows, rows.clamp(0, S - 1), there, row.clamp_min(0), row >= 0, streams is None)
 
     def of_streams(self, values: Tensor) -> Tensor:
-        """Return values `[R, ...]` of rows as values `[S, ...]` of the streams they feed; anything where none does."""
+        """Return values `[R, ...]` of rows as values `[S, ...]` of their streams; any where there is no row."""
         return values if self.whole else values[self.row]
 
     def takes(self, rows: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Feed(NamedTuple):
 class Arrived(NamedTuple):
     """A frame of each row, on its way into a memory.
 
-    tokens `[R, N, D]`; mass `[R, n]` the input cells of each token that a slot would hold; time `[R]` seconds; rest
+    tokens `[R, N, D]`; mass `[R, n]` the input cells of each token that a slot would hold; time `[R]` seconds; extra
     `[R, n, E]` channels beyond `key_dim`, or None; masked: tokens may not exist; differentiable: keys and values stay
     out of the state.
     """
@@ -55,8 +55,8 @@ class Arrived(NamedTuple):
     tokens: Tensor
     mass: Tensor
     time: Tensor
-    rest: Tensor | None
-    feed: Feed
+    extra: Tensor | None
+    stream_map: StreamMap
     masked: bool
     differentiable: bool
 
@@ -64,7 +64,7 @@ class Arrived(NamedTuple):
 class Side(NamedTuple):
     """One memory: parts of the state that writing changes; keys and values may be other tensors, for a gradient.
 
-    tokens, keys, values `[S, L, n, D]`, means `[S, L, D]`, rest `[S, L, n, E]`, mass `[S, L, n]`, entry and clock
+    tokens, keys, values `[S, L, n, D]`, means `[S, L, D]`, extra `[S, L, n, E]`, mass `[S, L, n]`, entry and clock
     `[S, L]`, pushed `[S]` frames ever written.
     """
 
@@ -72,7 +72,7 @@ class Side(NamedTuple):
     keys: Tensor
     values: Tensor
     means: Tensor
-    rest: Tensor
+    extra: Tensor
     mass: Tensor
     entry: Tensor
     clock: Tensor
@@ -98,20 +98,20 @@ class Side(NamedTuple):
         """Write the data that belongs to tokens in `slot [S]`.
 
         Writes key and value `[R, n, D]` and mean `[R, D]` of `rows [R]` that are not −1, and the frame's number `[S]`,
-        time, mass and rest.
+        time, mass and extra channels.
         """
         put(self.means[:, :, None], slot, rows, mean[:, None])
-        if frame.rest is not None:
-            put(self.rest, slot, rows, frame.rest)
+        if frame.extra is not None:
+            put(self.extra, slot, rows, frame.extra)
         if not frame.differentiable:
             put(self.keys, slot, rows, key)
             put(self.values, slot, rows, value)
         # after the writes on purpose: inductor moves what was read from `slot` before them behind the last one, which
         # then counts in `slot` itself (seen with torch 2.13)
-        feed, hit = frame.feed, self.hit(slot, frame.feed.takes(rows))
-        self.mass.copy_(torch.where(hit[..., None], feed.of_streams(frame.mass)[:, None], self.mass))
+        stream_map, hit = frame.stream_map, self.hit(slot, frame.stream_map.takes(rows))
+        self.mass.copy_(torch.where(hit[..., None], stream_map.of_streams(frame.mass)[:, None], self.mass))
         self.entry.copy_(torch.where(hit, number[:, None], self.entry))
-        self.clock.copy_(torch.where(hit, feed.of_streams(frame.time)[:, None], self.clock))
+        self.clock.copy_(torch.where(hit, stream_map.of_streams(frame.time)[:, None], self.clock))
         if not frame.differentiable:
             return self
         keys, values = (

@@ -15,7 +15,7 @@ class DualState(NamedTuple):
     """State tensors of S streams, L_w working and L_e episodic slots of n tokens; a snapshot is one of these.
 
     working_tokens, working_keys, working_values `[S, L_w, n, D]`, working_means `[S, L_w, D]` float32 or better and
-    working_rest `[S, L_w, n, E]`, channels that ride behind the tokens; episodic_* the same with L_e; mass
+    working_extra `[S, L_w, n, E]`, channels beyond `key_dim`; episodic_* the same with L_e; mass
     `[S, L_w + L_e, n]` float32 input cells a token stands for, 0 = the token does not exist; entry `[S, L_w + L_e]`
     int64 frame of each slot, −1 = free; clock `[S, L_w + L_e]` float64 seconds; seen, entered, written `[S]` int64
     frames that came, that entered the working and that entered the episodic memory; overwrites `[S, L_e]` int64.
@@ -25,12 +25,12 @@ class DualState(NamedTuple):
     working_keys: Tensor
     working_values: Tensor
     working_means: Tensor
-    working_rest: Tensor
+    working_extra: Tensor
     episodic_tokens: Tensor
     episodic_keys: Tensor
     episodic_values: Tensor
     episodic_means: Tensor
-    episodic_rest: Tensor
+    episodic_extra: Tensor
     mass: Tensor
     entry: Tensor
     clock: Tensor
@@ -67,7 +67,7 @@ class DualState(NamedTuple):
         for side, first, last in (("working", 0, working), ("episodic", working, len(entry))):
             kept = torch.nonzero((live & ~gone)[first:last]).flatten()
             kept = kept[entry[first:last][kept].argsort()] if side == "working" else kept
-            for name in ("tokens", "keys", "values", "means", "rest"):
+            for name in ("tokens", "keys", "values", "means", "extra"):
                 getattr(self, f"{side}_{name}")[stream, : len(kept)] = getattr(old, f"{side}_{name}")[kept]
             for name in ("mass", "entry", "clock"):
                 getattr(self, name)[stream, first : first + len(kept)] = getattr(old, name)[first + kept]
@@ -95,9 +95,9 @@ def new_state(
     dim: int,
     device: torch.device | str,
     dtype: torch.dtype,
-    rest: int = 0,
+    extra: int = 0,
 ) -> DualState:
-    """Make an empty memory; `rest` = channels that ride behind the `dim` of a token."""
+    """Make an empty memory; `extra` = channels beyond the `dim` that attention reads."""
     L_w, L_e = capacity
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -106,7 +106,7 @@ def new_state(
 
     def slots(L: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         held, keys, values = (zeros(L, tokens, dim, kind=dtype) for _ in range(3))
-        return held, keys, values, zeros(L, dim, kind=wide), zeros(L, tokens, rest, kind=dtype)
+        return held, keys, values, zeros(L, dim, kind=wide), zeros(L, tokens, extra, kind=dtype)
 
     state = DualState(
         *slots(L_w),
@@ -124,7 +124,7 @@ def new_state(
 
 
 def capacity_within(
-    budget: str | int, streams: int, tokens: int, dim: int, dtype: torch.dtype, rest: int = 0
+    budget: str | int, streams: int, tokens: int, dim: int, dtype: torch.dtype, extra: int = 0
 ) -> tuple[int, int]:
     """Return the most slots, one in five working, of which a memory holds no more bytes than its budget.
 
@@ -134,7 +134,7 @@ def capacity_within(
 
     def nbytes(entries: int) -> int:
         # tensors on the meta device have sizes and no memory; three int64 facts stand beside each token
-        state = new_state(streams, split(entries), tokens, dim, "meta", dtype, rest)
+        state = new_state(streams, split(entries), tokens, dim, "meta", dtype, extra)
         return state.nbytes + 3 * 8 * entries * tokens
 
     return split(largest_entries(budget, 1, nbytes))

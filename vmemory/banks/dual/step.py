@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from vmemory.banks.dual.rules import bridged_slot
-from vmemory.banks.dual.slots import Arrived, Feed, Side, put
+from vmemory.banks.dual.slots import Arrived, Side, StreamMap, put
 from vmemory.banks.dual.state import DualState
 from vmemory.banks.interrupts import delayed_interrupts
 from vmemory.ops.gated_fusion import gated_fusion
@@ -100,7 +100,7 @@ def run(
     weights: DualWeights, state: DualState, frames: Tensor, times: Tensor, streams: Tensor | None, mask: Tensor | None,
     masked: bool, *, differentiable: bool = False, through_slots: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return all M_t `[R, T, N, C]` of frames `[R, T, N, C]`, whose channels behind the weights' D pass unchanged.
+    """Return all M_t `[R, T, N, C]` of frames `[R, T, N, C]`, whose channels beyond the weights' D pass unchanged.
 
     Changes `state` in place.
 
@@ -116,7 +116,7 @@ def run(
     (R, T, N, C), D = frames.shape, weights.key_dim
     if R == 0 or T == 0:
         return frames.new_zeros(frames.shape)
-    feed = Feed.of(streams, state.seen.shape[0], R, frames.device)
+    stream_map = StreamMap.of(streams, state.seen.shape[0], R, frames.device)
     mass = torch.ones(R, T, N, device=frames.device) if mask is None else mask.float()
     if mask is not None:
         frames = torch.where(mask[..., None], frames, 0)
@@ -124,11 +124,11 @@ def run(
     usable = frames.isfinite().flatten(2).all(2) & (mass > 0).any(2)
     # a slot of means stands for all cells that its frame had
     weight = mass if weights.slots == "tokens" else mass.sum(2, keepdim=True)
-    rest = riding = None
+    extra = extra_held = None
     if C > D:
-        frames, rest = (x.contiguous() for x in frames.split([D, C - D], -1))
-        if state.working_rest.shape[-1]:
-            riding = _held(weights, torch.where(usable[..., None, None], rest, 0), mass)
+        frames, extra = (x.contiguous() for x in frames.split([D, C - D], -1))
+        if state.working_extra.shape[-1]:
+            extra_held = _held(weights, torch.where(usable[..., None, None], extra, 0), mass)
     masked = masked and weights.slots == "tokens"
     to_working, to_episodic = weights.working.query(frames), weights.episodic.query(frames)
     stored = torch.where(usable[..., None, None], frames if through_slots else frames.detach(), 0)
@@ -136,22 +136,22 @@ def run(
     keys, values = weights.working.project(kept)
     means = _mean(stored.detach(), mass)
     # what a frame reads from an empty memory: itself, with a gradient even where slots are constants
-    alone: tuple[tuple[Tensor, Tensor] | None, ...] = (None, None)
+    of_itself: tuple[tuple[Tensor, Tensor] | None, ...] = (None, None)
     if weights.empty == "frame":
         detached = differentiable and not through_slots
         itself = _held(weights, torch.where(usable[..., None, None], frames, 0), mass) if detached else kept
-        alone = (weights.working.project(itself) if detached else (keys, values)), weights.episodic.project(itself)
+        of_itself = (weights.working.project(itself) if detached else (keys, values)), weights.episodic.project(itself)
     working, episodic = Side.both(state)
     fused = []
     for t in range(T):
         with delayed_interrupts():
-            behind = None if riding is None else riding[:, t]
-            frame = Arrived(frames[:, t], weight[:, t], times[:, t], behind, feed, masked, differentiable)
+            extra_frame = None if extra_held is None else extra_held[:, t]
+            frame = Arrived(frames[:, t], weight[:, t], times[:, t], extra_frame, stream_map, masked, differentiable)
             answers = [
                 _read(weights, reader, side, query[:, t], None if own is None else (own[0][:, t], own[1][:, t]), frame)
                 for reader, side, query, own in (
-                    (weights.working, working, to_working, alone[0]),
-                    (weights.episodic, episodic, to_episodic, alone[1]),
+                    (weights.working, working, to_working, of_itself[0]),
+                    (weights.episodic, episodic, to_episodic, of_itself[1]),
                 )
             ]
             m = gated_fusion(
@@ -162,11 +162,11 @@ def run(
                 m = torch.lerp(frames[:, t], m, weights.alpha)
             if mask is not None:
                 m = torch.where(mask[:, t, :, None], m, 0)
-            fused.append(m if feed.whole else torch.where(feed.there[:, None, None], m, 0))
+            fused.append(m if stream_map.whole else torch.where(stream_map.there[:, None, None], m, 0))
             number = state.seen.clone()
-            state.seen.add_(feed.fed)
+            state.seen.add_(stream_map.fed)
 
-            rows, slot = torch.where(usable[:, t], feed.rows, -1), working.pushed.clone()
+            rows, slot = torch.where(usable[:, t], stream_map.rows, -1), working.pushed.clone()
             ring_push_(working.tokens, working.pushed, kept[:, t, None], rows)
             working = working.store(slot, rows, keys[:, t], values[:, t], means[:, t], number, frame)
 
@@ -175,14 +175,16 @@ def run(
             mean = _mean(m.detach(), mass[:, t])
             if weights.salience is not None:
                 fine = fine & (weights.salience(mean.to(m.dtype)).sigmoid()[:, 0] >= weights.threshold)
-            rows, held = torch.where(fine, feed.rows, -1), _held(weights, m, mass[:, t])
-            slot, full = _replace(weights, episodic, held, mean, rows, feed)
+            rows, held = torch.where(fine, stream_map.rows, -1), _held(weights, m, mass[:, t])
+            slot, full = _replace(weights, episodic, held, mean, rows, stream_map)
             episodic = episodic.store(slot, rows, *weights.episodic.project(held), mean, number, frame)
-            state.overwrites.add_(episodic.hit(slot, feed.takes(rows) & full))
+            state.overwrites.add_(episodic.hit(slot, stream_map.takes(rows) & full))
     out = torch.stack(fused, 1)
-    if rest is None:
+    if extra is None:
         return out
-    return torch.cat([out, rest if feed.whole else torch.where(feed.there[:, None, None, None], rest, 0)], -1)
+    if not stream_map.whole:
+        extra = torch.where(stream_map.there[:, None, None, None], extra, 0)
+    return torch.cat([out, extra], -1)
 
 
 def _read(
@@ -194,14 +196,14 @@ def _read(
     frame: Arrived,
 ) -> Tensor:
     """Return what a frame reads from a memory; where that is empty, from its `own` key and value `[R, n, D]`."""
-    keys, values, mass, count, feed = side.keys, side.values, side.mass, side.pushed.clone(), frame.feed
-    if not feed.whole:
-        keys, values, mass = (x[feed.stream] for x in (keys, values, mass))
-        count = torch.where(feed.there, count[feed.stream], 0)
+    keys, values, mass, count, stream_map = side.keys, side.values, side.mass, side.pushed.clone(), frame.stream_map
+    if not stream_map.whole:
+        keys, values, mass = (x[stream_map.stream] for x in (keys, values, mass))
+        count = torch.where(stream_map.there, count[stream_map.stream], 0)
     slots = keys.shape[1]
-    empty = feed.there & (count <= 0) if slots else feed.there
+    empty = stream_map.there & (count <= 0) if slots else stream_map.there
     if own is not None and slots == 0:
-        keys, values, mass, count = own[0][:, None], own[1][:, None], frame.mass[:, None], feed.there.long()
+        keys, values, mass, count = own[0][:, None], own[1][:, None], frame.mass[:, None], stream_map.there.long()
     elif own is not None:
         # the first slot of an empty memory is free: what is put there now is overwritten by the first entry
         hit = (torch.arange(slots, device=count.device) == 0) & empty[:, None]
@@ -222,7 +224,7 @@ def _read(
 
 
 def _replace(
-    weights: DualWeights, side: Side, held: Tensor, mean: Tensor, rows: Tensor, feed: Feed
+    weights: DualWeights, side: Side, held: Tensor, mean: Tensor, rows: Tensor, stream_map: StreamMap
 ) -> tuple[Tensor, Tensor]:
     """Write `held [R, n, D]` of the rows that are not −1 into the episodic memory.
 
@@ -231,12 +233,12 @@ def _replace(
     at, capacity, held = side.pushed.clone(), side.tokens.shape[1], held.detach()
     if weights.rule == "most-similar" or capacity == 0:
         replaced = slot_replace_(side.tokens, side.pushed, held, rows)
-        replaced = feed.of_streams(replaced)
+        replaced = stream_map.of_streams(replaced)
         slot = torch.where(replaced >= 0, replaced, at)
     else:
-        slot = torch.where(at >= capacity, bridged_slot(side.means, side.entry, feed.of_streams(mean)), at)
+        slot = torch.where(at >= capacity, bridged_slot(side.means, side.entry, stream_map.of_streams(mean)), at)
         put(side.tokens, slot, rows, held)
-        side.pushed.add_(feed.takes(rows))
+        side.pushed.add_(stream_map.takes(rows))
     return slot, at >= capacity
 
 

@@ -1,0 +1,51 @@
+"""A push stays short: few Python calls in few files, whatever the policy and the storage."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.test_banks import STORES, clip, make
+from vmemory import banks
+
+PACKAGE = str(Path(banks.__file__).parents[1])
+
+
+class Calls:
+    """The files of the package's own functions that are called within the block, in order."""
+
+    def __enter__(self) -> list[str]:
+        self.files: list[str] = []
+        sys.setprofile(self._note)
+        return self.files
+
+    def _note(self, frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            self.files.append(frame.f_code.co_filename)
+
+    def __exit__(self, *error: object) -> None:
+        sys.setprofile(None)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("policy", STORES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "int8", "int4"])
+def test_a_push_takes_at_most_30_calls_in_10_files(policy: str, dtype: torch.dtype | str) -> None:
+    bank, frames = make(policy, dtype=dtype), clip(20)
+    frames = frames.to(dtype) if isinstance(dtype, torch.dtype) else frames
+    bank.push(frames[:19], [float(t) for t in range(19)])
+    with Calls() as files:
+        bank.push(frames[19:], 19.0)
+    assert len(files) <= 30
+    assert len(set(files)) <= 10
+
+
+@pytest.mark.parametrize("policy", sorted(banks.POLICIES))
+def test_a_policy_has_at_most_two_of_our_classes_above_it(policy: str) -> None:
+    above = banks.POLICIES[policy].__mro__[1:]
+    assert sum(cls.__module__.startswith("vmemory.") for cls in above) <= 2
