@@ -16,7 +16,7 @@ class MergingBank(SingleTierBank):
     non-finite features leaves instead of being merged.
 
     Source: MA-LMM (arXiv 2404.05726) section 3.2; MovieChat (arXiv 2307.16449) merges neighbours by dot products and
-    without weights.
+    without weights, as `vmemory.compress.FragmentMerge` does.
     """
 
     policy = "merging"
