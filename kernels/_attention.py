@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import triton
+import torch
 import triton.language as tl
 
-from vmemory.kernels._launch import power_of_two
+from vmemory.kernels._launch import jit, power_of_two
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-float("inf"))
 """The largest score of a query without a key."""
 
 
-@triton.jit
+@jit
 def exp(x):
     return tl.exp2(x * _LOG2E)
 
 
-@triton.jit
+@jit
 def head_of(x, stream, head, rows, G, E):
     """Return the address of a head of a stream in `[S, rows, G, E]`; uint8 stores two channels per byte."""
     return x + (stream * rows * G + head) * ((E + 1) // 2 if x.dtype.element_ty == tl.uint8 else E)
 
 
-@triton.jit
+@jit
 def load_rows(x, start, end, G, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
     """Load rows [start, start + BLOCK) of a head, zeros from row `end` on."""
     i, e = tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
@@ -40,14 +40,14 @@ def load_rows(x, start, end, G, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: t
         return tl.load(x + first * G * E + (i[:, None] * (G * E) + e[None, :]), mask, other=0)
 
 
-@triton.jit
+@jit
 def load_scales(scale, stream, head, start, end, rows, G, BLOCK: tl.constexpr):
     """Load scales of rows [start, start + BLOCK) of a head in `[S, rows, G]`, zeros from row `end` on."""
     i = (tl.zeros((), tl.int64) + start) + tl.arange(0, BLOCK)
     return tl.load(scale + (stream * rows + i) * G + head, i < end, other=0.0)
 
 
-@triton.jit
+@jit
 def soften(s, most, total):
     """Update the online softmax with scores: return exp(s - largest), exp(most - largest), largest and sum."""
     largest = tl.maximum(most, tl.max(s, 1))
@@ -58,21 +58,21 @@ def soften(s, most, total):
     return p, shrink, largest, total * shrink + tl.sum(p, 1)
 
 
-@triton.jit
+@jit
 def load_stats(stats, program, i, N, S, G):
     """Load the largest score and the sum of queries i of a head from `[2, S, G, N]`."""
     at = stats + program * N + i
     return tl.load(at, i < N, other=0.0), tl.load(at + (tl.zeros((), tl.int64) + S) * G * N, i < N, other=1.0)
 
 
-@triton.jit
+@jit
 def store_stats(stats, program, i, N, S, G, most, total):
     at = stats + program * N + i
     tl.store(at, most, i < N)
     tl.store(at + (tl.zeros((), tl.int64) + S) * G * N, total, i < N)
 
 
-@triton.jit
+@jit
 def store_rows(x, value, start, end, G, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
     i, e = tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
     mask = (start + i < end)[:, None] & (e < E)[None, :]
@@ -102,3 +102,9 @@ def blocks(E: int, wide: bool, across: str = "", quantized: bool = False) -> dic
         # rows that are copied ahead take 16 channels per thread, with four times the bytes in float32
         return sizes | {"num_warps": 8, "num_stages": 1 if block_e > 128 else 2}
     return sizes | {"num_warps": 8 if side * block_e >= 4096 else 4, "num_stages": 2}
+
+
+def key_shares(programs: int, rows: int, block: int, device: torch.device) -> int:
+    """Return the number of shares of the keys with which the programs fill the device."""
+    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
+    return max(1, min(wanted // programs, rows // (4 * block), 32))

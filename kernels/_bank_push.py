@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from vmemory.kernels._bank_step import (
@@ -22,9 +21,10 @@ from vmemory.kernels._bank_step import (
     move_entry,
 )
 from vmemory.kernels._bank_tokens import blend, count_cells, describe, normalised, pooled, stream_of
+from vmemory.kernels._launch import jit
 
 
-@triton.jit(do_not_specialize=["state_streams", "t", "T"])
+@jit(do_not_specialize=["state_streams", "t", "T"])
 def _decide_kernel(
     order, counter, link, entry, norm, victim, step, lists, shifted, streams, state_streams, t, T, g: tl.constexpr
 ):  # fmt: skip
@@ -40,7 +40,7 @@ def _decide_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["state_streams"])
+@jit(do_not_specialize=["state_streams"])
 def _step_kernel(step, decided, streams, state_streams, g: tl.constexpr):
     """Convert a step's scratch to the operator's result: a head, then each tier's slot, then each tier's target."""
     i = tl.program_id(0).to(tl.int64)
@@ -61,7 +61,7 @@ def _step_kernel(step, decided, streams, state_streams, g: tl.constexpr):
         tl.store(to + 3 + g.tiers + tier, target)
 
 
-@triton.jit
+@jit
 def _demote_kernel(
     slots, mass, descriptor, norm, entry, clock, table, step, streams, state_streams, tier: tl.constexpr,
     g: tl.constexpr, block_d: tl.constexpr,
@@ -97,7 +97,7 @@ def _demote_kernel(
                     move_entry(entry + s * g.M * 4, clock + s * g.M * 4, norm + s * g.M * g.R, source, target, g)
 
 
-@triton.jit
+@jit
 def _merge_kernel(
     slots, mass, descriptor, clock, step, streams, state_streams, g: tl.constexpr, block_d: tl.constexpr
 ):  # fmt: skip
@@ -123,7 +123,7 @@ def _merge_kernel(
                 blend(descriptor + (s * g.M + a) * g.K, descriptor + (s * g.M + b) * g.K, share, g.K, block_d)
 
 
-@triton.jit
+@jit
 def enter_cell(
     slots, mass, table, frame, valid, s, fresh, cell, d, tier: tl.constexpr, g: tl.constexpr, block_d: tl.constexpr
 ):  # fmt: skip
@@ -140,7 +140,7 @@ def enter_cell(
             tl.store(mass + row, held * (g.H * g.W / cells))
 
 
-@triton.jit(do_not_specialize=["state_streams", "t", "T"])
+@jit(do_not_specialize=["state_streams", "t", "T"])
 def _enter_kernel(
     slots, mass, table, step, frames, valid, streams, state_streams, t, T, g: tl.constexpr, block_d: tl.constexpr
 ):  # fmt: skip
@@ -161,7 +161,7 @@ def _enter_kernel(
                 enter_cell(slots, mass, table, frame, there, s, fresh, cell, d, g.entered[k], g, block_d)
 
 
-@triton.jit(do_not_specialize=["state_streams", "t", "T"])
+@jit(do_not_specialize=["state_streams", "t", "T"])
 def _describe_slot_kernel(
     descriptor, table, step, frames, valid, streams, state_streams, t, T, g: tl.constexpr, block_c: tl.constexpr,
     block_d: tl.constexpr,
@@ -184,7 +184,7 @@ def _describe_slot_kernel(
                 )
 
 
-@triton.jit(do_not_specialize=["state_streams", "t", "T"])
+@jit(do_not_specialize=["state_streams", "t", "T"])
 def _commit_kernel(
     descriptor, norm, link, entry, clock, order, counter, step, lists, shifted, time, valid, streams, state_streams, t,
     T, g: tl.constexpr, block_c: tl.constexpr,

@@ -6,8 +6,9 @@ need no barrier; within one kernel there is a barrier between them.
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
+
+from vmemory.kernels._launch import jit
 
 # columns of entry, clock and counter
 FRAME, FIRST, LAST, FRAMES = (tl.constexpr(i) for i in range(4))
@@ -19,7 +20,7 @@ STEP_FIRST, STEP_MERGED, STEP_FRESH, STEP_DROPS, HEAD = (tl.constexpr(i) for i i
 REMOVED, SLOT, TARGET, INSERTED, INCOMING, BEFORE, TIER = (tl.constexpr(i) for i in range(7))
 
 
-@triton.jit
+@jit
 def entry_tier(frame, g: tl.constexpr):
     """Return the tier that a frame number enters, -1 = none."""
     tier = frame * 0 - 1
@@ -33,7 +34,7 @@ def entry_tier(frame, g: tl.constexpr):
     return tier
 
 
-@triton.jit
+@jit
 def first_largest(value, inside, k, none: tl.constexpr):
     """Return the lowest k with the largest value (NaN is the largest of all), the value, and whether it is NaN."""
     nan = inside & (value != value)
@@ -43,7 +44,7 @@ def first_largest(value, inside, k, none: tl.constexpr):
     return at, largest, is_nan
 
 
-@triton.jit
+@jit
 def listed(order, place, inside, tier: tl.constexpr, g: tl.constexpr):
     """Load the slots at places of a tier's list, clamped to the tier, since a given state may contain any number."""
     slot0: tl.constexpr = g.slot0[tier]
@@ -51,7 +52,7 @@ def listed(order, place, inside, tier: tl.constexpr, g: tl.constexpr):
     return tl.minimum(tl.maximum(tl.load(order + slot0 + place, inside, other=slot0), slot0), last)
 
 
-@triton.jit
+@jit
 def closest_of_all(order, link, n, k, tier: tl.constexpr, g: tl.constexpr):
     older, newer = n * 0, n * 0 + 1
     best = tl.zeros((), tl.float32) - float("inf")
@@ -71,7 +72,7 @@ def closest_of_all(order, link, n, k, tier: tl.constexpr, g: tl.constexpr):
     return older, newer, nan
 
 
-@triton.jit
+@jit
 def choose(order, link, entry, norm, n, frame, tier: tl.constexpr, g: tl.constexpr):
     """Return the list place that a full tier gives up, and the slot it is merged into, -1 = none."""
     k = tl.arange(0, g.block[tier]).to(tl.int64)
@@ -109,7 +110,7 @@ def choose(order, link, entry, norm, n, frame, tier: tl.constexpr, g: tl.constex
         return place, merged
 
 
-@triton.jit
+@jit
 def named(order, norm, wanted, n, place, merged, tier: tl.constexpr, g: tl.constexpr):
     """Replace the rule's `place` and `merged` by the caller's slot `wanted`, if the tier holds it."""
     k = tl.arange(0, g.block[tier]).to(tl.int64)
@@ -131,7 +132,7 @@ def named(order, norm, wanted, n, place, merged, tier: tl.constexpr, g: tl.const
     return tl.where(held, at, place), tl.where(held, partner, merged)
 
 
-@triton.jit
+@jit
 def decide(order, counter, link, entry, norm, victim, step, lists, shifted, g: tl.constexpr):
     """Write the next frame's decision to `step`, the new lists to `lists [M]` and the kept links to `shifted [P]`."""
     frame = tl.load(counter + SEEN)
@@ -198,7 +199,7 @@ def decide(order, counter, link, entry, norm, victim, step, lists, shifted, g: t
     tl.store(step + STEP_DROPS, drops)
 
 
-@triton.jit
+@jit
 def move_entry(entry, clock, norm, source, target, g: tl.constexpr):
     k = tl.arange(0, 4)
     r = tl.arange(0, g.block_r)
@@ -207,14 +208,14 @@ def move_entry(entry, clock, norm, source, target, g: tl.constexpr):
     tl.store(norm + target * g.R + r, tl.load(norm + source * g.R + r, r < g.R), r < g.R)
 
 
-@triton.jit
+@jit
 def row_of(descriptor, entry, slot, r, g: tl.constexpr, BY_FRAME: tl.constexpr):
     """Return a slot's r-th descriptor: its own row or, in the replay of a video, its first frame's."""
     at = tl.load(entry + slot * 4 + FRAME) if BY_FRAME else slot
     return descriptor + (at * g.R + r) * g.K
 
 
-@triton.jit
+@jit
 def dot(x, y, g: tl.constexpr):
     block: tl.constexpr = g.block_k
     d = tl.arange(0, block)
@@ -225,7 +226,7 @@ def dot(x, y, g: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit
+@jit
 def merged_share(clock, step):
     """Return the weight of the remaining slot in a merge of two, by their masses."""
     a = tl.load(clock + tl.load(step + STEP_MERGED) * 4 + MASS)
@@ -233,7 +234,7 @@ def merged_share(clock, step):
     return tl.where(a + b > 0, a / tl.where(a + b > 0, a + b, 1.0), 0.5).to(tl.float32)
 
 
-@triton.jit
+@jit
 def merge_entry(entry, clock, a, b):
     na = tl.load(entry + a * 4 + FRAMES)
     nb = tl.load(entry + b * 4 + FRAMES)
@@ -245,7 +246,7 @@ def merge_entry(entry, clock, a, b):
     tl.store(entry + a * 4 + FRAMES, na + nb)
 
 
-@triton.jit
+@jit
 def cosine(
     a, b, fresh, fresh_norm, merged, merged_norm, descriptor, norm, entry, r, g: tl.constexpr, BY_FRAME: tl.constexpr
 ):  # fmt: skip
@@ -257,7 +258,7 @@ def cosine(
     return product / (tl.where(na < 1e-8, 1e-8, na) * tl.where(nb < 1e-8, 1e-8, nb))
 
 
-@triton.jit
+@jit
 def enter_entry(entry, clock, step, frame, time, mass, g: tl.constexpr):
     """Write the new frame's entry, and update the entry that two merge into."""
     fresh, merged = tl.load(step + STEP_FRESH), tl.load(step + STEP_MERGED)
@@ -270,7 +271,7 @@ def enter_entry(entry, clock, step, frame, time, mass, g: tl.constexpr):
     tl.store(clock + fresh * 4 + k, tl.where(k == MASS, mass, time))
 
 
-@triton.jit
+@jit
 def commit(
     descriptor, norm, link, entry, order, counter, step, lists, shifted, g: tl.constexpr, BY_FRAME: tl.constexpr
 ):  # fmt: skip

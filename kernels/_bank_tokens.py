@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from vmemory.kernels._launch import jit
 
-@triton.jit
+
+@jit
 def nonzero_span(weight, stride, n: tl.constexpr, block: tl.constexpr):
     k = tl.arange(0, block).to(tl.int64)
     there = tl.load(weight + k * stride, k < n, other=0.0) != 0
     return tl.min(tl.where(there, k, n), 0), tl.max(tl.where(there, k + 1, 0), 0)
 
 
-@triton.jit
+@jit
 def pooled(
     source, mass, valid, rows, columns, i, j, d, n: tl.constexpr, m: tl.constexpr, D: tl.constexpr,
     block_n: tl.constexpr, block_m: tl.constexpr, block_d: tl.constexpr,
@@ -41,12 +42,12 @@ def pooled(
     return total, held
 
 
-@triton.jit
+@jit
 def normalised(total, held):
     return tl.where(held == 0, 0.0, tl.where(held == 1, total, total / tl.where(held == 0, 1.0, held)))
 
 
-@triton.jit
+@jit
 def mean_weight(weights, at, there, n: tl.constexpr, m: tl.constexpr):
     total = tl.zeros(at.shape, tl.float32)
     for i in range(m):
@@ -54,7 +55,7 @@ def mean_weight(weights, at, there, n: tl.constexpr, m: tl.constexpr):
     return total / m
 
 
-@triton.jit
+@jit
 def describe(
     frame, valid, table, out, d, source: tl.constexpr, g: tl.constexpr, block_c: tl.constexpr, block_d: tl.constexpr
 ):  # fmt: skip
@@ -80,7 +81,7 @@ def describe(
             tl.store(out + r * g.K + d, tl.zeros((block_d,), tl.float32), d < g.K)
 
 
-@triton.jit
+@jit
 def blend(x, y, share, n, block: tl.constexpr):
     for start in range(0, n, block):
         d = start + tl.arange(0, block)
@@ -88,7 +89,7 @@ def blend(x, y, share, n, block: tl.constexpr):
         tl.store(x + d, (share * a + (1.0 - share) * b).to(x.dtype.element_ty), d < n)
 
 
-@triton.jit
+@jit
 def count_cells(valid, g: tl.constexpr, block: tl.constexpr):
     if valid is None:
         return tl.zeros((), tl.float64) + g.H * g.W
@@ -100,7 +101,7 @@ def count_cells(valid, g: tl.constexpr, block: tl.constexpr):
         return tl.sum(total, 0).to(tl.float64)
 
 
-@triton.jit
+@jit
 def stream_of(streams, i, state_streams):
     """Return the stream of the state for row i, -1 = none."""
     at = i if streams is None else tl.load(streams + i)

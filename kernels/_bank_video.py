@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from vmemory.kernels._bank_step import (
@@ -27,9 +26,10 @@ from vmemory.kernels._bank_step import (
     row_of,
 )
 from vmemory.kernels._bank_tokens import blend, count_cells, describe, nonzero_span, normalised, pooled
+from vmemory.kernels._launch import jit
 
 
-@triton.jit
+@jit
 def _describe_kernel(
     frames, valid, table, seen, T, g: tl.constexpr, block_c: tl.constexpr, block_d: tl.constexpr
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def _describe_kernel(
             describe(frames + f * g.H * g.W * g.D, there, table, out, d, g.entered[k], g, block_c, block_d)
 
 
-@triton.jit
+@jit
 def _pool_last_kernel(frames, valid, table, out, g: tl.constexpr, block_d: tl.constexpr):
     """Pool every frame to the last tier's size; all frames enter the first tier."""
     f = tl.program_id(0).to(tl.int64)
@@ -64,7 +64,7 @@ def _pool_last_kernel(frames, valid, table, out, g: tl.constexpr, block_d: tl.co
     tl.store(at, normalised(total, held).to(out.dtype.element_ty), d < g.D)
 
 
-@triton.jit
+@jit
 def relabel(entry, step, assign, frame, g: tl.constexpr, block: tl.constexpr):
     """Update the slot of each frame after a step; `entry` is the state before the step."""
     merged = tl.load(step + STEP_MERGED)
@@ -84,7 +84,7 @@ def relabel(entry, step, assign, frame, g: tl.constexpr, block: tl.constexpr):
     tl.store(assign + frame, tl.load(step + STEP_FRESH))
 
 
-@triton.jit
+@jit
 def _replay_kernel(
     seen, norm, link, entry, clock, order, counter, assign, step, lists, shifted, time, valid, T, g: tl.constexpr,
     block_c: tl.constexpr, block_d: tl.constexpr,
@@ -132,7 +132,7 @@ def _replay_kernel(
         tl.debug_barrier()
 
 
-@triton.jit
+@jit
 def _take_rows_kernel(seen, entry, descriptor, T, g: tl.constexpr, block_d: tl.constexpr):
     """Copy the frames' descriptors to their slots; free slots get zeros."""
     slot = tl.program_id(0).to(tl.int64)
@@ -143,7 +143,7 @@ def _take_rows_kernel(seen, entry, descriptor, T, g: tl.constexpr, block_d: tl.c
     tl.store(descriptor + slot * g.R * g.K + d, row, d < g.R * g.K)
 
 
-@triton.jit
+@jit
 def _gather_kernel(
     frames, valid, small, assign, entry, table, slots, mass, T, tier: tl.constexpr, POOLED: tl.constexpr,
     g: tl.constexpr, block_d: tl.constexpr,
@@ -187,7 +187,7 @@ def _gather_kernel(
         tl.store(mass + row, held * (g.H * g.W / cells))
 
 
-@triton.jit
+@jit
 def _gather_backward_kernel(
     grad, mass, valid, assign, table, out, T, g: tl.constexpr, block_d: tl.constexpr
 ):  # fmt: skip

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
+import triton
 from torch import Tensor
+
+
+class Kernel(triton.JITFunction):
+    """Kernel whose products are rounded before they are added, as it is written.
+
+    The compiler would otherwise add a product to a sum without rounding it. Where the threads of a program add their
+    products to one sum, each thread would add its own product unrounded and the others rounded, and the threads would
+    hold different sums. The default also differs between releases of Triton.
+    """
+
+    OPTIONS: ClassVar[dict[str, Any]] = {"enable_fp_fusion": False}
+
+    def run(self, *args: Any, **options: Any) -> Any:
+        return super().run(*args, **self.OPTIONS, **options)
+
+
+def jit(function: Callable | None = None, **options: Any) -> Any:
+    """Compile a kernel, or a function that kernels call, as `triton.jit` does."""
+    if function is None:
+        return partial(jit, **options)
+    return Kernel(function, **options)
 
 
 def from_host(values: Sequence[int], like: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import channel_block, device_of
+from vmemory.kernels._launch import channel_block, device_of, jit
 
 _EPS = tl.constexpr(1e-8)
 
 
-@triton.jit
+@jit
 def _channels(memory, row, d, D, mask):
     """Load channels d of rows in float32; uint8 stores two per byte, the even one in the low half."""
     if memory.dtype.element_ty == tl.uint8:
@@ -22,7 +22,7 @@ def _channels(memory, row, d, D, mask):
         return tl.load(memory + row * D + d, mask, other=0).to(tl.float32)
 
 
-@triton.jit
+@jit
 def _similarity_topk_share_kernel(
     grad, values, indices, query, memory, scale, share, Q, M, D, K, ENTRIES,
     COSINE: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -58,7 +58,7 @@ def _similarity_topk_share_kernel(
     tl.store(share + 2 * ENTRIES + entry, along_row)
 
 
-@triton.jit
+@jit
 def _similarity_topk_query_bwd_kernel(
     indices, query, memory, scale, share, out, Q, M, D, K, ENTRIES,
     HAS_SCALE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -83,7 +83,7 @@ def _similarity_topk_query_bwd_kernel(
     tl.store(out + place * D + d, total.to(out.dtype.element_ty), d < D)
 
 
-@triton.jit
+@jit
 def _similarity_topk_memory_bwd_kernel(rows, order, query, memory, share, out, D, K, ENTRIES, BLOCK_D: tl.constexpr):
     """Sum the gradients of one row in the order of the queries; `rows` are sorted, -1 for no row."""
     at = tl.program_id(0).to(tl.int64)

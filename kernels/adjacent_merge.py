@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import channel_block, device_of, power_of_two
+from vmemory.kernels._launch import channel_block, device_of, jit, power_of_two
 from vmemory.kernels.adjacent_similarity import adjacent_similarity
 
 
-@triton.jit
+@jit
 def _first_largest_kernel(similarity, place, PAIRS, n, BLOCK: tl.constexpr):
     """Find the first of the largest similarities; NaN is the largest of all."""
     row = tl.program_id(0).to(tl.int64)
@@ -30,13 +30,13 @@ def _first_largest_kernel(similarity, place, PAIRS, n, BLOCK: tl.constexpr):
     tl.store(place + row, tl.where(nan < PAIRS, nan, chosen))
 
 
-@triton.jit
+@jit
 def _share(first, second):
     total = first + second
     return tl.where(total > 0, tl.div_rn(first, tl.where(total > 0, total, 1.0)), 0.5)
 
 
-@triton.jit
+@jit
 def _adjacent_merge_fwd_kernel(
     x, size, place, out, sizes, T, N, D, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def _adjacent_merge_fwd_kernel(
         tl.store(sizes + row, held)
 
 
-@triton.jit
+@jit
 def _adjacent_merge_bwd_kernel(grad, size, place, out, T, N, D, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import channel_block, device_of, power_of_two
+from vmemory.kernels._launch import channel_block, device_of, jit, power_of_two
 
 _EPS = tl.constexpr(1e-8)
 _WIDEST = 8192  # channels that still fit a program's registers
 
 
-@triton.jit
+@jit
 def _frame_mean_kernel(x, mean, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     frame = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -29,7 +29,7 @@ def _frame_mean_kernel(x, mean, N, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constex
     tl.store(mean + frame * D + d, tl.div_rn(tl.sum(total, 0), tl.zeros((BLOCK_D,), tl.float32) + N), d < D)
 
 
-@triton.jit
+@jit
 def _adjacent_similarity_fwd_kernel(
     x, similarity, norm, T, N, D, PIECE: tl.constexpr, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -76,7 +76,7 @@ def _adjacent_similarity_fwd_kernel(
         norm_before = norm_after
 
 
-@triton.jit
+@jit
 def _coefficients(grad, similarity, norm, pair, at, other, there):
     """Return the gradient factors of one pair for the other row and for this one; a clamped norm is a constant."""
     g = tl.load(grad + pair, there, other=0.0)
@@ -88,7 +88,7 @@ def _coefficients(grad, similarity, norm, pair, at, other, there):
     return tl.div_rn(g, a * b), tl.where(own < _EPS, 0.0, tl.div_rn(g * cos, a * a))
 
 
-@triton.jit
+@jit
 def _adjacent_similarity_bwd_kernel(x, grad, similarity, norm, out, T, N, D, BLOCK_D: tl.constexpr):
     # time is the fastest index, so that neighbouring programs share rows in the second-level cache
     t, token = tl.program_id(0).to(tl.int64) % T, tl.program_id(0).to(tl.int64) // T

@@ -1,8 +1,9 @@
 """Column sums of an attention map, without storing the map.
 
-The first kernel computes the largest score and the sum of each query. The second computes the weights again and adds
-each column in one program, in the order of the queries. The backward pass computes the weights twice more: for the
-queries' gradient, with its mean term, and for the keys' gradient.
+The first kernel computes the largest score and the sum of each query. Where few queries would leave the device idle
+it splits the keys, and another kernel combines the shares. The next computes the weights again and adds each column in
+one program, in the order of the queries. The backward pass computes the weights twice more: for the queries' gradient,
+with its mean term, and for the keys' gradient.
 """
 
 from __future__ import annotations
@@ -17,22 +18,23 @@ from vmemory.kernels._attention import (
     blocks,
     exp,
     head_of,
+    key_shares,
     load_rows,
     load_stats,
     soften,
     store_rows,
     store_stats,
 )
-from vmemory.kernels._launch import device_of
+from vmemory.kernels._launch import device_of, jit
 
 
-@triton.jit
+@jit
 def _last(start, N, M, CAUSAL: tl.constexpr):
     """Return one past the last of M keys that query `start` sees."""
     return tl.minimum(tl.maximum(start + M - N + 1, 0), M) if CAUSAL else M
 
 
-@triton.jit
+@jit
 def _weights(q, k, most, total, i, j, N, M, SCALE, CAUSAL: tl.constexpr):
     """Compute weights `[BLOCK_N, BLOCK_M]` of keys j for queries i; 0 for pairs that are hidden or do not exist."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
@@ -40,7 +42,7 @@ def _weights(q, k, most, total, i, j, N, M, SCALE, CAUSAL: tl.constexpr):
     return tl.where(_seen(i, j, N, M, CAUSAL), p, 0.0)
 
 
-@triton.jit
+@jit
 def _seen(i, j, N, M, CAUSAL: tl.constexpr):
     seen = (i < N)[:, None] & (j < M)[None, :]
     if CAUSAL:
@@ -48,30 +50,53 @@ def _seen(i, j, N, M, CAUSAL: tl.constexpr):
     return seen
 
 
-@triton.jit
+@jit
 def _attention_column_sums_stats_kernel(
-    query, key, stats, N, M, S, G, SCALE,
-    E: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+    query, key, stats, N, M, S, G, SCALE, SPLITS, E: tl.constexpr, CAUSAL: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Compute `stats [2, S, G, N]`: the largest score and the sum of exp(score - largest)."""
+    """Compute `stats [SPLITS, 2, S, G, N]` of a share of the keys: largest score, sum of exp(score - largest)."""
     first = tl.program_id(0) * BLOCK_N
     i = first + tl.arange(0, BLOCK_N)
-    program = tl.program_id(1).to(tl.int64)
+    split, program = (tl.program_id(1) % SPLITS).to(tl.int64), (tl.program_id(1) // SPLITS).to(tl.int64)
     stream, head = program // G, program % G
     q = load_rows(head_of(query, stream, head, N, G, E), first, N, G, E, BLOCK_N, BLOCK_E)
     k_head = head_of(key, stream, head, M, G, E)
     most = tl.full((BLOCK_N,), NOTHING, tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, _last(first + BLOCK_N - 1, N, M, CAUSAL), BLOCK_M):
+    seen = _last(first + BLOCK_N - 1, N, M, CAUSAL)
+    share = tl.cdiv(tl.cdiv(seen, SPLITS), BLOCK_M) * BLOCK_M
+    begin = split.to(tl.int32) * share
+    for start in range(begin, tl.minimum(begin + share, seen), BLOCK_M):
         j = start + tl.arange(0, BLOCK_M)
         k = load_rows(k_head, start, M, G, E, BLOCK_M, BLOCK_E)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
         s = tl.where(_seen(i, j, N, M, CAUSAL), s, NOTHING)
         _, _, most, total = soften(s, most, total)
-    store_stats(stats, program, i, N, S, G, tl.where(most == NOTHING, 0.0, most), total)
+    if WHOLE:
+        most = tl.where(most == NOTHING, 0.0, most)
+    store_stats(stats + split * 2 * S * G * N, program, i, N, S, G, most, total)
 
 
-@triton.jit
+@jit
+def _attention_column_sums_combine_kernel(partial, stats, N, S, G, SPLITS, BLOCK_N: tl.constexpr):
+    """Reduce `partial [SPLITS, 2, S, G, N]` to `stats [2, S, G, N]`."""
+    i = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    program = tl.program_id(1).to(tl.int64)
+    size = (tl.zeros((), tl.int64) + 2) * S * G * N
+    most = tl.full((BLOCK_N,), NOTHING, tl.float32)
+    for split in range(0, SPLITS):
+        of_share, _ = load_stats(partial + split * size, program, i, N, S, G)
+        most = tl.maximum(most, of_share)
+    most = tl.where(most == NOTHING, 0.0, most)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for split in range(0, SPLITS):
+        of_share, share = load_stats(partial + split * size, program, i, N, S, G)
+        total += exp(of_share - most) * share
+    store_stats(stats, program, i, N, S, G, most, total)
+
+
+@jit
 def _attention_column_sums_fwd_kernel(
     query, key, stats, out, N, M, S, G, SCALE,
     E: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -93,7 +118,7 @@ def _attention_column_sums_fwd_kernel(
     tl.store(out + program * M + j, sums, j < M)
 
 
-@triton.jit
+@jit
 def _attention_column_sums_query_bwd_kernel(
     grad, query, key, stats, delta, to_query, N, M, S, G, SCALE,
     E: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -129,7 +154,7 @@ def _attention_column_sums_query_bwd_kernel(
     tl.store(delta + program * N + i, mean, i < N)
 
 
-@triton.jit
+@jit
 def _attention_column_sums_key_bwd_kernel(
     grad, query, key, stats, delta, to_key, N, M, S, G, SCALE,
     E: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -171,10 +196,17 @@ def attention_column_sums(query: Tensor, key: Tensor, causal: bool) -> tuple[Ten
         return out, stats
     config = blocks_of(E, query.dtype == torch.float32)
     sizes = N, M, S, G, E**-0.5
+    along = triton.cdiv(N, config["BLOCK_N"])
+    splits = key_shares(along * S * G, M, config["BLOCK_M"], query.device)
+    shares = stats if splits == 1 else stats.new_empty((splits, *stats.shape))
     with device_of(query):
-        _attention_column_sums_stats_kernel[(triton.cdiv(N, config["BLOCK_N"]), S * G)](
-            query, key, stats, *sizes, E=E, CAUSAL=causal, **config
+        _attention_column_sums_stats_kernel[(along, S * G * splits)](
+            query, key, shares, *sizes, splits, E=E, CAUSAL=causal, WHOLE=splits == 1, **config
         )
+        if splits > 1:
+            _attention_column_sums_combine_kernel[(triton.cdiv(N, 16), S * G)](
+                shares, stats, N, S, G, splits, BLOCK_N=16, num_warps=1
+            )
         if M > 0:
             _attention_column_sums_fwd_kernel[(triton.cdiv(M, config["BLOCK_M"]), S * G)](
                 query, key, stats, out, *sizes, E=E, CAUSAL=causal, **config

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import channel_block, device_of, power_of_two
+from vmemory.kernels._launch import channel_block, device_of, jit, power_of_two
 from vmemory.kernels.similarity_topk import _key
 
 _EPS = tl.constexpr(1e-8)
@@ -21,7 +21,7 @@ _BLOCK = 64  # rows of either set that a program compares at once
 _PROGRAMS = 512  # enough to fill a GPU; with fewer, several programs share the partners of a block
 
 
-@triton.jit
+@jit
 def _row(place, TOKENS, CLS, GROUPS):
     """Return the memory row of a place in matching order: the first CLS of each of GROUPS clips, then the rest."""
     place = place.to(tl.int64)
@@ -30,7 +30,7 @@ def _row(place, TOKENS, CLS, GROUPS):
     return tl.where(rest < 0, front, rest // width * TOKENS + CLS + rest % width)
 
 
-@triton.jit
+@jit
 def _inverse_norm_kernel(metric, inverse, ROWS, D, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     square = tl.zeros((BLOCK_R,), tl.float32)
@@ -42,7 +42,7 @@ def _inverse_norm_kernel(metric, inverse, ROWS, D, BLOCK_R: tl.constexpr, BLOCK_
     tl.store(inverse + row, tl.div_rn(1.0, tl.where(norm < _EPS, _EPS, norm)), row < ROWS)
 
 
-@triton.jit
+@jit
 def _bipartite_match_kernel(
     metric, inverse, found, TOKENS, CLS, GROUPS, FRONT, EVENS, ODDS, D, TILES, PARTS, PART,
     BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -74,7 +74,7 @@ def _bipartite_match_kernel(
     tl.atomic_max(found + stream * EVENS + i, tl.max(_key(best, at), 1), i < EVENS, sem="relaxed")
 
 
-@triton.jit
+@jit
 def _even_keys(found, inverse, base, i, TOKENS, CLS, GROUPS, FRONT, EVENS):
     """Return the keys of the best scores with their even rows, and the partners."""
     key = tl.load(found + i, i < EVENS, other=_NOTHING)
@@ -85,7 +85,7 @@ def _even_keys(found, inverse, base, i, TOKENS, CLS, GROUPS, FRONT, EVENS):
     return tl.where(i < EVENS, _key(score, i), _NOTHING), ((key & _LOW) ^ _LOW).to(tl.int32)
 
 
-@triton.jit
+@jit
 def _merge_rank_kernel(
     found, inverse, partners, TOKENS, CLS, GROUPS, FRONT, EVENS, TILES, R,
     BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -105,7 +105,7 @@ def _merge_rank_kernel(
     tl.store(partners + stream * EVENS + i, tl.where(rank < R, partner, -1), i < EVENS)
 
 
-@triton.jit
+@jit
 def _merge_places_kernel(
     partners, places, order, starts, TOKENS, CLS, GROUPS, FRONT, EVENS, ODDS, R, TILES,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import device_of, power_of_two
+from vmemory.kernels._launch import device_of, jit, power_of_two
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@jit
 def _exp(x):
     """Compute exp(x) with a correction of the rounding of x · log2(e), whose error grows with x."""
     whole = x * _LOG2E
@@ -26,12 +26,12 @@ def _exp(x):
     return tl.where(tl.abs(whole) < 120.0, y + y * rest, y)
 
 
-@triton.jit
+@jit
 def _sigmoid(x):
     return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + _exp(-x))
 
 
-@triton.jit
+@jit
 def _activate(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         return tl.where(x < 0, 0.0, x)
@@ -41,7 +41,7 @@ def _activate(x, ACTIVATION: tl.constexpr):
         return x * _sigmoid(x)
 
 
-@triton.jit
+@jit
 def _slope(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         return tl.where(x <= 0, 0.0, 1.0)
@@ -52,7 +52,7 @@ def _slope(x, ACTIVATION: tl.constexpr):
         return s * (1.0 + x * (1.0 - s))
 
 
-@triton.jit
+@jit
 def _tile(n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return the first row and column of a program; eight tiles of rows in turn use the same cached weights."""
     GROUP: tl.constexpr = 8
@@ -63,7 +63,7 @@ def _tile(n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return (first + rest % height) * BLOCK_M, rest // height * BLOCK_N
 
 
-@triton.jit
+@jit
 def _add_product(
     total, x, weight, n, N, K, w_n, w_k, row, column,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -87,7 +87,7 @@ def _add_product(
     return total
 
 
-@triton.jit
+@jit
 def _places(n, N, row, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return a tile's start in a matrix [n, N], its offsets from there, which elements exist, and its columns."""
     r, c = tl.arange(0, BLOCK_M), column + tl.arange(0, BLOCK_N)
@@ -95,7 +95,7 @@ def _places(n, N, row, column, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     return start, r[:, None] * N + c[None, :], (row + r < n)[:, None] & (c < N)[None, :], c
 
 
-@triton.jit
+@jit
 def _gated_fusion_hidden_kernel(
     working, episodic, w1, b1, hidden, argument, n, D, H, ACTIVATION: tl.constexpr, KEEP_ARGUMENT: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -111,7 +111,7 @@ def _gated_fusion_hidden_kernel(
     tl.store(hidden + start + at, _activate(z, ACTIVATION).to(hidden.dtype.element_ty), inside)
 
 
-@triton.jit
+@jit
 def _gated_fusion_fwd_kernel(
     hidden, w2, b2, working, episodic, out, n, D, H,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -126,7 +126,7 @@ def _gated_fusion_fwd_kernel(
     tl.store(out + start + at, (gate * a + (1.0 - gate) * b).to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+@jit
 def _gated_fusion_bwd_gate_kernel(
     hidden, w2, b2, working, episodic, grad, gate_slope, grad_working, grad_episodic, n, D, H,
     WORKING: tl.constexpr, EPISODIC: tl.constexpr,
@@ -149,7 +149,7 @@ def _gated_fusion_bwd_gate_kernel(
     tl.store(gate_slope + start + at, ((a - b) * (to_working * (1.0 - gate))).to(gate_slope.dtype.element_ty), inside)
 
 
-@triton.jit
+@jit
 def _gated_fusion_bwd_hidden_kernel(
     gate_slope, w2, argument, hidden_slope, n, D, H, ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -162,7 +162,7 @@ def _gated_fusion_bwd_hidden_kernel(
     tl.store(hidden_slope + start + at, (g * _slope(z, ACTIVATION)).to(hidden_slope.dtype.element_ty), inside)
 
 
-@triton.jit
+@jit
 def _gated_fusion_activate_kernel(argument, hidden, size, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     z = tl.load(argument + at, at < size, other=0.0).to(tl.float32)

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import channel_block, device_of, power_of_two
+from vmemory.kernels._launch import channel_block, device_of, jit, power_of_two
 
 
-@triton.jit
+@jit
 def bilinear_tap(i, k, n, m):
     """Return the source cell of tap k and its weight, in integers, so that a tap on a cell gives its neighbour 0."""
     at = tl.maximum((2 * i + 1) * n - m, 0)
@@ -24,7 +24,7 @@ def bilinear_tap(i, k, n, m):
     return tl.minimum(low + k, n - 1), over * k + (1.0 - over) * (1 - k)
 
 
-@triton.jit
+@jit
 def forward_tap(i, k, n, m, AREA: tl.constexpr):
     """Return source cell k of output cell i, its weight (area: 1) and whether it exists."""
     if AREA:
@@ -35,7 +35,7 @@ def forward_tap(i, k, n, m, AREA: tl.constexpr):
         return source, weight, weight > 0
 
 
-@triton.jit
+@jit
 def backward_tap(y, k, n, m, AREA: tl.constexpr):
     """Return the k-th output cell that may contain input cell y, its weight and whether it does."""
     if AREA:
@@ -50,7 +50,7 @@ def backward_tap(y, k, n, m, AREA: tl.constexpr):
         return target, weight, (target < m) & (weight > 0)
 
 
-@triton.jit
+@jit
 def pool_tile(
     x, y, cells, d, H, W, h, w, D, AREA: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -73,7 +73,7 @@ def pool_tile(
     return total
 
 
-@triton.jit
+@jit
 def _grid_pool_fwd_kernel(
     x, out, H, W, h, w, D, AREA: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -87,7 +87,7 @@ def _grid_pool_fwd_kernel(
     tl.store(out + (row * w + cells)[:, None] * D + d[None, :], tile.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@jit
 def _grid_pool_bwd_kernel(
     grad, cell, out, H, W, h, w, D, AREA: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     CELL: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -111,7 +111,7 @@ def _grid_pool_bwd_kernel(
     tl.store(out + (row * W + columns)[:, None] * D + d[None, :], total.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@jit
 def _grid_pool_stats_kernel(
     x, out, mean, H, W, h, w, D, POOL: tl.constexpr, AREA: tl.constexpr, KH: tl.constexpr,
     KW: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -136,7 +136,7 @@ def _grid_pool_stats_kernel(
             tl.store(to, tile.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@jit
 def _norm_kernel(mean, norm, D, BLOCK_D: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -147,7 +147,7 @@ def _norm_kernel(mean, norm, D, BLOCK_D: tl.constexpr):
     tl.store(norm + row, tl.sqrt_rn(tl.sum(total, 0)))
 
 
-@triton.jit
+@jit
 def _pixel_shuffle_kernel(
     x, cell, out, H, W, D, TRANSPOSED: tl.constexpr, INVERSE: tl.constexpr, CELL: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,

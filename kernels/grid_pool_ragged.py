@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import channel_block, device_of, from_host, power_of_two
+from vmemory.kernels._launch import channel_block, device_of, from_host, jit, power_of_two
 from vmemory.kernels.grid_pool import backward_tap, backward_taps, forward_taps, pool_tile
 
 
-@triton.jit
+@jit
 def _grid_pool_ragged_fwd_kernel(
     x, table, out, H, W, D, ROWS: tl.constexpr, AREA: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -33,7 +33,7 @@ def _grid_pool_ragged_fwd_kernel(
     tl.store(out + (first + i * w + cells)[:, None] * D + d[None, :], tile.to(out.dtype.element_ty), mask)
 
 
-@triton.jit
+@jit
 def _grid_pool_ragged_bwd_kernel(
     grad, table, out, H, W, D, AREA: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,

@@ -17,6 +17,7 @@ from vmemory.kernels._attention import (
     blocks,
     exp,
     head_of,
+    key_shares,
     load_rows,
     load_scales,
     load_stats,
@@ -24,15 +25,15 @@ from vmemory.kernels._attention import (
     store_rows,
     store_stats,
 )
-from vmemory.kernels._launch import device_of
+from vmemory.kernels._launch import device_of, jit
 
 
-@triton.jit
+@jit
 def _valid_rows(count, stream, M, ROWS):
     return (tl.minimum(tl.maximum(tl.load(count + stream), 0), M) * ROWS).to(tl.int32)
 
 
-@triton.jit
+@jit
 def _memory_attention_fwd_kernel(
     query, keys, values, count, key_scale, value_scale, out, stats, N, M, ROWS, S, G, SCALE, SPLITS,
     E: tl.constexpr, WHOLE: tl.constexpr, QUANTIZED: tl.constexpr,
@@ -74,7 +75,7 @@ def _memory_attention_fwd_kernel(
     store_stats(stats + split * 2 * S * G * N, program, i, N, S, G, most, total)
 
 
-@triton.jit
+@jit
 def _memory_attention_combine_kernel(
     partial, partial_stats, count, out, stats, N, M, ROWS, S, G, SPLITS,
     E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -103,7 +104,7 @@ def _memory_attention_combine_kernel(
     tl.store(stats + size + at, total, i < N)
 
 
-@triton.jit
+@jit
 def _memory_attention_delta_kernel(
     grad, out, delta, N, G, E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr
 ):
@@ -117,7 +118,7 @@ def _memory_attention_delta_kernel(
     tl.store(delta + program * N + i, tl.sum(g * o, 1), i < N)
 
 
-@triton.jit
+@jit
 def _memory_attention_slots_bwd_kernel(
     grad, query, keys, values, count, stats, delta, to_keys, to_values, N, M, ROWS, S, G, SCALE,
     E: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -150,7 +151,7 @@ def _memory_attention_slots_bwd_kernel(
     store_rows(head_of(to_values, stream, head, M * ROWS, G, E), to_v, first, M * ROWS, G, E, BLOCK_M, BLOCK_E)
 
 
-@triton.jit
+@jit
 def _memory_attention_query_bwd_kernel(
     grad, query, keys, values, count, key_scale, value_scale, stats, delta, to_query, N, M, ROWS, S, G, SCALE,
     E: tl.constexpr, QUANTIZED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -191,12 +192,6 @@ def _memory_attention_query_bwd_kernel(
     store_rows(head_of(to_query, stream, head, N, G, E), acc, first, N, G, E, BLOCK_N, BLOCK_E)
 
 
-def _splits(programs: int, rows: int, block: int, device: torch.device) -> int:
-    """Return the number of shares of the keys with which the programs fill the device."""
-    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 6
-    return max(1, min(wanted // programs, rows // (4 * block), 32))
-
-
 def memory_attention(
     query: Tensor, keys: Tensor, values: Tensor, count: Tensor, key_scale: Tensor | None, value_scale: Tensor | None,
     wide: bool,
@@ -211,7 +206,7 @@ def memory_attention(
         return out, stats
     config = blocks(E, query.dtype == torch.float32, quantized=key_scale is not None)
     along = triton.cdiv(N, config["BLOCK_N"])
-    splits = _splits(along * S * G, M * rows, config["BLOCK_M"], query.device)
+    splits = key_shares(along * S * G, M * rows, config["BLOCK_M"], query.device)
     shares, share_stats = out, stats
     if splits > 1:
         shares = query.new_empty((splits, *query.shape), dtype=torch.float32)

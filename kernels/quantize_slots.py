@@ -7,13 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import device_of, power_of_two
+from vmemory.kernels._launch import device_of, jit, power_of_two
 
 _TINY = tl.constexpr(1.1754943508222875e-38)  # the smallest normal float32
 _MAGIC = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds half to even
 
 
-@triton.jit
+@jit
 def _quantized(x, at, mask, scale, LARGEST: tl.constexpr):
     value = tl.load(x + at, mask, other=0.0).to(tl.float32)
     whole = (tl.div_rn(value, scale + tl.zeros_like(value)) + _MAGIC) - _MAGIC
@@ -22,7 +22,7 @@ def _quantized(x, at, mask, scale, LARGEST: tl.constexpr):
     return tl.where(whole == whole, whole, 0.0).to(tl.int32)
 
 
-@triton.jit
+@jit
 def _quantize_slots_kernel(x, values, scales, D, STORED, BITS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     largest: tl.constexpr = 127.0 if BITS == 8 else 7.0
@@ -55,7 +55,7 @@ def _quantize_slots_kernel(x, values, scales, D, STORED, BITS: tl.constexpr, BLO
     tl.store(scales + row, tl.where(tl.max(odd, 0) > 0, float("nan"), scale))
 
 
-@triton.jit
+@jit
 def _dequantize_slots_kernel(
     values, scales, wanted, out, M, N, D, STORED,
     GATHER: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,

@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import channel_block, device_of, power_of_two
+from vmemory.kernels._launch import channel_block, device_of, jit, power_of_two
 
 _EPS = tl.constexpr(1e-8)
 _COPY = 2048  # values that a program copies
 _CHUNK = 8192  # values of a frame that a program compares
 
 
-@triton.jit
+@jit
 def _target(streams, row, S, ROUTED: tl.constexpr):
     """Return the stream of a row of frames, -1 for none."""
     if ROUTED:
@@ -27,20 +27,20 @@ def _target(streams, row, S, ROUTED: tl.constexpr):
         return row
 
 
-@triton.jit
+@jit
 def _counted(count, stream, added):
     """Return a stream's counter, clamped so that `added` more frames do not overflow it."""
     most = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64) - added
     return tl.minimum(tl.maximum(tl.load(count + stream), 0), most)
 
 
-@triton.jit
+@jit
 def _copy(source, target, start, size, BLOCK: tl.constexpr):
     d = start + tl.arange(0, BLOCK)
     tl.store(target + d, tl.load(source + d, d < size, other=0.0), d < size)
 
 
-@triton.jit
+@jit
 def _ring_push_kernel(
     slots, count, frames, streams, S, M, T, LAST, size, ROUTED: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -52,14 +52,14 @@ def _ring_push_kernel(
         _copy(frames + (row * T + t) * size, slots + (stream * M + slot) * size, start, size, BLOCK)
 
 
-@triton.jit
+@jit
 def _ring_advance_kernel(count, streams, S, T, ROUTED: tl.constexpr):
     stream = _target(streams, tl.program_id(0).to(tl.int64), S, ROUTED)
     if stream >= 0:
         tl.store(count + stream, _counted(count, stream, T) + T)
 
 
-@triton.jit
+@jit
 def _ring_read_kernel(slots, count, out, held, M, size, BLOCK: tl.constexpr):
     stream, k = (tl.program_id(0) // M).to(tl.int64), (tl.program_id(0) % M).to(tl.int64)
     written = tl.load(count + stream)
@@ -72,14 +72,14 @@ def _ring_read_kernel(slots, count, out, held, M, size, BLOCK: tl.constexpr):
         tl.store(held + stream, valid)
 
 
-@triton.jit
+@jit
 def _before(count, streams, row, S, ROUTED: tl.constexpr):
     """Return the stream of a row and its counter before this call; -1, -1 for none."""
     stream = _target(streams, row, S, ROUTED)
     return stream, tl.where(stream >= 0, _counted(count, tl.maximum(stream, 0), 1), -1)
 
 
-@triton.jit
+@jit
 def _slot_mean_kernel(
     slots, count, frames, streams, mean, S, M, N, D, EACH, ROUTED: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -102,7 +102,7 @@ def _slot_mean_kernel(
         tl.store(mean + (row * EACH + m) * D + d, value, d < D)
 
 
-@triton.jit
+@jit
 def _slot_products_kernel(
     slots, count, own, streams, part, written, S, M, size, OWN_STEP, OWN_FIRST, BY_STREAM: tl.constexpr,
     ROUTED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
@@ -130,7 +130,7 @@ def _slot_products_kernel(
         tl.store(at + 1, tl.sum(bb, 0))
 
 
-@triton.jit
+@jit
 def _total(part, first, there, CHUNKS, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     for start in range(0, CHUNKS, BLOCK_C):
@@ -140,14 +140,14 @@ def _total(part, first, there, CHUNKS, BLOCK_M: tl.constexpr, BLOCK_C: tl.conste
     return tl.sum(total, 1)
 
 
-@triton.jit
+@jit
 def _guarded(square):
     norm = tl.sqrt_rn(square)
     # a comparison instead of a maximum keeps a NaN norm NaN
     return tl.where(norm < _EPS, _EPS, norm)
 
 
-@triton.jit
+@jit
 def _most_similar(part, row, M, CHUNKS, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
     """Return the first slot with the largest cosine; NaN is the largest of all."""
     k = tl.arange(0, BLOCK_M).to(tl.int64)
@@ -168,7 +168,7 @@ def _most_similar(part, row, M, CHUNKS, BLOCK_M: tl.constexpr, BLOCK_C: tl.const
     return tl.where(nan < M, nan, chosen)
 
 
-@triton.jit
+@jit
 def _slot_replace_kernel(
     slots, count, means, frames, streams, mean, part, written, replaced, S, M, size, D, CHUNKS, MEAN_STEP, MEAN_FIRST,
     KEEPS_MEANS: tl.constexpr, ROUTED: tl.constexpr, BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import device_of, from_host, power_of_two
+from vmemory.kernels._launch import device_of, from_host, jit, power_of_two
 
 _BLOCK = 4096  # scores per block
 
 
-@triton.jit
+@jit
 def _keys(scores, at, inside, BITS: tl.constexpr):
     """Return unsigned keys in the order of the scores: equal for both zeros, largest for NaN, never 0."""
     x = tl.load(scores + at, inside, other=0.0)
@@ -27,7 +27,7 @@ def _keys(scores, at, inside, BITS: tl.constexpr):
     return tl.where(wide == 0, sign, tl.where(wide != wide, largest, key))
 
 
-@triton.jit
+@jit
 def _members(scores, segments, segment, at, inside, BITS: tl.constexpr, SEGMENTED: tl.constexpr):
     key = _keys(scores, at, inside, BITS)
     if SEGMENTED:
@@ -35,7 +35,7 @@ def _members(scores, segments, segment, at, inside, BITS: tl.constexpr, SEGMENTE
     return key, inside
 
 
-@triton.jit
+@jit
 def _select_cut_kernel(
     scores, segments, budgets, cuts, N, G, SEGMENT_STEP, BITS: tl.constexpr, SEGMENTED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -81,7 +81,7 @@ def _select_cut_kernel(
     tl.store(cuts + 2 * (stream * G + segment) + 1, last)
 
 
-@triton.jit
+@jit
 def _select_emit_kernel(
     scores, segments, cuts, indices, count, N, G, TOTAL, SEGMENT_STEP, BITS: tl.constexpr, SEGMENTED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -114,7 +114,7 @@ def _select_emit_kernel(
         tl.store(indices + at, tl.zeros((BLOCK,), tl.int64) - 1, (at >= held) & (at < TOTAL))
 
 
-@triton.jit
+@jit
 def _compact_kernel(
     x, keep, out, N, K, D, FILL: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
@@ -128,7 +128,7 @@ def _compact_kernel(
     tl.store(out + (stream * K + k)[:, None] * D + d[None, :], value, (k < K)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@jit
 def _compact_bwd_kernel(grad, places, first, out, N, K, D, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     stream = tl.program_id(2).to(tl.int64)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)

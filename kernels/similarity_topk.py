@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import device_of, power_of_two
+from vmemory.kernels._launch import device_of, jit, power_of_two
 from vmemory.kernels._similarity_topk_backward import similarity_topk_backward
 
 __all__ = ["similarity_topk", "similarity_topk_backward"]
@@ -22,7 +22,7 @@ _NOTHING = tl.constexpr(-(2**63))
 _LOW = tl.constexpr(2**31 - 1)
 
 
-@triton.jit
+@jit
 def _key(score, slot):
     """Return integers in the order of the scores: NaN highest, of equal scores the lower slot, all above `_NOTHING`."""
     # -0 and 0 must have the same key
@@ -31,7 +31,7 @@ def _key(score, slot):
     return (bits.to(tl.int64) << 32) | (slot ^ _LOW).to(tl.int64)
 
 
-@triton.jit
+@jit
 def _scored(
     query, query_norm, memory, scale, stream, q, m, searched, Q, M, D, CHANNELS,
     COSINE: tl.constexpr, HAS_SCALE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -84,7 +84,7 @@ def _scored(
     return tl.where(searched[:, None], _key(dots, m[:, None]), _NOTHING)
 
 
-@triton.jit
+@jit
 def _similarity_topk_groups_kernel(
     query, query_norm, memory, count, where, scale, best, Q, M, D, TILES, QUERY_BLOCKS,
     COSINE: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WHERE: tl.constexpr, HAS_SCALE: tl.constexpr,
@@ -114,7 +114,7 @@ def _similarity_topk_groups_kernel(
     tl.store(best + (stream * Q + q)[None, :] * (TILES * GROUPS) + to[:, None], found, (q < Q)[None, :])
 
 
-@triton.jit
+@jit
 def _similarity_topk_rows_kernel(
     query, query_norm, memory, count, where, scale, chosen, keys, Q, M, D, TILES, K,
     COSINE: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_WHERE: tl.constexpr, HAS_SCALE: tl.constexpr,
@@ -143,7 +143,7 @@ def _similarity_topk_rows_kernel(
     tl.store(keys + place * TILES * BLOCK_M + at, tl.max(tl.where((q == own)[None, :], found, _NOTHING), 1))
 
 
-@triton.jit
+@jit
 def _similarity_topk_choose_kernel(keys, chosen, N, PIECES, PIECE, KP: tl.constexpr, BLOCK: tl.constexpr):
     """Write the KP largest keys of a piece, in order."""
     program = tl.program_id(0).to(tl.int64)
@@ -158,7 +158,7 @@ def _similarity_topk_choose_kernel(keys, chosen, N, PIECES, PIECE, KP: tl.conste
     tl.store(chosen + program * KP + places, best, places < KP)
 
 
-@triton.jit
+@jit
 def _similarity_topk_result_kernel(chosen, values, indices, K, KP: tl.constexpr):
     place, j = tl.program_id(0).to(tl.int64), tl.arange(0, KP)
     best = tl.load(chosen + place * KP + j)

@@ -7,16 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vmemory.kernels._launch import channel_block, device_of
+from vmemory.kernels._launch import channel_block, device_of, jit
 
 
-@triton.jit
+@jit
 def _share(size, total, count):
     share = tl.where(total > 0, tl.div_rn(size, tl.where(total > 0, total, 1.0)), tl.div_rn(1.0, count.to(tl.float32)))
     return tl.where(count == 1, 1.0, share)
 
 
-@triton.jit
+@jit
 def _token_sum_kernel(
     x, size, order, starts, out, totals, M, N, D, MEAN: tl.constexpr, HAS_SIZE: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
@@ -48,7 +48,7 @@ def _token_sum_kernel(
         tl.store(totals + program, total)
 
 
-@triton.jit
+@jit
 def _token_spread_kernel(
     x, size, totals, places, starts, out, M, N, D, SHARED: tl.constexpr, HAS_SIZE: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip

@@ -1,7 +1,5 @@
-"""Fixtures of all tests. Triton kernels run in two ways, both in one pytest run and without a GPU.
-
-`interpreter(module, launcher, *args)` interprets a launcher on CPU tensors in a child process (float32 and float16);
-`vmemory.testing.compile_triton` compiles a kernel ahead of time in this one. Both skip where triton is missing.
+"""Fixtures of all tests. Triton kernels run without a GPU: `triton(module, launcher, *args)` compiles for sm_80 what a
+launcher launches on CPU tensors, and runs it here. It skips where triton is missing.
 """
 
 from __future__ import annotations
@@ -9,9 +7,11 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from tests.children import end_with_this_process, running
 from tests.matrix import MatrixTable
 from tests.pairwise import without_new_pairs
 from vmemory.ops._native import STATUS
-from vmemory.testing import TritonInterpreter, end_with_parent
+from vmemory.testing import end_with_parent, poisoned, triton_on_cpu
 
 # files whose tests run the compiled operators: once at each level of the instruction set. Memories stand for all that
 # is written in Python above them.
@@ -29,7 +29,7 @@ LEVEL_FILES = (
     "grid", "memory_attention", "native", "quantize", "raw", "ring", "select", "similarity", "token",
 )  # fmt: skip
 # what no level changes: the fixtures of their tests of other backends, and the names of tests of torch's own compiler
-OTHER_BACKENDS = {"interpreter", "triton_compiler", "resources"}
+OTHER_BACKENDS = {"triton", "triton_compiler", "resources"}
 COMPILER = re.compile("compile|one_graph|opcheck|inductor")
 
 
@@ -108,11 +108,16 @@ def no_child_is_left() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def interpreter() -> Iterator[TritonInterpreter]:
+def triton() -> Callable[..., Any]:
+    """Launch `launcher(*args)` of a module of kernels as compiled code on the CPU, with NaN in outputs before that."""
     pytest.importorskip("triton", reason="triton is not installed")
-    child = TritonInterpreter()
-    yield child
-    child.close()
+
+    def launch(module: str, launcher: str, *args: Any, **kwargs: Any) -> Any:
+        plain = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        with poisoned(), triton_on_cpu():
+            return getattr(import_module(module), launcher)(*plain, **kwargs)
+
+    return launch
 
 
 @pytest.fixture(scope="session")

@@ -209,27 +209,27 @@ def test_bad_arguments(call, error, words):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 3, 2, 33), (1, 20, 1, 4), (3, 2, 3, 5), (0, 3, 2, 4), (1, 3, 2, 0)])
-def test_triton_interpreted(interpreter, shape, dtype, level):
+def test_triton_matches_reference(triton, shape, dtype, level):
     bank = random_tensor(*shape, dtype=dtype)
     size = sizes_of(bank)
-    merged = interpreter(MODULE, "adjacent_merge", bank, size, level)
+    merged = triton(MODULE, "adjacent_merge", bank, size, level)
     assert_merges_as_reference(merged, bank, size, level)
     grad, grads = random_tensor(*merged[0].shape, dtype=dtype, seed=4), []
     for x in (bank.clone().requires_grad_(), bank.double().requires_grad_()):
         out = reference.adjacent_merge(x, size, level)[0]
         grads += torch.autograd.grad(out, x, grad.to(out.dtype))
-    assert_within_budget(interpreter(MODULE, "adjacent_merge_backward", grad, size, merged[2]), *grads)
+    assert_within_budget(triton(MODULE, "adjacent_merge_backward", grad, size, merged[2]), *grads)
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_triton_chooses_nan_and_the_first_of_equals(interpreter, level):
+def test_triton_chooses_nan_and_the_first_of_equals(triton, level):
     # more pairs than one block of the search holds
     bank = random_tensor(1, 1, 2, 3).repeat(1, 300, 1, 1)
     size = torch.ones(1, 300, 2)
     bank[0, 270, 1, 2] = NAN
-    place = interpreter(MODULE, "adjacent_merge", bank, size, level)[2]
+    place = triton(MODULE, "adjacent_merge", bank, size, level)[2]
     assert place.tolist() == ([[269]] if level == "frame" else [[0, 269]])
 
 

@@ -160,11 +160,11 @@ def test_bad_arguments(call, error, words):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 3, 2, 33), (1, 1, 3, 4), (1, 0, 3, 4), (0, 3, 2, 4)])
-def test_triton_interpreted(interpreter, shape, dtype, level):
+def test_triton_matches_reference(triton, shape, dtype, level):
     x = random_tensor(*shape, dtype=dtype)
-    similarity, norm, mean = interpreter(MODULE, "adjacent_similarity", x, level)
+    similarity, norm, mean = triton(MODULE, "adjacent_similarity", x, level)
     low, wide = reference.adjacent_similarity(x, level), reference.adjacent_similarity(x.double(), level)
     assert_within_budget(similarity.squeeze(2) if level == "frame" else similarity, low, wide)
     compared = mean if level == "frame" else x
@@ -172,13 +172,13 @@ def test_triton_interpreted(interpreter, shape, dtype, level):
     for variable in (compared.clone().requires_grad_(), compared.double().requires_grad_()):
         out = reference.adjacent_similarity(variable, "token")
         grads += torch.autograd.grad(out, variable, grad.to(out.dtype))
-    assert_within_budget(interpreter(MODULE, "adjacent_similarity_backward", grad, compared, similarity, norm), *grads)
+    assert_within_budget(triton(MODULE, "adjacent_similarity_backward", grad, compared, similarity, norm), *grads)
 
 
 @pytest.mark.parametrize("piece", [2, 3, 8])
-def test_triton_walks_long_clips_in_pieces(interpreter, piece):
+def test_triton_walks_long_clips_in_pieces(triton, piece):
     x = random_tensor(1, 6, 2, 20)
-    similarity, norm = interpreter(MODULE, "compare", x, piece)
+    similarity, norm = triton(MODULE, "compare", x, piece)
     low, wide = reference.adjacent_similarity(x, "token"), reference.adjacent_similarity(x.double(), "token")
     assert_within_budget(similarity, low, wide)
     assert_within_budget(norm, x.norm(dim=-1), x.double().norm(dim=-1))

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.chains import in_either_order
 from vmemory.ops import attention_column_sums
 from vmemory.reference import attention_column_sums as reference
 from vmemory.testing import A100_SHARED_BYTES, assert_within_budget, compile_triton, layouts, poisoned, random_tensor
@@ -241,43 +242,46 @@ def test_bad_arguments(call, error, words):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("shape", [SHAPES[0], (2, 20, 1, 64, 130), *SHAPES[2:4], *SHAPES[6:]])
-def test_triton_interpreted(interpreter, shape, dtype, causal):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+# keys are split in the third, in float32 in three and in half precision in two
+@pytest.mark.parametrize("shape", [SHAPES[0], (2, 20, 1, 64, 130), (1, 1, 2, 128, 600), SHAPES[3], *SHAPES[6:]])
+def test_triton_matches_reference(triton, shape, dtype, causal):
     x = inputs(*shape, dtype=dtype)
-    sums, stats = interpreter(MODULE, "attention_column_sums", *x, causal)
-    grads = interpreter(MODULE, "attention_column_sums_backward", weight_of(sums), *x, stats, causal)
+    sums, stats = triton(MODULE, "attention_column_sums", *x, causal)
+    grads = triton(MODULE, "attention_column_sums_backward", weight_of(sums), *x, stats, causal)
     wide = outputs("reference", *(v.double() for v in x), causal)
-    assert_within_budget([sums, *grads], outputs("reference", *x, causal), wide)
+    low = in_either_order(lambda: outputs("reference", *x, causal), wide)
+    assert_within_budget([sums, *grads], low, wide)
 
 
-def test_triton_keeps_what_is_not_seen_clean(interpreter):
+def test_triton_keeps_what_is_not_seen_clean(triton):
     query, key = inputs(1, 70, 1, 8, 70)
     query[0, 50, 0, 3] = NAN
-    sums, stats = interpreter(MODULE, "attention_column_sums", query, key, True)
+    sums, stats = triton(MODULE, "attention_column_sums", query, key, True)
     assert sums[0, 0, :51].isnan().all()
     assert sums[0, 0, 51:].isfinite().all()
-    _, to_key = interpreter(MODULE, "attention_column_sums_backward", weight_of(sums), query, key, stats, True)
+    _, to_key = triton(MODULE, "attention_column_sums_backward", weight_of(sums), query, key, stats, True)
     assert to_key[0, 51:, 0, :3].isfinite().all()
 
 
 @pytest.mark.usefixtures("triton_compiler")
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("kernel", ["stats", "fwd", "query_bwd", "key_bwd"])
+@pytest.mark.parametrize("kernel", ["stats", "share", "combine", "fwd", "query_bwd", "key_bwd"])
 @pytest.mark.parametrize(
     ("dtype", "channels"), [("bf16", 64), ("bf16", 128), ("bf16", 256), ("fp32", 64), ("fp32", 128)]
 )
 def test_triton_compiles(kernel, dtype, channels, arch):
     from vmemory.kernels import attention_column_sums as kernels
 
-    signature = dict.fromkeys(("N", "M", "S", "G"), "i32") | {"SCALE": "fp32"}
+    signature = dict.fromkeys(("N", "M", "S", "G", "SPLITS"), "i32") | {"SCALE": "fp32"}
     signature |= dict.fromkeys(("query", "key", "to_query", "to_key"), f"*{dtype}")
-    signature |= dict.fromkeys(("grad", "stats", "delta", "out"), "*fp32")
+    signature |= dict.fromkeys(("grad", "stats", "partial", "delta", "out"), "*fp32")
     walked = {"query_bwd": "BLOCK_M", "key_bwd": "BLOCK_N"}.get(kernel, "")
     config = kernels.blocks_of(channels, dtype == "fp32", walked)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-    constants = {"E": channels, "CAUSAL": True, **config}
-    jitted = getattr(kernels, f"_attention_column_sums_{kernel}_kernel")
+    constants = {"E": channels, "CAUSAL": True, "WHOLE": kernel == "stats", **config}
+    jitted = getattr(kernels, f"_attention_column_sums_{kernel.replace('share', 'stats')}_kernel")
+    constants = {name: value for name, value in constants.items() if name in jitted.arg_names}
     compiled = compile_triton(jitted, signature, constants, arch, **options)
     assert compiled.spills == 0
     assert compiled.shared < A100_SHARED_BYTES

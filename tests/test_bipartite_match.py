@@ -248,11 +248,11 @@ def arguments(metric: Tensor, r: int, protected: int = 0, cls: int | None = None
     return metric, r, rows if r == 0 else protected if cls is None else groups * cls, cls or 0, groups
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "r", "options"), [*CASES[:1], *CASES[3:6], ((1, 300, 40), 70, {}), *EDGES])
-def test_triton_matches_when_interpreted(interpreter, shape, r, options, dtype):
+def test_triton_matches(triton, shape, r, options, dtype):
     for metric in (random_tensor(*shape, dtype=dtype), tied(*shape, dtype=dtype)):
-        actual = interpreter(MODULE, "bipartite_match", *arguments(metric, r, **options))
+        actual = triton(MODULE, "bipartite_match", *arguments(metric, r, **options))
         same(actual, bipartite_match(metric, r, **options, impl="reference"))
 
 

@@ -65,11 +65,11 @@ def test_on_a_backend(policy: type[banks.SingleTierBank], impl: str, request: py
     check(policy, lambda state, layout, frame, victim: bank_push_(state, layout, frame, victim=victim, impl=impl))
 
 
-def test_on_triton_interpreted(policy: type[banks.SingleTierBank], interpreter) -> None:
+def test_on_triton(policy: type[banks.SingleTierBank], triton) -> None:
     def push(state: BankState, layout: BankLayout, frame: Tensor, victim: Tensor) -> None:
         maps = layout_maps(layout, frame)
         given = frame.contiguous(), None, None, None, victim, maps, *layout.kernel_args
-        interpreter("vmemory.kernels.bank", "bank_push_", *(x[:] for x in state), *given)
+        triton("vmemory.kernels.bank", "bank_push_", *(x[:] for x in state), *given)
 
     check(policy, push)
 

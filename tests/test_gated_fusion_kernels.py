@@ -12,22 +12,22 @@ MODULE = "vmemory.kernels.gated_fusion"
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "shape", [(5, 8, 8), (37, 63, 100), (70, 100, 63), (70, 64, 32), (5, 3, 2), (0, 8, 8), (3, 0, 5), (3, 4, 0)]
 )
-def test_triton_interpreted(interpreter, shape, dtype, activation):
+def test_triton_matches_reference(triton, shape, dtype, activation):
     x = inputs(*shape, dtype)
     low, exact = reference.gated_fusion(*x, activation), reference.gated_fusion(*wide(x), activation)
-    assert_within_budget(interpreter(MODULE, "gated_fusion", *x, activation, False)[0], low, exact)
-    out, hidden = interpreter(MODULE, "gated_fusion", *x, activation, True)
+    assert_within_budget(triton(MODULE, "gated_fusion", *x, activation, False)[0], low, exact)
+    out, hidden = triton(MODULE, "gated_fusion", *x, activation, True)
     assert_within_budget(out, low, exact)
     grad = random_tensor(*out.shape, seed=9).to(dtype)
     arguments = grad, x[0], x[1], x[2], x[4], x[5], hidden, activation
-    grads = interpreter(MODULE, "gated_fusion_backward", *arguments, *(True,) * 6)
+    grads = triton(MODULE, "gated_fusion_backward", *arguments, *(True,) * 6)
     low, exact = gradients("reference", x, activation), gradients("reference", wide(x), activation)
     assert_within_budget(grads, low, exact)
-    alone = interpreter(MODULE, "gated_fusion_backward", *arguments, False, True, False, False, True, False)
+    alone = triton(MODULE, "gated_fusion_backward", *arguments, False, True, False, False, True, False)
     assert [g.numel() == 0 for g in alone] == [not asked or g.numel() == 0 for g, asked in
                                                zip(grads, (0, 1, 0, 0, 1, 0), strict=True)]  # fmt: skip
     assert torch.equal(alone[1], grads[1])

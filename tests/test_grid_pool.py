@@ -31,7 +31,7 @@ CASES = [
     ((2, 4, 4, 0), (2, 2), "bilinear"),
     ((0, 4, 4, 8), (2, 2), "pixel_shuffle_v1"),
 ]
-# small enough for the interpreter
+# small enough to be run on the CPU
 SMALL = [
     ((2, 4, 4, 24), (2, 2), "area"),
     ((1, 5, 3, 19), (2, 4), "area"),
@@ -166,10 +166,10 @@ def test_taps_of_weight_zero_are_not_read(grid, size, value):
 
 
 @pytest.mark.parametrize(("grid", "size"), EXACT[:2])
-def test_triton_reads_no_tap_of_weight_zero(interpreter, grid, size):
+def test_triton_reads_no_tap_of_weight_zero(triton, grid, size):
     x = one_bad_cell_a_frame(grid, float("inf"), torch.float32)[3:6]
     expected = grid_pool(x, size, "bilinear", impl="reference")
-    assert_lost_alike(interpreter(MODULE, "grid_pool", x, list(size), "bilinear"), expected)
+    assert_lost_alike(triton(MODULE, "grid_pool", x, list(size), "bilinear"), expected)
 
 
 @pytest.mark.parametrize(("grid", "size"), EXACT)
@@ -265,18 +265,18 @@ def test_bad_arguments(call, error, words):
         call()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "size", "mode"), SMALL)
-def test_triton_interpreted(interpreter, shape, size, mode, dtype):
+def test_triton_matches_reference(triton, shape, size, mode, dtype):
     x = random_tensor(*shape, dtype=dtype)
     low, wide = run_reference(x, size, mode), run_reference(x.double(), size, mode)
-    assert_within_budget(interpreter(MODULE, "grid_pool", x, list(size), mode), low[0], wide[0])
-    assert_within_budget(interpreter(MODULE, "grid_pool_stats", x, list(size), mode), low, wide)
+    assert_within_budget(triton(MODULE, "grid_pool", x, list(size), mode), low[0], wide[0])
+    assert_within_budget(triton(MODULE, "grid_pool_stats", x, list(size), mode), low, wide)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "size", "mode"), SMALL)
-def test_triton_backward_interpreted(interpreter, shape, size, mode, dtype):
+def test_triton_backward(triton, shape, size, mode, dtype):
     x, cell = random_tensor(*shape, dtype=dtype), random_tensor(shape[0], shape[3], seed=5)
     grad = random_tensor(*reference.grid_pool(x, size, mode).shape, seed=4).to(dtype)
     plain, biased = [], []
@@ -286,8 +286,8 @@ def test_triton_backward_interpreted(interpreter, shape, size, mode, dtype):
         seeds = grad.to(variable.dtype), (cell * (shape[1] * shape[2])).to(outs[1].dtype)
         plain += torch.autograd.grad(outs[0], variable, seeds[0], retain_graph=True)
         biased += torch.autograd.grad(outs, variable, seeds)
-    assert_within_budget(interpreter(MODULE, "grid_pool_backward", grad, None, list(shape[1:3]), mode), *plain)
-    assert_within_budget(interpreter(MODULE, "grid_pool_backward", grad, cell, list(shape[1:3]), mode), *biased)
+    assert_within_budget(triton(MODULE, "grid_pool_backward", grad, None, list(shape[1:3]), mode), *plain)
+    assert_within_budget(triton(MODULE, "grid_pool_backward", grad, cell, list(shape[1:3]), mode), *biased)
 
 
 @pytest.mark.usefixtures("triton_compiler")

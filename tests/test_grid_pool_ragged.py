@@ -110,17 +110,17 @@ def test_bad_arguments(call, error, words):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_triton_interpreted(interpreter, dtype, mode):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_triton_matches_reference(triton, dtype, mode):
     x, sizes = random_tensor(3, 4, 3, 18, dtype=dtype), [(4, 3), (1, 1), (2, 5)]
     flat = [side for size in sizes for side in size]
     low, wide = reference.grid_pool_ragged(x, sizes, mode), reference.grid_pool_ragged(x.double(), sizes, mode)
-    assert_within_budget(interpreter(MODULE, "grid_pool_ragged", x, flat, mode), low, wide)
+    assert_within_budget(triton(MODULE, "grid_pool_ragged", x, flat, mode), low, wide)
     grad, grads = random_tensor(*low.shape, seed=4).to(dtype), []
     for variable in (x.clone().requires_grad_(), x.double().requires_grad_()):
         out = reference.grid_pool_ragged(variable, sizes, mode)
         grads += torch.autograd.grad(out, variable, grad.to(out.dtype))
-    assert_within_budget(interpreter(MODULE, "grid_pool_ragged_backward", grad, flat, [4, 3], mode), *grads)
+    assert_within_budget(triton(MODULE, "grid_pool_ragged_backward", grad, flat, [4, 3], mode), *grads)
 
 
 @pytest.mark.usefixtures("triton_compiler")

@@ -139,13 +139,13 @@ def test_bad_arguments(changes, words):
 
 # one block and many, keys split between programs and not
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], (2, 5, 2, 9, 2, 3), SHAPES[6], (1, 60, 1, 40, 2, 150)])
-def test_triton_interpreted(interpreter, shape, dtype, bits):
+def test_triton_matches_reference(triton, shape, dtype, bits):
     x = stored(shape, bits, dtype)
-    out, stats = interpreter(MODULE, "memory_attention", *x, True)
+    out, stats = triton(MODULE, "memory_attention", *x, True)
     grad = random_tensor(*out.shape, seed=4).to(dtype)
-    to_query, *others = interpreter(MODULE, "memory_attention_backward", grad, *x, out, stats, False)
+    to_query, *others = triton(MODULE, "memory_attention_backward", grad, *x, out, stats, False)
     assert_within_budget([out.to(dtype), to_query], outputs("reference", x), outputs("reference", widened(x)))
     assert [y.shape for y in others] == [(0,), (0,)]
 

@@ -252,7 +252,7 @@ def test_a_shuffle_waits_for_its_warp():
     run(
         """
         mov.b32 %r1, %r0; setp.ge.s32 %p1, %r0, 16; @%p1 bra $far;
-        $near: shfl.sync.bfly.b32 %r2, %r1, 16, 31, -1; st.global.b32 [%d10], %r2; ret;
+        $near: bar.warp.sync -1; shfl.sync.bfly.b32 %r2, %r1, 16, 31, -1; st.global.b32 [%d10], %r2; ret;
         $far: add.s32 %r1, %r0, 100; bra $near;
         """,
         out,
@@ -288,10 +288,18 @@ def test_programs_have_shared_memory_of_their_own():
     assert out.tolist() == [(n % 32 ^ 1) + n // 32 for n in range(64)]
 
 
-def test_unwritten_shared_memory_is_nan():
-    out = torch.zeros(32)
-    run("shl.b32 %r1, %r0, 2; ld.shared.b32 %r2, [%r1]; st.global.b32 [%d10], %r2;", out, shared=128)
+def test_unwritten_shared_memory_and_registers_are_nan():
+    out = torch.zeros(64)
+    run(
+        """
+        shl.b32 %r1, %r0, 2; ld.shared.b32 %r2, [%r1]; st.global.b32 [%d10], %r2;
+        st.global.b32 [%d10 + 128], %r3; ret;
+        """,
+        out, shared=128,
+    )  # fmt: skip
     assert out.isnan().all()
+    run("setp.lt.s32 %p1, %r0, 5; @%p1 mov.b32 %r2, 0; st.global.b32 [%d10], %r2;", out)
+    assert out[:32].isnan().tolist() == [False] * 5 + [True] * 27
 
 
 def test_atomic_operations_count_every_lane():
@@ -313,9 +321,9 @@ STORE = "st.global.b32 [%d10], %r0;"
         ("ld.global.b32 %r1, [%d10 + 2];", "not a multiple of 4 bytes"),
         ("mov.b32 %r1, 64; ld.shared.b32 %r2, [%r1];", "outside of the 64 bytes of shared memory"),
         ("mov.b32 %r1, 2; ld.shared.b32 %r2, [%r1];", "not a multiple of 4 bytes"),
-        ("add.s32 %r1, %r2, 1;", "%r2 is read before it is written"),
+        ("ld.global.b32 %r1, [%d5];", "expected a register that was written"),
         ("mov.b32 %r1, 0; st.shared.b32 [%r1], %r0;", "lanes write different values to one place"),
-        ("atom.global.gpu.relaxed.add.u32 %r1, [%d10], 1; add.s32 %r2, %r1, 1;", "%r1 is read before it is written"),
+        ("atom.global.gpu.relaxed.add.u32 %r1, [%d10], 1; add.s32 %r2, %r1, 1;", "the old value is not known here"),
         (
             "setp.lt.s32 %p1, %r0, 3; @%p1 bra $out; shfl.sync.bfly.b32 %r1, %r0, 1, 31, -1; $out:",
             "never come, at shfl",

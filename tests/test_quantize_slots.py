@@ -256,23 +256,23 @@ def test_bad_arguments(call, error, words):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [*SHAPES[:4], (1, 2500), *SHAPES[6:], "odd"])
-def test_triton_interpreted(interpreter, shape, dtype, bits):
+def test_triton_matches_reference(triton, shape, dtype, bits):
     x = odd_rows(dtype) if shape == "odd" else random_tensor(*shape, dtype=dtype)
-    actual = interpreter(MODULE, "quantize_slots", x, bits)
+    actual = triton(MODULE, "quantize_slots", x, bits)
     assert_same(actual, reference.quantize_slots(x, bits))
     for kind in (torch.float64, torch.float32, torch.float16):
         expected = reference.dequantize_slots(*actual, None, x.shape[-1], kind)
-        back = interpreter(MODULE, "dequantize_slots", *actual, None, x.shape[-1], kind)
+        back = triton(MODULE, "dequantize_slots", *actual, None, x.shape[-1], kind)
         assert_within_budget(back, expected, reference.dequantize_slots(*actual, None, x.shape[-1], torch.float64))
 
 
 @pytest.mark.parametrize(("bits", "D"), [(8, 70), (4, 33)])
-def test_triton_interpreted_of_chosen_rows(interpreter, bits, D):
+def test_triton_of_chosen_rows(triton, bits, D):
     values, scale = quantize_slots(random_tensor(3, 5, D), bits)
     rows = torch.tensor(ROWS)
-    back = interpreter(MODULE, "dequantize_slots", values, scale, rows, D, torch.float32)
+    back = triton(MODULE, "dequantize_slots", values, scale, rows, D, torch.float32)
     assert torch.equal(back, chosen_rows(dequantize_slots(values, scale, dim=D), rows))
 
 

@@ -1,4 +1,4 @@
-"""The kernels of rings and slots for CUDA devices: interpreted, compiled ahead of time, and on a GPU."""
+"""The kernels of rings and slots for CUDA devices: on the CPU, compiled ahead of time, and on a GPU."""
 
 from __future__ import annotations
 
@@ -13,43 +13,42 @@ from vmemory.testing import A100_SHARED_BYTES, compile_triton, random_tensor
 MODULE = "vmemory.kernels.ring"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("shape", "frames"), [shape for shape in SHAPES if shape[0][3] < 1000])
-def test_triton_push_interpreted(interpreter, shape, frames, dtype):
+def test_triton_push(triton, shape, frames, dtype):
     def push(slots, count, x, streams):
-        # shared with the child process, which writes in place
-        interpreter(MODULE, "ring_push_", slots, count, x, streams)
+        triton(MODULE, "ring_push_", slots, count, x, streams)
 
     push_both(push, 4, shape, frames, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 5, 3, 7), (2, 0, 3, 4), (2, 3, 0, 4), (0, 3, 4, 5), (1, 2, 30, 300)])
-def test_triton_read_interpreted(interpreter, shape, dtype):
+def test_triton_read(triton, shape, dtype):
     slots, count = empty(*shape, dtype=dtype)
     ring_push_(slots, count, random_tensor(shape[0], 4, *shape[2:], dtype=dtype))
-    for a, b in zip(interpreter(MODULE, "ring_read", slots, count), reference.ring_read(slots, count), strict=True):
+    for a, b in zip(triton(MODULE, "ring_read", slots, count), reference.ring_read(slots, count), strict=True):
         assert_same(a, b)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 0, 3, 4), (1, 3, 25, 700), (1, 20, 3, 9)])
-def test_triton_replace_interpreted(interpreter, shape, dtype, variant):
+def test_triton_replace(triton, shape, dtype, variant):
     def replace(slots, count, frames, streams, level, means):
-        return interpreter(MODULE, "slot_replace_", slots, count, means, frames, streams, level)
+        return triton(MODULE, "slot_replace_", slots, count, means, frames, streams, level)
 
     replace_both(replace, shape[1] + 3, shape, variant, dtype)
 
 
 @pytest.mark.parametrize("level", ["flat", "mean"])
-def test_triton_replaces_the_first_of_equals_and_nan_first(interpreter, level):
+def test_triton_replaces_the_first_of_equals_and_nan_first(triton, level):
     frame = random_tensor(1, 3, 300)
     slots, count = frame.expand(70, -1, -1)[None].clone(), torch.tensor([70])
     slots[0, :66] *= -1
-    assert interpreter(MODULE, "slot_replace_", slots, count, None, frame, None, level).item() == 66
+    assert triton(MODULE, "slot_replace_", slots, count, None, frame, None, level).item() == 66
     slots[0, 68, 2, 299] = NAN
-    assert interpreter(MODULE, "slot_replace_", slots, count, None, frame, None, level).item() == 68
+    assert triton(MODULE, "slot_replace_", slots, count, None, frame, None, level).item() == 68
 
 
 @pytest.mark.usefixtures("triton_compiler")

@@ -1,4 +1,4 @@
-"""The selection's kernels for CUDA devices: interpreted, compiled ahead of time, and on a GPU."""
+"""The selection's kernels for CUDA devices: on the CPU, compiled ahead of time, and on a GPU."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from vmemory.testing import A100_SHARED_BYTES, assert_within_budget, compile_tri
 MODULE = "vmemory.kernels.select_tokens"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("tokens", "budget"), [(63, 17), (1000, 300), (5000, 4100), (40, 40), (7, 0), (0, 0)])
-def test_triton_selects_when_interpreted(interpreter, tokens, budget, dtype):
+def test_triton_selects(triton, tokens, budget, dtype):
     for scores in (scores_with_ties(2, tokens, dtype=dtype), random_tensor(2, tokens, dtype=dtype)):
-        indices, count = interpreter(MODULE, "select_tokens", scores, [budget], None)
+        indices, count = triton(MODULE, "select_tokens", scores, [budget], None)
         expected = reference.select_tokens(scores, [budget])
         assert torch.equal(indices, expected[0])
         assert torch.equal(count, expected[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("budgets", [[5, 0, 400], [30, 30], [], [1000]])
-def test_triton_selects_by_segment_when_interpreted(interpreter, budgets, dtype):
+def test_triton_selects_by_segment(triton, budgets, dtype):
     scores = scores_with_ties(2, 700, dtype=dtype)
     segments = torch.randint(-1, len(budgets) + 1, (2, 700), generator=torch.Generator().manual_seed(1))
     for ids in (segments, segments[0]):
-        indices, count = interpreter(MODULE, "select_tokens", scores, budgets, ids)
+        indices, count = triton(MODULE, "select_tokens", scores, budgets, ids)
         expected = reference.select_tokens(scores, budgets, ids)
         assert torch.equal(indices, expected[0])
         assert torch.equal(count, expected[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("length", "kept"), [(63, 21), (3, 40), (0, 4), (9, 0)])
-def test_triton_compacts_when_interpreted(interpreter, length, kept, dtype):
+def test_triton_compacts(triton, length, kept, dtype):
     tokens, keep, *companions = clip(dtype, length, kept)
     rows = [tokens, *companions, companions[0].to(torch.int8)]
-    for actual, expected in zip(interpreter(MODULE, "compact", rows, keep), reference.compact(rows, keep), strict=True):
+    for actual, expected in zip(triton(MODULE, "compact", rows, keep), reference.compact(rows, keep), strict=True):
         assert actual.dtype == expected.dtype
         assert torch.equal(actual, expected)
     grad, grads = random_tensor(2, kept, 5, 7, dtype=dtype, seed=6), []
     for x in (tokens.clone().requires_grad_(), tokens.double().requires_grad_()):
         (out,) = reference.compact([x], keep)
         grads += torch.autograd.grad(out, x, grad.to(out.dtype))
-    assert_within_budget(interpreter(MODULE, "compact_backward", grad, keep, length), *grads)
+    assert_within_budget(triton(MODULE, "compact_backward", grad, keep, length), *grads)
 
 
 @pytest.mark.usefixtures("triton_compiler")

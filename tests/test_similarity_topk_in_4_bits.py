@@ -177,23 +177,23 @@ def test_a_mapped_file_is_searched_without_a_copy(tmp_path):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("S", "Q", "M", "D", "k"), [(2, 3, 150, 21, 5), (1, 18, 70, 40, 3), (1, 2, 5, 0, 3)])
-def test_triton_interpreted(interpreter, S, Q, M, D, k, dtype, metric):
+def test_triton_matches_reference(triton, S, Q, M, D, k, dtype, metric):
     query, (packed, scale, plain) = random_tensor(S, Q, D, dtype=dtype), packed_memory(S, M, D)
     chosen = filters(S, M)
     arguments = query, packed, chosen["count"], chosen["where"], scale, None, k, metric
-    found = interpreter(MODULE, "similarity_topk", *arguments)
+    found = triton(MODULE, "similarity_topk", *arguments)
     assert_finds(found, query, plain, k, metric, scale=scale, **chosen)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_triton_backward_interpreted(interpreter, metric):
+def test_triton_backward(triton, metric):
     query, (packed, scale, plain) = random_tensor(2, 3, 21), packed_memory(2, 50, 21)
     values, indices = reference.similarity_topk(query, plain, 5, metric=metric, scale=scale)
     weight = random_tensor(*values.shape, seed=7)
     last = scale, metric, True, False
-    actual = interpreter(MODULE, "similarity_topk_backward", weight, values, indices, query, packed, *last)
+    actual = triton(MODULE, "similarity_topk_backward", weight, values, indices, query, packed, *last)
     expected = reference.similarity_topk_backward(weight, values, indices, query, plain, *last)
     wide = [x.double() for x in (weight, values, query)]
     truth = reference.similarity_topk_backward(*wide[:2], indices, wide[2], plain, *last)

@@ -9,35 +9,33 @@ from vmemory.reference import similarity_topk as reference
 from vmemory.testing import A100_SHARED_BYTES, assert_within_budget, compile_triton, poisoned, random_tensor
 
 MODULE = "vmemory.kernels.similarity_topk"
-# small enough for the interpreter: S, Q, M, D, k
+# small enough to be run on the CPU: S, Q, M, D, k
 SMALL = [(2, 3, 300, 20, 5), (1, 1, 90, 8, 100), (1, 2, 700, 8, 70), (2, 2, 5, 0, 3), (1, 2, 0, 4, 2), (0, 1, 9, 4, 2)]
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("S", "Q", "M", "D", "k"), SMALL)
-def test_triton_interpreted(interpreter, S, Q, M, D, k, dtype, metric):
+def test_triton_matches_reference(triton, S, Q, M, D, k, dtype, metric):
     query, memory = random_tensor(S, Q, D, dtype=dtype), memory_with_ties(S, M, D, dtype)
     memory[:, 9:10] = float("nan")
     chosen = filters(S, M)
-    found = interpreter(
-        MODULE, "similarity_topk", query, memory, chosen["count"], chosen["where"], None, None, k, metric
-    )
+    found = triton(MODULE, "similarity_topk", query, memory, chosen["count"], chosen["where"], None, None, k, metric)
     assert_finds(found, query, memory, k, metric, **chosen)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_triton_interpreted_many_queries(interpreter, metric):
+def test_triton_matches_reference_many_queries(triton, metric):
     query, memory = random_tensor(1, 18, 16), memory_with_ties(1, 70, 16)
-    found = interpreter(MODULE, "similarity_topk", query, memory, None, None, None, None, 3, metric)
+    found = triton(MODULE, "similarity_topk", query, memory, None, None, None, None, 3, metric)
     assert_finds(found, query, memory, 3, metric)
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_triton_interpreted_in_int8(interpreter, dtype, metric):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_triton_matches_reference_in_int8(triton, dtype, metric):
     query, (memory, scale) = random_tensor(1, 2, 24, dtype=dtype), int8_memory(1, 130, 24)
-    found = interpreter(MODULE, "similarity_topk", query, memory, None, None, scale, None, 6, metric)
+    found = triton(MODULE, "similarity_topk", query, memory, None, None, scale, None, 6, metric)
     assert_finds(found, query, memory, 6, metric, scale=scale)
 
 
@@ -56,11 +54,11 @@ def search_to_differentiate(S, Q, M, D, k, dtype, metric, in_int8):
 
 @pytest.mark.parametrize("in_int8", [False, True])
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("S", "Q", "M", "D", "k"), SMALL)
-def test_triton_backward_interpreted(interpreter, S, Q, M, D, k, dtype, metric, in_int8):
+def test_triton_backward(triton, S, Q, M, D, k, dtype, metric, in_int8):
     plain, wide = search_to_differentiate(S, Q, M, D, k, dtype, metric, in_int8)
-    actual = interpreter(MODULE, "similarity_topk_backward", *plain)
+    actual = triton(MODULE, "similarity_topk_backward", *plain)
     assert_within_budget(actual, reference.similarity_topk_backward(*plain), reference.similarity_topk_backward(*wide))
 
 

@@ -59,16 +59,28 @@ def test_layouts_keep_the_values():
         assert torch.equal(variant, x)
 
 
-def test_interpreter_refuses_bfloat16_and_passes_errors_on(interpreter):
-    with pytest.raises(ValueError, match="expected float32 or float16"):
-        interpreter(
-            "vmemory.kernels.grid_pool", "grid_pool", random_tensor(1, 2, 2, 4, dtype=torch.bfloat16), [1, 1], "area"
-        )
+def test_kernels_run_on_the_cpu_in_bfloat16_and_errors_are_the_callers(triton):
+    x = random_tensor(1, 2, 2, 4, dtype=torch.bfloat16)
+    mean = triton("vmemory.kernels.grid_pool", "grid_pool", x, [1, 1], "area")
+    assert_within_budget(mean, x.mean((1, 2), keepdim=True), x.double().mean((1, 2), keepdim=True))
     with pytest.raises(AttributeError, match="no_such_launcher"):
-        interpreter("vmemory.kernels.grid_pool", "no_such_launcher")
+        triton("vmemory.kernels.grid_pool", "no_such_launcher")
+
+
+def test_a_program_gets_no_more_shared_memory_than_an_a100_has(triton, monkeypatch):
+    from triton import OutOfResources
+
+    from vmemory.kernels import gated_fusion
+
+    big = {"EVEN": True, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128, "num_warps": 8, "num_stages": 4}
+    monkeypatch.setattr(gated_fusion, "tiling", lambda *_: dict(big))
+    shapes = (256, 256), (256, 256), (256, 256), (256,), (256, 256), (256,)
+    x = [random_tensor(*shape, dtype=torch.bfloat16) for shape in shapes]
+    with pytest.raises(OutOfResources, match="shared memory"):
+        triton("vmemory.kernels.gated_fusion", "gated_fusion", *x, "relu", False)
 
 
 @pytest.mark.usefixtures("triton_compiler")
 def test_compile_refuses_what_is_no_kernel():
-    with pytest.raises(RuntimeError, match=r"expected a compiled @triton\.jit function"):
+    with pytest.raises(TypeError, match=r"expected a compiled @triton\.jit function"):
         compile_triton(len, {}, {})

@@ -243,19 +243,19 @@ def test_bad_arguments(call, error, words):
         call()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("case", [CASES[0], (1, 300, 1100, 140, {}), CASES[3], *EDGES])
-def test_triton_matches_when_interpreted(interpreter, case, dtype):
+def test_triton_matches(triton, case, dtype):
     x, plan, held = inputs(*case, dtype)
     place, order, start, _ = plan
     x = x.reshape(*place.shape, x.shape[2])
     for size in (held.reshape(place.shape), None):
         tokens = start.shape[1] - 1
-        merged, total = interpreter(MODULE, "token_merge", x, size, order, start)
-        back = interpreter(MODULE, "token_unmerge", merged, place)
+        merged, total = triton(MODULE, "token_merge", x, size, order, start)
+        back = triton(MODULE, "token_unmerge", merged, place)
         weight = random_tensor(*x.shape, dtype=dtype, seed=5)
-        grad = interpreter(MODULE, "token_unmerge_backward", weight, order, start)
-        grad = interpreter(MODULE, "token_merge_backward", grad, size, total, place, start)
+        grad = triton(MODULE, "token_unmerge_backward", weight, order, start)
+        grad = triton(MODULE, "token_merge_backward", grad, size, total, place, start)
         plain = MergePlan(place, order, start, 1)
         sizes = None if size is None else size[..., None]
         low = differentiate(x, plain, sizes, "reference")

@@ -10,20 +10,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["CompiledKernel", "TritonInterpreter", "assert_within_budget", "compile_triton", "layouts", "poisoned",
-           "random_tensor"]  # fmt: skip
+__all__ = ["CompiledKernel", "assert_within_budget", "compile_triton", "layouts", "poisoned", "random_tensor",
+           "triton_on_cpu"]  # fmt: skip
 
 A100_SHARED_BYTES = 163 * 1024
 
@@ -132,83 +128,22 @@ def end_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _dot(_: Any, a: Any, b: Any, c: Any, *options: Any) -> Any:
-    """Return a b + c, summed in the same order for every row and column, as on a GPU, and rounded once.
+@contextmanager
+def triton_on_cpu() -> Iterator[None]:
+    """Run Triton kernels on CPU tensors: what is launched within the context is compiled for sm_80 (A100) and run here.
 
-    The interpreter's own version uses NumPy, whose BLAS may sum equal rows in different orders.
+    It is the code that a GPU would get, up to PTX: layouts in shared memory, copies to it, matrix instructions,
+    bfloat16. Blocks that need more shared memory than an A100 has are refused as there. So is an access outside of the
+    launch's tensors or at a misaligned address, and a place that one program writes and another touches. All threads
+    of a launch run in step: a missing barrier goes unseen. Needs no GPU, and a few seconds for large tensors.
+
+    Raises:
+        vmemory._ptx.program.PtxError: In a launch: what no kernel may do, with the instruction.
     """
-    kept = c.data.dtype
-    total = c.data.astype("float64" if kept.kind == "f" else kept)
-    rows, columns = a.data.astype(total.dtype), b.data.astype(total.dtype)
-    for k in range(rows.shape[-1]):
-        total += rows[..., k, None] * columns[..., None, k, :]
-    return type(c)(total.astype(kept), c.dtype.scalar)
+    from vmemory._ptx.driver import on_cpu
 
-
-def _reduce(reduction: Any, input: tuple[Any, ...]) -> list[Any]:
-    """Combine whole slices along the axis, in the interpreter's order; its own version combines single elements."""
-    kept, (input, axis) = [x.dtype for x in input], reduction.unravel(input, reduction.axis)
-    shape = input[0].handle.data.shape
-    shape = shape[:axis] + shape[axis + 1 :]
-    slices = [np.moveaxis(x.handle.data, axis, 0) for x in input]
-    total = [x[0] for x in slices]
-    for place in range(1, len(slices[0])):
-        pairs = [reduction.to_tensor(x, dtype) for x, dtype in zip(total, kept, strict=True)]
-        pairs += [reduction.to_tensor(x[place], dtype) for x, dtype in zip(slices, kept, strict=True)]
-        found = reduction.combine_fn.fn(*pairs)
-        found = found if isinstance(found, tuple) else (found,)
-        total = [x.handle.data.astype(y.dtype).reshape(shape) for x, y in zip(found, slices, strict=True)]
-    if reduction.keep_dims:
-        total = [np.expand_dims(x, axis) for x in total]
-    elif reduction.axis is None:
-        total = [x.item() for x in total]
-    return [reduction.to_tensor(x, dtype) for x, dtype in zip(total, kept, strict=True)]
-
-
-def _launch(module: str, launcher: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from triton.runtime.interpreter import InterpreterBuilder, ReduceOps
-
-    InterpreterBuilder.create_dot, ReduceOps.generic_reduce = _dot, _reduce
-    with poisoned():
-        return getattr(import_module(module), launcher)(*args, **kwargs)
-
-
-class TritonInterpreter:
-    """Run Triton launchers on CPU tensors, in a child process with TRITON_INTERPRET=1.
-
-    Triton reads that variable when a kernel is defined, so one process can either interpret kernels or compile them;
-    with the child, tests of both kinds fit in one pytest run. Outputs are poisoned with NaN before the launch.
-    bfloat16 is refused, because the interpreter computes it wrongly.
-    """
-
-    def __init__(self) -> None:
-        before = os.environ.get("TRITON_INTERPRET")
-        os.environ["TRITON_INTERPRET"] = "1"
-        try:
-            # spawned, because a forked child would inherit an already imported triton
-            self._pool = ProcessPoolExecutor(1, get_context("spawn"), end_with_parent, (os.getpid(),))
-            self._pool.submit(import_module, "triton").exception()
-        finally:
-            if before is None:
-                del os.environ["TRITON_INTERPRET"]
-            else:
-                os.environ["TRITON_INTERPRET"] = before
-
-    def __call__(self, module: str, launcher: str, *args: Any, **kwargs: Any) -> Any:
-        """Call `launcher(*args, **kwargs)` of `module`, for example of "vmemory.kernels.grid_pool".
-
-        Raises:
-            ValueError: A tensor is bfloat16.
-            Exception: Whatever the launcher raised, with the child's traceback.
-        """
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
-                raise ValueError("args: expected float32 or float16, the Triton interpreter is wrong in bfloat16")
-        plain = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        return self._pool.submit(_launch, module, launcher, plain, kwargs).result()
-
-    def close(self) -> None:
-        self._pool.shutdown()
+    with on_cpu():
+        yield
 
 
 @dataclass(frozen=True)
@@ -240,18 +175,21 @@ def compile_triton(
         options: num_warps, num_stages and the like.
 
     Raises:
-        RuntimeError: Kernels are interpreted in this process (TRITON_INTERPRET=1).
+        TypeError: `kernel` is no jitted function.
     """
+    from triton import JITFunction
     from triton import compile as compile_source
     from triton.backends import nvidia
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if not hasattr(kernel, "arg_names") or type(kernel).__name__ != "JITFunction":
-        raise RuntimeError(f"kernel: expected a compiled @triton.jit function, got {type(kernel).__name__}")
+    if not isinstance(kernel, JITFunction):
+        raise TypeError(f"kernel: expected a compiled @triton.jit function, got {type(kernel).__name__}")
     types = {name: "constexpr" if name in constexprs else signature[name] for name in kernel.arg_names}
     hints = {(kernel.arg_names.index(k),): [["tt.divisibility", 16]] for k in aligned}
     source = ASTSource(kernel, types, {(kernel.arg_names.index(k),): v for k, v in constexprs.items()}, hints)
+    # what the kernel itself gives with every launch
+    options = {**getattr(kernel, "OPTIONS", {}), **options}
     compiled = compile_source(source, target=GPUTarget("cuda", arch, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

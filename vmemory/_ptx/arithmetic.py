@@ -1,4 +1,4 @@
-"""Instructions without memory access and data of other lanes, computed for all lanes at once.
+"""Instructions that use neither memory nor other lanes: values in, value out, all lanes at once.
 
 Rounding is to nearest; `fma` rounds once, through float64; approximate forms (`ex2.approx`, `div.full`) are exact.
 """
@@ -19,7 +19,7 @@ __all__ = ["Operation", "operation"]
 
 @dataclass(frozen=True)
 class Operation:
-    """The function of an instruction, with the types of its operands and its result."""
+    """Types of an instruction's operands and of its result, and the function between them."""
 
     sources: tuple[str, ...]
     result: str
@@ -30,7 +30,7 @@ _KNOWN: dict[str, tuple[frozenset[str], Callable[[Instruction], Operation]]] = {
 
 
 def _define(names: str, modifiers: str = "") -> Callable[[Callable], Callable]:
-    """Register a function that makes operations; unnamed modifiers are refused, because they change the result."""
+    """Register a maker of operations. A modifier that is not named is refused, since it would change the result."""
 
     def add(make: Callable[[Instruction], Operation]) -> Callable[[Instruction], Operation]:
         for name in names.split():
@@ -41,10 +41,10 @@ def _define(names: str, modifiers: str = "") -> Callable[[Callable], Callable]:
 
 
 def operation(instruction: Instruction) -> Operation | None:
-    """Return the operation of an instruction, or None if the instruction is not arithmetic.
+    """Return the operation of an instruction, or None for an instruction of another kind.
 
     Raises:
-        PtxError: The form of the instruction is not known.
+        PtxError: A form of it that is not known.
     """
     if instruction.name not in _KNOWN:
         return None
@@ -59,7 +59,7 @@ def operation(instruction: Instruction) -> Operation | None:
 
 
 def _flushed(value: Any) -> Any:
-    """Replace subnormal numbers by zeros of the same sign."""
+    """Replace numbers below the normal ones with a zero of their sign."""
     return np.where(np.abs(value) < np.finfo(value.dtype).tiny, np.copysign(value.dtype.type(0), value), value)
 
 
@@ -86,7 +86,7 @@ def _mul(i: Instruction) -> Operation:
         wide = NUMPY[_wider(i.kind)]
         return Operation((i.kind, i.kind), _wider(i.kind), lambda a, b: a.astype(wide) * b.astype(wide))
     if "hi" in i.modifiers:
-        # Python integers if no NumPy type is wide enough
+        # Python's own integers where nothing is wide enough
         wide = NUMPY.get(_wider(i.kind), np.dtype(object))
         return _same(i.kind, 2, lambda a, b: (a.astype(wide) * b.astype(wide)) >> wide.type(8 * width(i.kind)))
     return _same(i.kind, 2, np.multiply)
@@ -112,7 +112,7 @@ def _fma(i: Instruction) -> Operation:
 
 
 def _remainder(a: Any, b: Any) -> Any:
-    # a division by zero raises no exception and has no defined result; the sign is the dividend's
+    # a division by zero gives no exception and no defined number; the sign is the dividend's
     return np.fmod(a, np.where(b == 0, b.dtype.type(1), b))
 
 
@@ -132,7 +132,7 @@ def _rem(i: Instruction) -> Operation:
 
 @_define("min max", "NaN ftz")
 def _extreme(i: Instruction) -> Operation:
-    # of a number and NaN the result is the number, unless `NaN` is a modifier
+    # of a number and NaN the number, unless NaN is asked for
     if _is_float(i.kind) and "NaN" not in i.modifiers:
         return _same(i.kind, 2, np.fmin if i.name == "min" else np.fmax)
     return _same(i.kind, 2, np.minimum if i.name == "min" else np.maximum)
@@ -157,7 +157,7 @@ def _unary(i: Instruction) -> Operation:
 
 @_define("copysign")
 def _copysign(i: Instruction) -> Operation:
-    # the sign of the first operand, the rest of the second
+    # the sign of the first, the rest of the second
     return _same(i.kind, 2, lambda sign, value: np.copysign(value, sign))
 
 
@@ -187,7 +187,7 @@ def _shift(i: Instruction) -> Operation:
 
 @_define("bfe")
 def _field(i: Instruction) -> Operation:
-    """Extract a bit field; for a signed type its highest bit is the sign, and bits above 31 repeat it."""
+    """Extract bits from a place on; of a signed type the highest bit of the field is repeated above it."""
     bits = 8 * width(i.kind)
     wide = np.dtype(np.int64 if i.kind[0] == "s" else np.uint64)
 
@@ -204,7 +204,7 @@ def _field(i: Instruction) -> Operation:
 
 @_define("prmt")
 def _permute(i: Instruction) -> Operation:
-    """Select four of eight bytes; bit 3 of a selector replicates the byte's sign."""
+    """Select four bytes of eight; bit 3 of a choice repeats the byte's sign instead."""
 
     def permute(a: Any, b: Any, choice: Any) -> Any:
         both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
@@ -231,7 +231,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
     "le": np.less_equal,
     "gt": np.greater,
     "ge": np.greater_equal,
-    # comparisons with `u` are also true for NaN
+    # a `u` after these is true for NaN too
     "equ": lambda a, b: ~((a < b) | (a > b)),
     "neu": np.not_equal,
     "ltu": lambda a, b: ~(a >= b),
@@ -263,14 +263,14 @@ def _convert(i: Instruction) -> Operation:
         return Operation((source, source), "b32", pack)
     whole = next((_TO_INTEGER[m] for m in i.modifiers if m in _TO_INTEGER), None)
     if not _is_float(source) or _is_float(to):
-        # wider integers are truncated to their low bytes
+        # of wider integers the low bytes
         return Operation((source,), to, lambda a: (whole(a) if whole else a).astype(NUMPY[to]))
     if whole is None:
         raise PtxError(f"{i.text}: expected a rounding to integers")
     least, most = (NUMPY[to].type(x) for x in (np.iinfo(NUMPY[to]).min, np.iinfo(NUMPY[to]).max))
 
     def to_integer(a: Any) -> Any:
-        # values outside the range are clamped, NaN becomes zero
+        # what lies outside becomes the nearest, and NaN zero
         exact = whole(a.astype(np.float64))
         inside = (exact > least) & (exact < most)
         held = np.where(inside, exact, 0).astype(NUMPY[to])

@@ -1,4 +1,4 @@
-"""A Triton device that compiles kernels for sm_80 (A100) and runs their PTX on the CPU."""
+"""A device for Triton whose kernels are compiled for sm_80, as for an A100, and run here."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from triton.runtime import driver
 
 from vmemory._ptx.machine import Kernel
 
-__all__ = ["SHARED_BYTES", "triton_on_cpu"]
+__all__ = ["SHARED_BYTES", "on_cpu"]
 
-# the limit for a program on sm_80
+# of a program on sm_80
 SHARED_BYTES = 163 * 1024
 
 
 class _Compiler(CUDABackend):
-    """Triton's CUDA backend without its last step, from PTX to machine code."""
+    """Triton's own for CUDA, without its last step, which makes machine code of PTX."""
 
     def __init__(self, target: GPUTarget) -> None:
         super().__init__(target)
@@ -34,18 +34,18 @@ class _Compiler(CUDABackend):
         del stages["cubin"]
 
     def hash(self) -> str:
-        # a cache key of its own, because these kernels end with PTX and not with machine code
+        # kernels in Triton's cache that end with PTX are not those that end with machine code
         return f"{super().hash()}-ptx"
 
 
 class _Utilities:
-    """The functions with which Triton loads a kernel on a device."""
+    """The part of a device that loads kernels, as Triton calls it."""
 
     def load_binary(self, name: str, text: bytes, shared: int, device: str) -> tuple:
-        # module, function, registers, spills, largest number of threads
-        return None, Kernel(text.decode()), 0, 0, 1024
+        # module, function, registers, spills, most threads
+        return name, Kernel(text.decode()), 0, 0, 1024
 
-    def unload_module(self, module: None) -> None:
+    def unload_module(self, module: str) -> None:
         pass
 
     def get_device_properties(self, device: str) -> dict[str, int]:
@@ -53,16 +53,16 @@ class _Utilities:
 
 
 class _Launcher:
-    """A function that launches one compiled kernel with the arguments of a device."""
+    """Launches one compiled kernel, with the arguments that a device would get."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.signature, self.metadata = source.signature, metadata
 
     def __call__(self, x: int, y: int, z: int, stream: int, kernel: Kernel, *launch: Any) -> None:
-        # Triton's arguments come first: two of metadata, two hooks
+        # before the kernel's own arguments come Triton's: two of metadata, two hooks
         given = list(_given(tuple(self.signature.values()), launch[4:]))
         arguments = [value.data_ptr() if isinstance(value, Tensor) else value for value in given]
-        # Triton's own buffers, which these kernels do not use
+        # Triton's own buffers, of which these kernels use none
         arguments += [0] * (len(kernel.program.parameters) - len(arguments))
         tensors = [value for value in given if isinstance(value, Tensor)]
         if x * y * z:
@@ -70,7 +70,7 @@ class _Launcher:
 
 
 def _given(types: Any, values: Any) -> Iterator[Any]:
-    """Yield the run-time arguments, with tuples flattened."""
+    """Yield the arguments that are not constants of the compilation, and the members of tuples."""
     for kind, value in zip(types, values, strict=True):
         if isinstance(kind, tuple):
             yield from _given(kind, value)
@@ -106,8 +106,8 @@ class _Driver(DriverBase):
 
 
 @contextmanager
-def triton_on_cpu() -> Iterator[None]:
-    """Compile Triton kernels on CPU tensors for sm_80 and run them on the CPU, within a context."""
+def on_cpu() -> Iterator[None]:
+    """Compile Triton kernels for sm_80 and run them on CPU tensors, within a context."""
     compiler = patch.dict(backends, nvidia=Backend(compiler=_Compiler, driver=_Driver))
     with compiler, patch.object(driver, "_active", _Driver()):
         yield

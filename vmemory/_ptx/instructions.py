@@ -12,11 +12,19 @@ from vmemory._ptx.lanes import WARP, Lanes
 from vmemory._ptx.program import Address, Instruction, PtxError
 from vmemory._ptx.values import NUMPY, decode, unsigned, width
 
-__all__ = ["INSTRUCTIONS", "WARP_WIDE"]
+__all__ = ["INSTRUCTIONS", "is_barrier", "is_warp_wide"]
 
-# these need every lane of a warp
-WARP_WIDE = frozenset({"shfl", "redux", "ldmatrix", "mma"})
 _EVERY_LANE = np.uint32(0xFFFFFFFF)
+
+
+def is_barrier(i: Instruction) -> bool:
+    """Return whether an instruction waits for all lanes of a program."""
+    return i.name == "bar" and "warp" not in i.modifiers
+
+
+def is_warp_wide(i: Instruction) -> bool:
+    """Return whether an instruction waits for all lanes of a warp."""
+    return i.name in ("shfl", "redux", "ldmatrix", "mma") or (i.name == "bar" and "warp" in i.modifiers)
 
 
 def _registers(operand: Any) -> tuple[str, ...]:
@@ -31,11 +39,11 @@ def _space(i: Instruction) -> str:
 
 
 def _nothing(lanes: Lanes, i: Instruction, active: Any) -> None:
-    """Do nothing, because the instruction has no effect in lock step."""
+    """Ignore what has no effect in lock step."""
 
 
 def _move(lanes: Lanes, i: Instruction, active: Any) -> None:
-    """Copy a register, or pack or unpack its parts, the lowest first."""
+    """Copy a register, pack parts into one or unpack one into parts, the lowest first."""
     to, source = i.operands
     if isinstance(to, tuple):
         part = width(i.kind) // len(to)
@@ -73,7 +81,7 @@ _ATOMIC = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwis
 
 
 def _atomic(lanes: Lanes, i: Instruction, active: Any) -> None:
-    """Run an atomic operation; its old value is undefined, because lanes have no order, and reading it is refused."""
+    """Update memory. The old value is not kept, since lanes have no order here; a kernel that reads it is refused."""
     address, value = i.operands[-2:]
     assert isinstance(address, Address)
     function = next((_ATOMIC[m] for m in i.modifiers if m in _ATOMIC), None)
@@ -85,7 +93,7 @@ def _atomic(lanes: Lanes, i: Instruction, active: Any) -> None:
 
 
 def _copy(lanes: Lanes, i: Instruction, active: Any) -> None:
-    """Copy bytes from global to shared memory (`cp.async`) at once, zeros for lanes that copy none."""
+    """Copy bytes from global to shared memory at once, or zeros where a lane asks for no bytes."""
     if i.kind in ("commit_group", "wait_group", "wait_all"):
         return
     to, source, size, *asked = i.operands
@@ -106,8 +114,12 @@ def _expect_every_lane(lanes: Lanes, name: Any) -> None:
         raise PtxError("expected a mask of every lane of the warp")
 
 
+def _meet(lanes: Lanes, i: Instruction, active: Any) -> None:
+    _expect_every_lane(lanes, i.operands[0])
+
+
 def _shuffle(lanes: Lanes, i: Instruction, active: Any) -> None:
-    """Read another lane's value; `limit` holds the last source lane and the lane bits that do not change."""
+    """Read another lane's value. `limit` holds the last lane to read from, and above it the bits of a segment."""
     to, source, distance, limit, mask = i.operands
     _expect_every_lane(lanes, mask)
     lane, last = lanes.lane.astype(np.int64), lanes.each(limit, "u32").astype(np.int64)
@@ -137,7 +149,7 @@ def _reduce(lanes: Lanes, i: Instruction, active: Any) -> None:
 
 
 def _load_matrices(lanes: Lanes, i: Instruction, active: Any) -> None:
-    """Load 8 x 8 matrices of 2 bytes: lane 8 m + r has the address of row r of matrix m; a lane gets two numbers."""
+    """Load 8 x 8 matrices of 2 bytes: lane 8 m + r has the address of row r of matrix m; each lane gets a pair."""
     to, address = _registers(i.operands[0]), i.operands[1]
     assert isinstance(address, Address)
     giving = lanes.lane < 8 * len(to)
@@ -152,13 +164,13 @@ def _load_matrices(lanes: Lanes, i: Instruction, active: Any) -> None:
 
 
 def _multiply_matrices(lanes: Lanes, i: Instruction, active: Any) -> None:
-    """Compute D = A B + C per warp, in the matrix layout of the PTX manual, with sums in float64."""
+    """Compute D = A B + C for each warp, whose lanes hold the matrices as the PTX manual's tables say, in float64."""
     shape = re.fullmatch(r"m16n8k(\d+)", i.modifiers[2])
     result, left, right, added = i.modifiers[-4:]
     if shape is None or left != right or result != added or i.modifiers[3:5] != ("row", "col"):
         raise PtxError("this shape is not known here")
     k = int(shape[1])
-    # numbers per register of A and B
+    # numbers that a register of A and B holds
     packed = 4 // width(left)
     lane = np.arange(WARP)
     group, member = lane // 4, lane % 4
@@ -188,6 +200,7 @@ INSTRUCTIONS: dict[str, Callable[[Lanes, Instruction, Any], None]] = {
     "atom": _atomic,
     "red": _atomic,
     "cp": _copy,
+    "bar": _meet,
     "shfl": _shuffle,
     "redux": _reduce,
     "ldmatrix": _load_matrices,

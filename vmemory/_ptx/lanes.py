@@ -1,4 +1,4 @@
-"""The lanes of a launch: their registers and their shared memory."""
+"""The lanes of a launch: their registers and the memory they share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WARP = 32
 
 
 class Lanes:
-    """The state of a launch; a register is an array over all lanes of all programs, or one number for all lanes.
+    """Every register is an array over all lanes of all programs, or one number where all lanes hold the same.
 
     Args:
         program: The kernel.
@@ -26,7 +26,7 @@ class Lanes:
         threads: Lanes of a program, a multiple of 32.
         shared: Bytes of shared memory of a program.
         arguments: A number per parameter of the kernel; pointers as addresses.
-        tensors: Tensors that the kernel may access.
+        tensors: What the kernel may touch.
     """
 
     def __init__(
@@ -55,33 +55,38 @@ class Lanes:
             self.registers |= {f"%{name}.{axis}": value.astype(np.uint32) for name, value in special.items()}
 
     def read(self, name: Any, kind: str) -> Any:
-        """Return the value of a register or an immediate: [count], or one for all."""
+        """Return the value of a register or an immediate: [count], or one for all lanes."""
         held = self.registers.get(name)
         if held is None:
-            if name in self.program.registers:
-                raise PtxError(f"{name} is read before it is written")
-            return immediate(name, kind)
+            if name not in self.program.registers:
+                return immediate(name, kind)
+            held = self.nothing(name)
         return decode(held, kind)
 
+    def nothing(self, name: str) -> Any:
+        """Return all ones, NaN as a float: what a register holds that was never written."""
+        kind = self.program.registers[name]
+        return np.True_ if kind == "pred" else ~unsigned(width(kind)).type(0)
+
     def each(self, name: Any, kind: str) -> Any:
-        """Read a value for each lane: [count]."""
+        """Return the value of a register or an immediate for each lane: [count]."""
         return np.broadcast_to(self.read(name, kind), self.count)
 
     def write(self, name: Any, value: Any, kind: str, active: Any = None) -> None:
-        """Write in the lanes `active`; None = all lanes."""
+        """Write in the lanes `active`, in all where it is None."""
         if name == "_":
             return
         held = self.program.registers[name]
         if held == "pred":
             bits = value
         elif kind[0] == "s":
-            # in a wider register the sign is extended
+            # a wider register repeats the sign
             value = value.astype(NUMPY[kind]).astype(f"i{width(held)}")
             bits = value.view(unsigned(width(held)))
         else:
             bits = resized(encode(value, kind), width(held))
         if active is not None:
-            bits = np.where(active, bits, self.registers.get(name, ~bits.dtype.type(0)))
+            bits = np.where(active, bits, self.registers[name] if name in self.registers else self.nothing(name))
         self.registers[name] = bits
 
     def argument(self, name: str) -> Any:
@@ -92,13 +97,14 @@ class Lanes:
         return unsigned(width(kind)).type(int(value) % (1 << 8 * width(kind)))
 
     def addresses(self, address: Address) -> Any:
-        """Return addresses [count]."""
-        if address.base not in self.registers:
+        """Return the address that an operand means in each lane: [count]."""
+        base = self.registers.get(address.base)
+        if base is None:
             raise PtxError(f"{address.base}: expected a register that was written")
-        return np.broadcast_to(self.registers[address.base].astype(np.int64) + address.offset, self.count)
+        return np.broadcast_to(base.astype(np.int64) + address.offset, self.count)
 
     def load(self, space: str, addresses: Any, element: int, count: int, active: Any) -> Any:
-        """Load `count` contiguous numbers of `element` bytes: [lanes, count], zero for inactive lanes."""
+        """Load `count` adjacent numbers of `element` bytes for each lane: [lanes, count], zero where not active."""
         lanes = slice(None) if active is None else active
         rows = self.memory[space].load(addresses[lanes], element * count, self.owner[lanes])
         out = np.zeros((self.count, count), unsigned(element))
@@ -106,7 +112,7 @@ class Lanes:
         return out
 
     def store(self, space: str, addresses: Any, values: Any, active: Any) -> None:
-        """Store `values` [lanes, n] contiguously."""
+        """Store adjacent numbers, `values` [lanes, n]."""
         lanes = slice(None) if active is None else active
         size = values.dtype.itemsize * values.shape[1]
         rows = np.ascontiguousarray(values[lanes]).view(unsigned(min(size, 8)))

@@ -1,12 +1,13 @@
-"""Run a kernel's instructions for all lanes of a launch together.
+"""Runs a kernel's instructions, all lanes of a launch together.
 
-Lanes at the lowest instruction run first, so that they converge after a branch. At an instruction of whole warps
-(`shfl`, `mma`) lanes wait for their warp, at a barrier for their program. This is lock step: it finds wrong values and
-wrong addresses, but not races within a program.
+Lanes at the lowest instruction go first, so that they meet again behind a branch. At an instruction of whole warps
+(`shfl`, `mma`) lanes wait for their warp, at a barrier for their program. This is lock step: it shows wrong values and
+wrong addresses, and no fault within a program that needs an unlucky order of its warps.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from vmemory._ptx.arithmetic import operation
-from vmemory._ptx.instructions import INSTRUCTIONS, WARP_WIDE
+from vmemory._ptx.instructions import INSTRUCTIONS, is_barrier, is_warp_wide
 from vmemory._ptx.lanes import WARP, Lanes
 from vmemory._ptx.program import PtxError, parse
 
@@ -28,18 +29,23 @@ class Kernel:
         text: PTX for sm_80 with one kernel.
 
     Raises:
-        PtxError: The text contains an unknown instruction.
+        PtxError: It holds an instruction that is not known here.
     """
 
     def __init__(self, text: str) -> None:
         self.program = parse(text)
         self.operations = [operation(i) for i in self.program.instructions]
         for i, known in zip(self.program.instructions, self.operations, strict=True):
-            if known is None and i.name not in INSTRUCTIONS and i.name not in ("bra", "ret", "exit", "bar"):
+            if known is None and i.name not in INSTRUCTIONS and i.name not in ("bra", "ret", "exit"):
                 raise PtxError(f"{i.text}: not known here")
-            of_some = i.guard is not None or (i.name == "bar" and i.operands != ("0",))
-            if i.name in ("bar", *WARP_WIDE) and of_some:
+            of_some = i.guard is not None or (is_barrier(i) and i.operands != ("0",))
+            if of_some and (is_barrier(i) or is_warp_wide(i)):
                 raise PtxError(f"{i.text}: expected all lanes to meet here")
+            if i.name == "atom" and self._is_read(str(i.operands[0])):
+                raise PtxError(f"{i.text}: the old value is not known here")
+
+    def _is_read(self, register: str) -> bool:
+        return sum(bool(re.search(rf"{register}\b", i.text)) for i in self.program.instructions) > 1
 
     def launch(
         self,
@@ -56,11 +62,11 @@ class Kernel:
             threads: Lanes of a program, a multiple of 32.
             shared: Bytes of shared memory of a program.
             arguments: A number per parameter of the kernel; pointers as addresses.
-            tensors: CPU tensors that the kernel may access.
+            tensors: CPU tensors that the kernel may touch.
 
         Raises:
-            PtxError: An access is outside of tensors or shared memory, misaligned, or at an address that another
-                program wrote; a register is read before it is written; lanes wait for others that never arrive.
+            PtxError: An access is outside of tensors or shared memory, misaligned, or at a place that another program
+                wrote; lanes wait for others that never come.
         """
         _Run(self, Lanes(self.program, grid, threads, shared, arguments, tensors)).to_the_end()
 
@@ -68,7 +74,7 @@ class Kernel:
 class _Run:
     def __init__(self, kernel: Kernel, lanes: Lanes) -> None:
         self.kernel, self.lanes = kernel, lanes
-        # lanes by instruction: those that can run, that wait for their warp, that wait for their program
+        # lanes by the instruction that they are at: those that can go on, that wait for their warp, for their program
         self.ready = {0: np.ones(lanes.count, bool)}
         self.at_warp: dict[int, Any] = {}
         self.at_barrier: dict[int, Any] = {}
@@ -85,7 +91,7 @@ class _Run:
             raise PtxError(f"{self.kernel.program.name}: lanes wait for others that never come, at {texts}")
 
     def follow(self, at: int, lanes: Any) -> None:
-        """Run `lanes` until they diverge or wait."""
+        """Run `lanes` until they part or wait."""
         program, whole = self.kernel.program, bool(lanes.all())
         while True:
             i = program.instructions[at]
@@ -101,11 +107,11 @@ class _Run:
                     self.release()
                 self.join(at + 1, lanes & ~going)
                 return
-            if i.name == "bar":
+            if is_barrier(i):
                 self.at_barrier[at] = lanes | self.at_barrier.get(at, False)
                 self.release()
                 return
-            if i.name in WARP_WIDE:
+            if is_warp_wide(i):
                 lanes = self.gathered(at, lanes)
                 if not lanes.any():
                     return
@@ -137,7 +143,7 @@ class _Run:
             self.ready[at] = lanes | self.ready[at] if at in self.ready else lanes
 
     def gathered(self, at: int, lanes: Any) -> Any:
-        """Return the lanes at an instruction of whole warps whose warp is complete; the others wait."""
+        """Return the lanes whose whole warp is at an instruction; let the others wait there."""
         lanes = lanes | self.at_warp.pop(at, False)
         complete = np.repeat(lanes.reshape(-1, WARP).all(1), WARP)
         if (lanes & ~complete).any():
@@ -145,7 +151,7 @@ class _Run:
         return complete
 
     def release(self) -> None:
-        """Release all lanes of a program when each of them is at any barrier or has ended."""
+        """Continue with all lanes of a program once each is at a barrier, whichever it is, or has ended."""
         waiting = np.any(list(self.at_barrier.values()), axis=0) if self.at_barrier else self.ended
         complete = (waiting | self.ended).reshape(-1, self.lanes.threads).all(1)
         going = np.repeat(complete, self.lanes.threads)

@@ -1,4 +1,4 @@
-"""Global and shared memory, with bounds, alignment and writers checked at every access."""
+"""Memory that lanes share: bytes at addresses, with bounds, alignment and writers checked at every access."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Region:
 
     def __init__(self, start: int, stop: int, base: int, held: Any) -> None:
         self.start, self.stop, self.base, self.held = start, stop, base, held
-        # the program that wrote each byte, -1 for none; allocated at the first write
+        # program that wrote a byte, -1 where none did; there from the first write on
         self.writer: Any = None
 
     def cells(self, size: int) -> Any:
@@ -37,7 +37,7 @@ class _Region:
             raise PtxError("lanes write different values to one place at once")
 
     def meet(self, addresses: Any, size: int, programs: Any, write: bool) -> None:
-        """Raise an error for bytes that another program wrote in this launch, because programs have no order."""
+        """Refuse what another program wrote in this launch: which of them is first nobody knows."""
         if self.writer is None:
             if not write:
                 return
@@ -58,24 +58,24 @@ def _check_alignment(addresses: Any, size: int) -> None:
 
 
 class GlobalMemory:
-    """The memory of a launch's tensors.
+    """The tensors of a launch, where they lie.
 
-    A launch may access the span of each of its tensors and nothing else. No other program of the launch may read or
-    write bytes that a program wrote, except by atomic operations.
+    A launch may touch what one of its tensors spans and nothing else. What a program wrote, no other program of the
+    launch may read or write, except by atomic operations.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         spans: list[list[int]] = []
         for start, stop in sorted(_span(x) for x in tensors if x.numel()):
             if spans and start < spans[-1][1]:
-                # overlapping views of one tensor form one region
+                # views of one tensor
                 spans[-1][1] = max(spans[-1][1], stop)
             else:
                 spans.append([start, stop])
         self.regions = [_region(start, stop) for start, stop in spans]
 
     def load(self, addresses: Any, size: int, programs: Any) -> Any:
-        """Load from addresses [n]: [n, size / 8] numbers of 8 bytes, or [n, 1] of `size`."""
+        """Load `size` bytes at each of [n] addresses: [n, size / 8] numbers of 8 bytes, or [n, 1] of `size`."""
         _check_alignment(addresses, size)
         out = np.empty((len(addresses), max(1, size // 8)), unsigned(min(size, 8)))
         for region, lanes in self._found(addresses, size):
@@ -90,7 +90,7 @@ class GlobalMemory:
             region.store(addresses[lanes], rows[lanes], size)
 
     def combine(self, function: Any, addresses: Any, values: Any, programs: Any) -> None:
-        """Combine the values of all lanes atomically, in any order."""
+        """Update memory atomically with every lane's value."""
         _check_alignment(addresses, values.dtype.itemsize)
         for region, lanes in self._found(addresses, values.dtype.itemsize):
             cells = region.held.view(values.dtype)
@@ -108,7 +108,7 @@ class GlobalMemory:
 
 
 class SharedMemory:
-    """Shared memory of `size` bytes for each program, initialised with ones, which are NaN as floats."""
+    """`size` bytes for each program, all ones at first: NaN as a float."""
 
     def __init__(self, programs: int, size: int) -> None:
         self.size, self.pitch = size, -(-max(size, 16) // 16) * 16

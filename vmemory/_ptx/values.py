@@ -1,4 +1,4 @@
-"""Convert numbers to and from registers: unsigned integers of 1, 2, 4 or 8 bytes (predicates: bool)."""
+"""Numbers as registers hold them: unsigned integers of 1, 2, 4 or 8 bytes (predicates: bool), of any shape."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vmemory._ptx.program import PtxError
 
 __all__ = ["NUMPY", "decode", "encode", "immediate", "resized", "unsigned", "width"]
 
-# NumPy has no bfloat16, so such values are computed in float32
+# NumPy has no bfloat16: such a value is float32 while one computes with it
 NUMPY = {
     "pred": np.dtype(bool),
     "f16": np.dtype(np.float16),
@@ -36,12 +36,12 @@ def unsigned(size: int) -> np.dtype:
 
 
 def resized(bits: Any, size: int) -> Any:
-    """Return the low bytes of `bits`, or `bits` extended with zeros."""
+    """Return the low bytes of `bits`, or `bits` with zeros above."""
     return bits if bits.dtype.itemsize == size else bits.astype(unsigned(size))
 
 
 def decode(bits: Any, kind: str) -> Any:
-    """Return the value in a register; a narrow type uses the low bytes."""
+    """Return the value in a register; a narrow type takes the low bytes."""
     if kind == "pred":
         return bits
     bits = resized(bits, width(kind))
@@ -51,7 +51,7 @@ def decode(bits: Any, kind: str) -> Any:
 
 
 def encode(value: Any, kind: str) -> Any:
-    """Return the register bits of a value, rounded to nearest even."""
+    """Return the bits of a value, rounded to the nearest number, halfway to even."""
     if kind == "pred":
         return value
     value = value.astype(NUMPY[kind], copy=False)
