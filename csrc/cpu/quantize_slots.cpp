@@ -17,7 +17,7 @@ std::tuple<Tensor, Tensor> quantize_slots(const Tensor& x_, int64_t bits) {
   Tensor scale = make(x, sizes, ScalarType::Float);
   sizes.push_back(stored);
   Tensor values = make(x, sizes, bits == 8 ? ScalarType::Char : ScalarType::Byte);
-  char* to = static_cast<char*>(values.mutable_data_ptr());
+  char* to = mutable_data<char>(values);
   dispatch_floating(x.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
     parallel(rows, kGrainBytes / (D * sizeof(T) + 1), [&](int64_t begin, int64_t end) {

@@ -50,8 +50,8 @@ void ring_push_(const Tensor& slots, const Tensor& count, const Tensor& frames_,
                 bytes = s.N * s.D * static_cast<int64_t>(slots.element_size());
   const Targets targets{streams_ ? data<int64_t>(streams) : nullptr, s.S};
   int64_t* counts = mutable_data<int64_t>(count);
-  char* to = static_cast<char*>(slots.mutable_data_ptr());
-  const char* from = static_cast<const char*>(frames.const_data_ptr());
+  char* to = mutable_data<char>(slots);
+  const char* from = data<char>(frames);
   const int64_t last = std::min(T, s.M);
   copy_pieces(rows * last, bytes, [&](int64_t item, int64_t first, int64_t n) {
     const int64_t row = item / last, t = T - last + item % last, stream = targets.of(row);
@@ -72,8 +72,8 @@ std::tuple<Tensor, Tensor> ring_read(const Tensor& slots_, const Tensor& count_)
   const int64_t* counts = data<int64_t>(count);
   int64_t* valid = mutable_data<int64_t>(held);
   for (int64_t stream = 0; stream < s.S; ++stream) valid[stream] = std::clamp<int64_t>(counts[stream], 0, s.M);
-  char* to = static_cast<char*>(out.mutable_data_ptr());
-  const char* from = static_cast<const char*>(slots.const_data_ptr());
+  char* to = mutable_data<char>(out);
+  const char* from = data<char>(slots);
   copy_pieces(s.S * s.M, bytes, [&](int64_t item, int64_t first, int64_t n) {
     const int64_t stream = item / s.M, k = item % s.M;
     char* row = to + item * bytes + first;
@@ -129,7 +129,7 @@ class Replace {
     if (!means_) return;
     for (int64_t row = 0; row < rows_; ++row)
       if (slot[row] >= 0)
-        std::memcpy(means_ + (targets_.of(row) * s_.M + slot[row]) * s_.D, mean.data() + row * s_.D, s_.D * sizeof(A));
+        std::copy_n(mean.data() + row * s_.D, s_.D, means_ + (targets_.of(row) * s_.M + slot[row]) * s_.D);
   }
 
  private:

@@ -162,9 +162,9 @@ std::vector<Tensor> compact(std::vector<Tensor> rows, const Tensor& keep_) {
     for (int64_t d = 2; d < x.dim(); ++d) sizes.push_back(x.size(d));
     out.push_back(make(x, sizes));
     const bool ones = out.size() > 1 && x.scalar_type() != ScalarType::Bool;
-    moves.push_back(
-        {static_cast<const char*>(in.back().const_data_ptr()), static_cast<char*>(out.back().mutable_data_ptr()),
-         row_size(x) * static_cast<int64_t>(x.element_size()), x.size(1), K, ones ? minus_one(x.scalar_type()) : 0});
+    moves.push_back({data<char>(in.back()), mutable_data<char>(out.back()),
+                     row_size(x) * static_cast<int64_t>(x.element_size()), x.size(1), K,
+                     ones ? minus_one(x.scalar_type()) : 0});
     total += moves.back().bytes;
   }
   const int64_t* from = data<int64_t>(keep);

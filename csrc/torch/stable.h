@@ -81,16 +81,25 @@ auto dispatch_stored(ScalarType type, F&& f) {
   }
 }
 
+// what an empty tensor points to: nothing is read or written there, but a null pointer must not be handed to memcpy
+// even for no bytes, nor be moved along
+inline void* nowhere() {
+  alignas(64) static char none[64];
+  return none;
+}
+
 template <class T>
 const T* data(const Tensor& t) {
   known(t);
-  return static_cast<const T*>(t.const_data_ptr());
+  const void* first = t.const_data_ptr();
+  return static_cast<const T*>(first ? first : nowhere());
 }
 
 template <class T>
 T* mutable_data(const Tensor& t) {
   known(t);
-  return static_cast<T*>(t.mutable_data_ptr());
+  void* first = t.mutable_data_ptr();
+  return static_cast<T*>(first ? first : nowhere());
 }
 
 // A large buffer is newly mapped each time, and touching it in 4 KB pages can cost more than computing its content.
