@@ -10,7 +10,8 @@ import typer
 from vmemory.cli.errors import Interrupted, UserError
 from vmemory.cli.terminal import error_line
 
-# each is a function with its module's name in this folder, imported on demand, because most need torch
+# each is a function, or a Typer of several, with its module's name in this folder, imported on demand, because most
+# need torch
 COMMANDS = {
     "stream": "Watch a video, and answer from what the memory still holds.",
     "ask": "Ask a saved memory.",
@@ -18,6 +19,7 @@ COMMANDS = {
     "chat": "Let a model watch, and ask it: type a question at any moment, an empty line or Ctrl-D to end.",
     "demo": "Watch Big Buck Bunny at one frame a second, ask about it, and measure how memories find moments again.",
     "localize": "Look up frames of a trailer in memories that watched the ten-minute film, and count which are found.",
+    "world": "Make videos of a world that nobody filmed, and questions whose answers are known.",
     "info": "Tell what was built, what loaded, and the reason for anything missing.",
 }
 
@@ -54,7 +56,10 @@ def _app(arguments: list[str]) -> typer.Typer:
     asked = next((word for word in arguments if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
         command = getattr(import_module(f"vmemory.cli.{name}"), name) if name == asked else _not_asked
-        app.command(name, short_help=summary, help=None if name == asked else summary)(command)
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=name, short_help=summary)
+        else:
+            app.command(name, short_help=summary, help=None if name == asked else summary)(command)
     return app
 
 
