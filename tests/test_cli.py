@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 from tests.commands import Run, clip, colours, expect_error, run
 from vmemory.cli import app
@@ -51,7 +52,8 @@ def test_timecode() -> None:
 def test_the_summaries_of_the_commands_are_those_of_their_functions() -> None:
     for name, summary in app.COMMANDS.items():
         command = getattr(import_module(f"vmemory.cli.{name}"), name)
-        assert command.__doc__.strip().splitlines()[0] == summary
+        text = command.info.help if isinstance(command, typer.Typer) else command.__doc__
+        assert text.strip().splitlines()[0] == summary
 
 
 def test_help_does_without_torch() -> None:

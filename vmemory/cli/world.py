@@ -17,7 +17,7 @@ world = typer.Typer(help="Make videos of a world that nobody filmed, and questio
 
 @world.callback()
 def _commands() -> None:
-    """Makes `make` a command of its own, though it is the only one."""
+    """Keep `make` a command of its own, though it is the only one."""
 
 
 @world.command()

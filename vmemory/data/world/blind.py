@@ -1,4 +1,4 @@
-"""What answers are worth that nobody looked for: the best guess of one who reads questions and sees nothing."""
+"""A baseline without eyes: the best guess of one who reads questions and sees nothing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vmemory.data.world.questions import Question
 
 
 def blind_accuracy(known: Sequence[Question], asked: Sequence[Question]) -> dict[str, float]:
-    """Share of right answers a kind, of one who knows the answers to other questions and no pictures.
+    """Measure the share of right answers a kind, of one who knows the answers to other questions and no pictures.
 
     The guess is the answer that was right most often for the same words, else for the same kind; of answers that were
     right as often the first in order of the alphabet.

@@ -15,7 +15,7 @@ _FOLLOWED = 8
 
 
 def world_item(world: World, video: str, questions: Sequence[Question]) -> dict[str, Any]:
-    """Questions as turns. Keys beside the format's: `kind` and `evidence` of a turn, `world` of the item."""
+    """Write questions as turns. Keys beside the format's: `kind` and `evidence` of a turn, `world` of the item."""
     turns: list[dict[str, Any]] = []
     for question in questions:
         evidence = None if question.evidence is None else list(question.evidence)
@@ -28,7 +28,7 @@ def world_item(world: World, video: str, questions: Sequence[Question]) -> dict[
 
 
 def tracking_item(world: World, video: str, rng: np.random.RandomState) -> dict[str, Any] | None:
-    """A card that is followed from a moment on, a box a second; None where no card stays for three seconds."""
+    """Follow a card from a moment on, a box a second; None where no card stays for three seconds."""
     staying = [i for i, card in enumerate(world.cards) if card.stop - card.start >= 3]
     if not staying:
         return None
@@ -52,7 +52,7 @@ def tracking_item(world: World, video: str, rng: np.random.RandomState) -> dict[
 
 
 def questions_of(item: dict[str, Any]) -> list[Question]:
-    """The questions of an item that `world_item` made, without the frames' placeholder.
+    """Read the questions of an item that `world_item` made, without the frames' placeholder.
 
     Raises:
         ValueError: It is another kind of item.
@@ -72,7 +72,10 @@ def questions_of(item: dict[str, Any]) -> list[Question]:
 def make_items(
     world: World, video: str, *, count: int = 12, kinds: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """The items of one world, the same for the same arguments: questions, and a card to follow if there is one."""
+    """Make the items of one world: questions, and a card to follow if there is one.
+
+    The same arguments give the same items.
+    """
     rng = np.random.RandomState(np.random.SeedSequence([VERSION, world.seed, world.seconds, count]).generate_state(8))
     tracking = tracking_item(world, video, rng)
     made = [world_item(world, video, ask_stream(world, rng, kinds, count))]
@@ -86,7 +89,7 @@ def _facts(world: World) -> dict[str, Any]:
 
 
 def world_of(facts: dict[str, Any]) -> World:
-    """The world that an item's `world` tells of.
+    """Build the world that an item's `world` tells of.
 
     Raises:
         ValueError: It was made by another version, whose seeds make other worlds.
@@ -97,5 +100,5 @@ def world_of(facts: dict[str, Any]) -> World:
 
 
 def view_of(world: World, time: float) -> View:
-    """All that a world has shown by a second."""
+    """Take all that a world has shown by a second into view."""
     return View(world, np.arange(int(time) + 1))

@@ -74,7 +74,7 @@ def make_worlds(
 
 
 def write_video(path: Path, world: World, fps: int = 1) -> None:
-    """A world as an H.264 video, with a frame at second 0."""
+    """Write a world as an H.264 video, with a frame at second 0."""
     import av
 
     with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:

@@ -44,7 +44,7 @@ class Seen(NamedTuple):
 
 
 class View:
-    """What some frames of a world show. Questions about a view can be answered from its frames.
+    """Things that some frames of a world show. Questions about a view can be answered from its frames.
 
     Args:
         world: The world.
@@ -103,16 +103,16 @@ class View:
         return NUMBERS[shown.value]
 
     def place(self, index: int) -> int:
-        """Place in `PLACES` of a frame."""
+        """Return the place in `PLACES` of a frame."""
         return int(self.world.place[self.frames[index]])
 
     def box(self, index: int, card: Seen) -> str:
-        """Where a frame shows a card."""
+        """Return the box in which a frame shows a card."""
         second = int(self.frames[index])
         return str(self.world.box(second, int(np.flatnonzero(self.world.card[second] == card.visit)[0])))
 
     def seconds(self, seen: Seen) -> Span:
-        """Seconds of the first and the last sight of a visit."""
+        """Return the seconds of the first and the last sight of a visit."""
         return float(self.frames[seen.first]), float(self.frames[seen.last])
 
     @property
@@ -122,7 +122,7 @@ class View:
 
 
 def _seen(shown: np.ndarray) -> list[Seen]:
-    """Visits in `[n]` numbers, -1 for none; each is one stretch of them."""
+    """Find the visits in `[n]` numbers, -1 for none; each is one stretch of them."""
     visits, first = np.unique(shown, return_index=True)
     last = len(shown) - 1 - np.unique(shown[::-1], return_index=True)[1]
     return [Seen(int(a), int(b), int(v)) for v, a, b in zip(visits, first, last, strict=True) if v >= 0]
@@ -205,7 +205,7 @@ def _past_when(view: View) -> Iterator[Found]:
 
 
 def _neighbours(view: View) -> Iterator[tuple[Seen, Seen]]:
-    """A gone card and the next to come, where nothing came together with either."""
+    """Yield each card with the next to come, where nothing came together with either."""
     for i, (one, two) in enumerate(zip(view.cards, view.cards[1:], strict=False)):
         apart = one.first < two.first and (i == 0 or view.cards[i - 1].first < one.first)
         if apart and (i + 2 == len(view.cards) or two.first < view.cards[i + 2].first):
@@ -268,7 +268,7 @@ KINDS: dict[str, tuple[Find, tuple[str, ...] | None]] = {
 
 
 def chance(kind: str, seconds: int) -> float:
-    """Share of right answers of one who draws from all that a kind can have as an answer.
+    """Compute the share of right answers of one who draws from all that a kind can have as an answer.
 
     What stands beside a card in a question leaves out answers with its colour or its shape: 35 pairs are left.
 
@@ -283,7 +283,7 @@ def chance(kind: str, seconds: int) -> float:
 
 
 def find(view: View, kind: str) -> list[Question]:
-    """Every question of a kind that a view has, in a fixed order.
+    """Find every question of a kind that a view has, in a fixed order.
 
     Raises:
         ValueError: An unknown kind.
@@ -294,8 +294,10 @@ def find(view: View, kind: str) -> list[Question]:
 
 
 def ask(view: View, rng: np.random.RandomState, kinds: Sequence[str] | None = None, count: int = 8) -> list[Question]:
-    """Up to `count` different questions about a view: a kind after the other in random order, for each a random answer
-    of those there are, and a random question that has it."""
+    """Draw up to `count` different questions about a view.
+
+    Kinds take turns in random order. Each question has a random answer of those that there are for its kind.
+    """
     order = list(kinds or KINDS)
     found = {kind: find(view, kind) for kind in order}
     asked: list[Question] = []
@@ -312,7 +314,7 @@ def ask(view: View, rng: np.random.RandomState, kinds: Sequence[str] | None = No
 def ask_stream(
     world: World, rng: np.random.RandomState, kinds: Sequence[str] | None = None, count: int = 12
 ) -> list[Question]:
-    """Up to `count` questions at moments of a whole stream, in order of time.
+    """Draw up to `count` questions at moments of a whole stream, in order of time.
 
     Kinds take turns. Each question has an answer that is drawn from all that its kind can have, and a moment at which
     it is true, behind the first quarter of the stream; where twenty moments show none, it has another answer.

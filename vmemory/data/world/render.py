@@ -40,7 +40,7 @@ class Sight(NamedTuple):
 
 
 def render(sights: Sequence[Sight], seed: int) -> np.ndarray:
-    """Pictures uint8 `[n, 64, 64, 3]`."""
+    """Draw pictures, uint8 `[n, 64, 64, 3]`."""
     out = np.empty((len(sights), SIDE, SIDE, 3), np.uint8)
     for i, sight in enumerate(sights):
         # a margin of one pixel takes what a card at the edge has beyond it
@@ -100,7 +100,7 @@ def _disc() -> np.ndarray:
 
 @cache
 def _card_masks() -> np.ndarray:
-    """Coverage of plate and figure, `[shape, dy, dx, 2, 18, 18]`, of a tile with a margin of one pixel."""
+    """Compute how far plate and figure cover each pixel of a tile and a margin of one: `[shape, dy, dx, 2, 18, 18]`."""
     side = TILE + 2
     out = np.zeros((6, 3, 3, 2, side, side), np.float32)
     y0, x0 = np.mgrid[:side, :side].astype(np.float32) + 0.5 - side / 2
@@ -114,7 +114,7 @@ def _card_masks() -> np.ndarray:
 
 
 def _inside(x: np.ndarray, y: np.ndarray, r: float) -> list[np.ndarray]:
-    """How many pixels each point lies inside of each shape of radius `r`, in the order of `SHAPES`."""
+    """Measure how many pixels each point lies inside of each shape of radius `r`, in the order of `SHAPES`."""
     far = np.hypot(x, y)
     bar = lambda a, b: np.minimum(0.34 * r - abs(a), r - abs(b))  # noqa: E731
     return [
@@ -129,7 +129,7 @@ def _inside(x: np.ndarray, y: np.ndarray, r: float) -> list[np.ndarray]:
 
 @cache
 def _digits() -> np.ndarray:
-    """`[10, 16, 16]` grey levels: white digits on a black plate."""
+    """Draw white digits on a black plate, grey levels `[10, 16, 16]`."""
     out = np.full((10, TILE, TILE), 15.0, np.float32)
     for value, rows in enumerate(_DIGITS):
         dots = np.array([[float(dot) for dot in row] for row in rows.split()], np.float32)

@@ -111,11 +111,13 @@ class World:
         self.number = number[self._clock]
 
     def _second(self, live: int) -> int:
-        """The first second that shows a second of the clock that stops while the picture is still."""
+        """Return the first second that shows a second of the clock that stops while the picture is still."""
         return int(np.searchsorted(self._clock, live))
 
     def box(self, second: int, half: int) -> list[float]:
-        """`[x1, y1, x2, y2]` of the tile of what a half shows, from 0 to 1 of the picture; to within a pixel its own.
+        """Return `[x1, y1, x2, y2]` of the tile in which a half shows a card, from 0 to 1 of the picture.
+
+        The card's own edges lie within one pixel of it.
 
         Raises:
             ValueError: The half is empty then.
@@ -127,7 +129,7 @@ class World:
         return [x / TILES for x in (column, row, column + 1, row + 1)]
 
     def render(self, times: np.ndarray | list[float] | None = None) -> np.ndarray:
-        """Pictures uint8 RGB `[n, 64, 64, 3]`.
+        """Draw pictures, uint8 RGB `[n, 64, 64, 3]`.
 
         Args:
             times: `[n]` seconds, fractions too; None = every second.
@@ -158,7 +160,7 @@ class World:
 
 
 def check_whole(name: str, value: int, least: int, most: int) -> None:
-    """Raise TypeError or ValueError where an argument is no whole number of a range."""
+    """Check that an argument is a whole number of a range; raise TypeError or ValueError otherwise."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected a whole number, got {value!r}")
     if not least <= value <= most:
@@ -172,12 +174,12 @@ def _layout(rng: np.random.RandomState, split: str) -> tuple[int, int]:
 
 
 def _between(rng: np.random.RandomState, low: int, high: int, pace: float) -> int:
-    """`low` to below `high` seconds at a pace, at least one."""
+    """Draw `low` to below `high` seconds at a pace, at least one."""
     return max(1, int(rng.randint(low, high) * pace))
 
 
 def _clock(rng: np.random.RandomState, seconds: int, pace: float) -> np.ndarray:
-    """For each second the second of the clock that stops while the picture is still."""
+    """Draw, for each second, the second of the clock that stops while the picture is still."""
     runs = np.ones(seconds, np.int64)
     at = _between(rng, 30, 120, pace)
     while at < seconds:
@@ -198,7 +200,7 @@ def _places(rng: np.random.RandomState, length: int, pace: float) -> np.ndarray:
 
 
 def _card_spans(rng: np.random.RandomState, length: int, pace: float) -> list[tuple[int, int, int]]:
-    """`(start, stop, half)` in order."""
+    """Draw when and where cards come, `(start, stop, half)` in order."""
     spans = []
     for half in (0, 1):
         at = int(rng.randint(0, 13) * pace) + half * int(rng.randint(0, 21) * pace)
@@ -210,7 +212,7 @@ def _card_spans(rng: np.random.RandomState, length: int, pace: float) -> list[tu
 
 
 def _looks(rng: np.random.RandomState, spans: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
-    """Colour and shape of each card."""
+    """Draw colour and shape of each card."""
     colours, shapes = rng.permutation(len(COLOURS)).tolist(), rng.permutation(len(SHAPES)).tolist()
     once: dict[int, tuple[int | None, int | None]] = {}
     if len(spans) >= _MANY:
@@ -238,7 +240,7 @@ def _pick(rng: np.random.RandomState, of: list[int]) -> int:
 def _numbers(
     rng: np.random.RandomState, length: int, pace: float
 ) -> tuple[list[tuple[int, int]], list[int], list[int]]:
-    """Spans, values and columns."""
+    """Draw spans, values and columns of the numbers."""
     spans: list[tuple[int, int]] = []
     values: list[int] = []
     at, value = int(rng.randint(0, 21) * pace), rng.randint(len(NUMBERS))
