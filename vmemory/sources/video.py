@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 
 from vmemory.sources.pictures import SUFFIXES
 from vmemory.sources.places import kind_of, place_of
-from vmemory.sources.readers import ArrayReader, ImageReader, Reader, SourceError
+from vmemory.sources.readers import ArrayReader, ImageReader, Picture, Reader, SourceError
 
 __all__ = ["Frame", "FrameSource", "SourceError"]
 
@@ -135,6 +135,26 @@ class FrameSource:
             length = "" if self.duration is None else f" (the source lasts {self.duration:.1f} s)"
             problems = "".join(f"; {problem}" for problem in reader.problems)
             raise SourceError(f"{self.name}: no frame {window}{length}{problems}")
+
+    @property
+    def rate(self) -> float | None:
+        """Pictures a second of the source, where it tells."""
+        return self._reader.rate
+
+    def pictures(self, start: float = 0.0) -> Generator[Picture, None, None]:
+        """Yield the pictures of the source from at or before `start`, each converted only when its `image` is called.
+
+        Here `fps`, `start` and `stop` of the source do not count. At the end `truncated`, `warning`, `dropped` and
+        `duration` are as after an iteration.
+        """
+        reader = self._reader
+        self.truncated, self.warning = False, None
+        reader.broken, reader.dropped = False, 0
+        reader.problems.clear()
+        yield from reader.read(start)
+        self.truncated, self.dropped, self.duration = reader.broken, reader.dropped, reader.duration
+        if reader.problems:
+            self.warning = f"{self.name}: {'; '.join(reader.problems)}"
 
 
 def _open_reader(

@@ -69,6 +69,7 @@ class World:
         card: `[seconds, 2]`, place in `cards` of what the left and the right half show, -1 for nothing.
         tile: `[seconds, 2]`, where that is: `row * 4 + column`, -1 for nothing.
         number: `[seconds]`, place in `numbers`, -1 for none.
+        number_tile: `[seconds]`, where that is, -1 for none.
         still: `[seconds]` bool, seconds that show the picture of the second before.
 
     Raises:
@@ -101,14 +102,13 @@ class World:
             tile[start:stop, half] = [at // 2 * TILES + 2 * half + at % 2 for at in stops]
         shown, values, columns = _numbers(rng, length, self.pace)
         self._shift = rng.randint(3, size=(length, 2, 2))
-        self._column = columns
         self.cards = [Card(self._second(a), self._second(b), *looks[i]) for i, (a, b, _) in enumerate(spans)]
         self.numbers = [Number(self._second(a), self._second(b), v) for (a, b), v in zip(shown, values, strict=True)]
-        number = np.full(length, -1)
+        number, number_tile = np.full(length, -1), np.full(length, -1)
         for i, (a, b) in enumerate(shown):
-            number[a:b] = i
+            number[a:b], number_tile[a:b] = i, (TILES - 1) * TILES + columns[i]
         self.place, self.card, self.tile = place[self._clock], card[self._clock], tile[self._clock]
-        self.number = number[self._clock]
+        self.number, self.number_tile = number[self._clock], number_tile[self._clock]
 
     def _second(self, live: int) -> int:
         """Return the first second that shows a second of the clock that stops while the picture is still."""
@@ -155,7 +155,7 @@ class World:
                 dy, dx = self._shift[live, half]
                 cards.append((int(self.tile[second, half]), look.colour, look.shape, int(dy), int(dx)))
         number = self.number[second]
-        digit = None if number < 0 else (int(self._column[number]), self.numbers[number].value)
+        digit = None if number < 0 else (int(self.number_tile[second]) % TILES, self.numbers[number].value)
         return Sight(moment, int(self.place[second]), cards, digit)
 
 
