@@ -88,7 +88,8 @@ def write_video(path: Path, world: World, fps: int = 1) -> None:
             pictures = world.render(numbers / fps)
             stream.width, stream.height = pictures.shape[2], pictures.shape[1]
             for number, picture in zip(numbers.tolist(), pictures, strict=True):
-                frame = av.VideoFrame.from_ndarray(picture, "rgb24")
+                # the encoder's own conversion does not give the same bytes each time
+                frame = av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format="yuv420p")
                 frame.pts, frame.time_base = number, Fraction(1, fps)
                 container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
