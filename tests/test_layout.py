@@ -36,9 +36,10 @@ BELOW = {
     "_attach": {"integrations"},
     "session": {"_attach", "sources"},
     "data": {"_attach", "sources", "_files"},
+    "train": {"data", "session"},
     "eval": {"data", "encoders", "search", "session"},
     "info": {"ops", "_host", "vmemory"},
-    "cli": {"eval", "info"},
+    "cli": {"eval", "train", "info"},
 }
 # the package's own __init__ gives names to everything
 BELOW["vmemory"] = set(BELOW) - {"cli"}

@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "Let a model watch, and ask it: type a question at any moment, an empty line or Ctrl-D to end.",
     "demo": "Watch Big Buck Bunny at one frame a second, ask about it, and measure how memories find moments again.",
     "localize": "Look up frames of a trailer in memories that watched the ten-minute film, and count which are found.",
+    "train": "Train a model by one of the package's recipes.",
     "world": "Make videos of a world that nobody filmed, and questions whose answers are known.",
     "info": "Tell what was built, what loaded, and the reason for anything missing.",
 }

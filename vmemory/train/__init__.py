@@ -1,0 +1,1 @@
+"""Training of video models, with and without a memory."""
