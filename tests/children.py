@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,9 @@ class _Child(subprocess.Popen):
     """`subprocess` forks without Python's hooks unless there is something to call in the child."""
 
     def __init__(self, *args, **options) -> None:
-        options["preexec_fn"] = options.get("preexec_fn") or _nothing
+        # a child of another thread than the first may crash in a call between fork and exec
+        if threading.current_thread() is threading.main_thread():
+            options["preexec_fn"] = options.get("preexec_fn") or _nothing
         super().__init__(*args, **options)
 
 

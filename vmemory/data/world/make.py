@@ -78,7 +78,6 @@ def write_video(path: Path, world: World, fps: int = 1) -> None:
     import av
 
     with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
-        # one thread writes the same bytes each time
         options = {"crf": "10", "threads": "1", "preset": "veryfast"}
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.pix_fmt = "yuv420p"
@@ -88,8 +87,7 @@ def write_video(path: Path, world: World, fps: int = 1) -> None:
             pictures = world.render(numbers / fps)
             stream.width, stream.height = pictures.shape[2], pictures.shape[1]
             for number, picture in zip(numbers.tolist(), pictures, strict=True):
-                # the encoder's own conversion does not give the same bytes each time
-                frame = av.VideoFrame.from_ndarray(picture, "rgb24").reformat(format="yuv420p")
+                frame = av.VideoFrame.from_ndarray(picture, "rgb24")
                 frame.pts, frame.time_base = number, Fraction(1, fps)
                 container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
