@@ -25,8 +25,8 @@ from torch import Tensor
 from benchmarks.conftest import processor
 from benchmarks.smollm2 import load, texts
 from vmemory import __version__
+from vmemory.kv import KVMemory
 from vmemory.kv.cache import new_cache
-from vmemory.kv.memory import KVMemory
 
 MAIN = ("recent", "attention")
 OTHERS = ("keys", "reservoir", "uniform", "similar", "hierarchical")

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from tests.tiny_vlms import tiny
-from vmemory.kv.memory import KVMemory
+from vmemory.kv import KVMemory
 
 TEXT = {
     "vocab_size": 200, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -12,8 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.kv_texts import BUDGET, CHUNK, FAMILIES, LENGTH, SPANS, make, prompt, text_model
 from vmemory.banks import HierarchicalBank
+from vmemory.kv import POLICIES, KVMemory
 from vmemory.kv.cache import new_cache
-from vmemory.kv.memory import POLICIES, KVMemory
 from vmemory.testing import assert_within_budget
 
 

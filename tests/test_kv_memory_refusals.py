@@ -11,8 +11,8 @@ import transformers
 
 from tests.kv_texts import text_model
 from tests.tiny_vlms import tiny
+from vmemory.kv import KVMemory
 from vmemory.kv.cache import new_cache
-from vmemory.kv.memory import KVMemory
 
 
 def test_caches_without_plain_rows_are_refused():

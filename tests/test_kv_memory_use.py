@@ -10,8 +10,8 @@ pytest.importorskip("transformers")
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tests.kv_texts import BUDGET, CHUNK, FAMILIES, make, prompt, text_model
+from vmemory.kv import POLICIES, KVMemory
 from vmemory.kv.cache import new_cache
-from vmemory.kv.memory import POLICIES, KVMemory
 
 
 @pytest.mark.parametrize("family", FAMILIES)

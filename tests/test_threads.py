@@ -148,7 +148,7 @@ def test_a_dual_memory_from_several_threads(tmp_path) -> None:
 def test_a_key_value_memory_lets_one_thread_in() -> None:
     pytest.importorskip("transformers")
     from tests.kv_texts import text_model
-    from vmemory.kv.memory import KVMemory
+    from vmemory.kv import KVMemory
 
     model = text_model()
     memory, ids, refused = KVMemory(16, "recent"), torch.arange(3, 27)[None], []

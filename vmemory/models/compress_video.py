@@ -118,7 +118,7 @@ def _at_once(clip: Clip, config: MemoryConfig, memory: Any = None) -> KeptVideo:
     elif not hasattr(memory, "compress"):
         memory = memory(dim=C, grid=(H, W), device=clip.frames.device, **like)
     made = memory.compress(clip.frames, clip.time, mask=clip.mask)
-    source = placed(made.source, clip.mask)
+    source = made.source if clip.mask is None else placed(made.source, clip.mask)
     return KeptVideo(made.tokens.to(clip.frames.dtype), source, (T, H, W), clip.mask, clip.tail)
 
 

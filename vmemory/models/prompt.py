@@ -83,7 +83,10 @@ def compress_prompt(
             positions = take(positions, 0)
         new["position_ids"] = with_text_row(positions, new.get("attention_mask")) if generating else positions
     tokens = [k.tokens if k.tail is None else torch.cat([k.tokens, k.tail.to(k.tokens)]) for k in kept]
-    new["mm_encoder_outputs"] = {adapter.modality: adapter.pack(output, tokens), **images(model, adapter, inputs)}
+    features = {adapter.modality: adapter.pack(output, tokens)}
+    if adapter.modality != "image" and inputs.get("pixel_values") is not None:
+        features["image"] = _image_features(model, adapter, inputs)
+    new["mm_encoder_outputs"] = features
     deltas = None if located is None else located[1] + dropped.to(located[1])
     read = new.get("attention_mask")
     read = torch.ones_like(new["input_ids"]) if read is None else read
@@ -110,12 +113,10 @@ def _encoded(
     return [compress_video(encoded(pieces), config, memory) for pieces in chunks], last[0]
 
 
-def images(model: nn.Module, adapter: Adapter, inputs: Inputs) -> dict[str, Any]:
+def _image_features(model: nn.Module, adapter: Adapter, inputs: Inputs) -> Any:
     """Encode the pictures beside the videos, because `forward` accepts either pixels or features."""
-    if adapter.modality == "image" or inputs.get("pixel_values") is None:
-        return {}
     get = adapter.feature_module(model).get_image_features
-    return {"image": get(**known_arguments(get, inputs), return_dict=True)}
+    return get(**known_arguments(get, inputs), return_dict=True)
 
 
 def keep_mask(
@@ -124,13 +125,14 @@ def keep_mask(
     """Return the mask of tokens `[B, L]` that stay, and per row the spans of frames without tokens."""
     L = ids.shape[1]
     places = (ids.flatten() == adapter.placeholder_id(model)).nonzero().flatten()
-    wanted = sum(k.tokens_before for k in kept)
+    counts = [k.tokens_before for k in kept]
+    wanted = sum(counts)
     if len(places) != wanted:
         raise ValueError(f"input_ids: expected {wanted} placeholders for the videos' tokens, got {len(places)}")
     keep = torch.ones(ids.numel(), dtype=torch.bool, device=ids.device)
     at, spans = 0, []
-    for k in kept:
-        mine = places[at : at + k.tokens_before]
+    for k, count in zip(kept, counts, strict=True):
+        mine = places[at : at + count]
         at += len(mine)
         source, tail = k.source.to(ids.device), 0 if k.tail is None else k.tail.shape[0]
         if k.mask is not None:

@@ -62,7 +62,9 @@ class PromptMemory:
             return False
         if inputs.get("input_ids") is None:
             raise ValueError(f"input_ids: expected ids beside {self.adapter.pixels}, got none")
-        self.check_cache(*cache_in(inputs))
+        name, cache = cache_in(inputs)
+        if cache is not None:
+            self.check_cache(name, cache)
         if self.adapter.generates_audio and inputs.get("output_hidden_states"):
             raise ValueError(
                 "output_hidden_states: expected False with a memory, got True; speech is made from the hidden states "
@@ -89,7 +91,7 @@ class PromptMemory:
 
     def shrink(self, inputs: Inputs, generating: bool) -> tuple[Inputs, Turn]:
         """Return the inputs for the model and the original prompt, and set the model's rope deltas."""
-        new = self.compress_prompt(inputs, generating)
+        new = compress_prompt(self.model, self.adapter, inputs, self.config, self.memory, generating=generating)
         self.record(new.videos)
         self.adapter.set_rope_deltas(self.model, new.rope_deltas)
         return new.inputs, new.turn
