@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, cycle
+from typing import TypeVar
 
 import pytest
+import torch
+
+T = TypeVar("T")
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def pairs_of(case: Mapping[str, Hashable]) -> set[Hashable]:
@@ -54,6 +59,13 @@ def parameters(item: pytest.Function) -> dict[str, Hashable]:
         found[",".join(names)] = tuple(values.pop(name) for name in names)
     # what is left comes from fixtures
     return found | values
+
+
+def types_in_turn(cases: Iterable[T]) -> list[tuple[T, torch.dtype]]:
+    """Pair the first case with every type and each other with one, since code is compiled anew for each pair."""
+    first, *others = cases
+    turns = zip(others, cycle(TYPES), strict=False)
+    return [*((first, dtype) for dtype in TYPES), *turns]
 
 
 def without_new_pairs(items: Iterable[pytest.Item]) -> set[pytest.Item]:

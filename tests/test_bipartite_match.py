@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.pairwise import types_in_turn
 from vmemory.ops import MergePlan, bipartite_match, merge_source
 from vmemory.reference import bipartite_match as reference
 from vmemory.testing import A100_SHARED_BYTES, compile_triton, layouts, poisoned, python, random_tensor
@@ -248,8 +249,10 @@ def arguments(metric: Tensor, r: int, protected: int = 0, cls: int | None = None
     return metric, r, rows if r == 0 else protected if cls is None else groups * cls, cls or 0, groups
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "r", "options"), [*CASES[:1], *CASES[3:6], ((1, 300, 40), 70, {}), *EDGES])
+@pytest.mark.parametrize(
+    ("shape", "r", "options", "dtype"),
+    [(*case, dtype) for case, dtype in types_in_turn([*CASES[:1], *CASES[3:6], ((1, 300, 40), 70, {}), *EDGES])],
+)
 def test_triton_matches(triton, shape, r, options, dtype):
     for metric in (random_tensor(*shape, dtype=dtype), tied(*shape, dtype=dtype)):
         actual = triton(MODULE, "bipartite_match", *arguments(metric, r, **options))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vmemory
+from tests.pairwise import types_in_turn
 from vmemory.ops import PooledGrid, grid_pool
 from vmemory.reference import grid_pool as reference
 from vmemory.testing import A100_SHARED_BYTES, assert_within_budget, compile_triton, layouts, poisoned, random_tensor
@@ -265,8 +266,7 @@ def test_bad_arguments(call, error, words):
         call()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "size", "mode"), SMALL)
+@pytest.mark.parametrize(("shape", "size", "mode", "dtype"), [(*case, dtype) for case, dtype in types_in_turn(SMALL)])
 def test_triton_matches_reference(triton, shape, size, mode, dtype):
     x = random_tensor(*shape, dtype=dtype)
     low, wide = run_reference(x, size, mode), run_reference(x.double(), size, mode)
@@ -274,8 +274,7 @@ def test_triton_matches_reference(triton, shape, size, mode, dtype):
     assert_within_budget(triton(MODULE, "grid_pool_stats", x, list(size), mode), low, wide)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "size", "mode"), SMALL)
+@pytest.mark.parametrize(("shape", "size", "mode", "dtype"), [(*case, dtype) for case, dtype in types_in_turn(SMALL)])
 def test_triton_backward(triton, shape, size, mode, dtype):
     x, cell = random_tensor(*shape, dtype=dtype), random_tensor(shape[0], shape[3], seed=5)
     grad = random_tensor(*reference.grid_pool(x, size, mode).shape, seed=4).to(dtype)

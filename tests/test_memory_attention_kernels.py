@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.attention import DTYPES, SHAPES, inputs, outputs, widened
 from tests.chains import in_either_order
+from tests.pairwise import types_in_turn
 from vmemory.reference import memory_attention as reference
 from vmemory.testing import A100_SHARED_BYTES, assert_within_budget, compile_triton, poisoned, random_tensor
 
@@ -15,8 +16,9 @@ MODULE = "vmemory.kernels.memory_attention"
 
 
 # one block and many, keys split between programs and not
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [*SHAPES[:3], SHAPES[4], *SHAPES[6:], (1, 60, 1, 40, 2, 150)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), types_in_turn([*SHAPES[:3], SHAPES[4], *SHAPES[6:], (1, 60, 1, 40, 2, 150)])
+)
 def test_triton_matches_reference(triton, shape, dtype):
     query, keys, values, count = inputs(*shape, dtype=dtype)
     out, stats = triton(MODULE, "memory_attention", query, keys, values, count, None, None, True)

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.pairwise import types_in_turn
 from vmemory.ops import dequantize_slots, quantize_slots, similarity_topk
 from vmemory.reference import quantize_slots as reference
 from vmemory.testing import A100_SHARED_BYTES, assert_within_budget, compile_triton, layouts, poisoned, random_tensor
@@ -256,8 +257,7 @@ def test_bad_arguments(call, error, words):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [*SHAPES[:4], (1, 2500), *SHAPES[6:], "odd"])
+@pytest.mark.parametrize(("shape", "dtype"), types_in_turn([*SHAPES[:4], (1, 2500), *SHAPES[6:], "odd"]))
 def test_triton_matches_reference(triton, shape, dtype, bits):
     x = odd_rows(dtype) if shape == "odd" else random_tensor(*shape, dtype=dtype)
     actual = triton(MODULE, "quantize_slots", x, bits)

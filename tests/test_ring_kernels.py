@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.pairwise import types_in_turn
 from tests.rings import DTYPES, NAN, SHAPES, VARIANTS, assert_same, copies, empty, push_both, replace_both
 from vmemory.ops import ring_push_, ring_read, slot_replace_
 from vmemory.reference import ring as reference
@@ -13,8 +14,10 @@ from vmemory.testing import A100_SHARED_BYTES, compile_triton, random_tensor
 MODULE = "vmemory.kernels.ring"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "frames"), [shape for shape in SHAPES if shape[0][3] < 1000])
+@pytest.mark.parametrize(
+    ("shape", "frames", "dtype"),
+    [(*case, dtype) for case, dtype in types_in_turn([shape for shape in SHAPES if shape[0][3] < 1000])],
+)
 def test_triton_push(triton, shape, frames, dtype):
     def push(slots, count, x, streams):
         triton(MODULE, "ring_push_", slots, count, x, streams)
@@ -22,8 +25,9 @@ def test_triton_push(triton, shape, frames, dtype):
     push_both(push, 4, shape, frames, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 5, 3, 7), (2, 0, 3, 4), (2, 3, 0, 4), (0, 3, 4, 5), (1, 2, 30, 300)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), types_in_turn([(2, 5, 3, 7), (2, 0, 3, 4), (2, 3, 0, 4), (0, 3, 4, 5), (1, 2, 30, 300)])
+)
 def test_triton_read(triton, shape, dtype):
     slots, count = empty(*shape, dtype=dtype)
     ring_push_(slots, count, random_tensor(shape[0], 4, *shape[2:], dtype=dtype))
@@ -32,8 +36,9 @@ def test_triton_read(triton, shape, dtype):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (2, 0, 3, 4), (1, 3, 25, 700), (1, 20, 3, 9)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"), types_in_turn([(2, 3, 5, 7), (2, 0, 3, 4), (1, 3, 25, 700), (1, 20, 3, 9)])
+)
 def test_triton_replace(triton, shape, dtype, variant):
     def replace(slots, count, frames, streams, level, means):
         return triton(MODULE, "slot_replace_", slots, count, means, frames, streams, level)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.pairwise import types_in_turn
 from tests.selection import DTYPES, clip, gradients, scores_with_ties
 from vmemory.ops import compact, select_tokens
 from vmemory.reference import select_tokens as reference
@@ -13,8 +14,10 @@ from vmemory.testing import A100_SHARED_BYTES, assert_within_budget, compile_tri
 MODULE = "vmemory.kernels.select_tokens"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "budget"), [(63, 17), (1000, 300), (5000, 4100), (40, 40), (7, 0), (0, 0)])
+@pytest.mark.parametrize(
+    ("tokens", "budget", "dtype"),
+    [(*case, dtype) for case, dtype in types_in_turn([(63, 17), (1000, 300), (5000, 4100), (40, 40), (7, 0), (0, 0)])],
+)
 def test_triton_selects(triton, tokens, budget, dtype):
     for scores in (scores_with_ties(2, tokens, dtype=dtype), random_tensor(2, tokens, dtype=dtype)):
         indices, count = triton(MODULE, "select_tokens", scores, [budget], None)
@@ -23,8 +26,7 @@ def test_triton_selects(triton, tokens, budget, dtype):
         assert torch.equal(count, expected[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("budgets", [[5, 0, 400], [30, 30], [], [1000]])
+@pytest.mark.parametrize(("budgets", "dtype"), types_in_turn([[5, 0, 400], [30, 30], [], [1000]]))
 def test_triton_selects_by_segment(triton, budgets, dtype):
     scores = scores_with_ties(2, 700, dtype=dtype)
     segments = torch.randint(-1, len(budgets) + 1, (2, 700), generator=torch.Generator().manual_seed(1))
@@ -35,8 +37,9 @@ def test_triton_selects_by_segment(triton, budgets, dtype):
         assert torch.equal(count, expected[1])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("length", "kept"), [(63, 21), (3, 40), (0, 4), (9, 0)])
+@pytest.mark.parametrize(
+    ("length", "kept", "dtype"), [(*case, dtype) for case, dtype in types_in_turn([(63, 21), (3, 40), (0, 4), (9, 0)])]
+)
 def test_triton_compacts(triton, length, kept, dtype):
     tokens, keep, *companions = clip(dtype, length, kept)
     rows = [tokens, *companions, companions[0].to(torch.int8)]

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.pairwise import types_in_turn
 from tests.similarity import FLOATING, METRICS, SHAPES, assert_finds, filters, memory_with_ties
 from vmemory.ops import quantize_slots, similarity_topk
 from vmemory.reference import quantize_slots as packing
@@ -177,8 +178,10 @@ def test_a_mapped_file_is_searched_without_a_copy(tmp_path):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("S", "Q", "M", "D", "k"), [(2, 3, 150, 21, 5), (1, 18, 70, 40, 3), (1, 2, 5, 0, 3)])
+@pytest.mark.parametrize(
+    ("S", "Q", "M", "D", "k", "dtype"),
+    [(*case, dtype) for case, dtype in types_in_turn([(2, 3, 150, 21, 5), (1, 18, 70, 40, 3), (1, 2, 5, 0, 3)])],
+)
 def test_triton_matches_reference(triton, S, Q, M, D, k, dtype, metric):
     query, (packed, scale, plain) = random_tensor(S, Q, D, dtype=dtype), packed_memory(S, M, D)
     chosen = filters(S, M)

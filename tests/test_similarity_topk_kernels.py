@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.pairwise import types_in_turn
 from tests.similarity import FLOATING, METRICS, SHAPES, assert_finds, filters, int8_memory, memory_with_ties
 from vmemory.ops.similarity_topk import similarity_topk
 from vmemory.reference import similarity_topk as reference
@@ -14,8 +15,7 @@ SMALL = [(2, 3, 300, 20, 5), (1, 1, 90, 8, 100), (1, 2, 700, 8, 70), (2, 2, 5, 0
 
 
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("S", "Q", "M", "D", "k"), SMALL)
+@pytest.mark.parametrize(("S", "Q", "M", "D", "k", "dtype"), [(*case, dtype) for case, dtype in types_in_turn(SMALL)])
 def test_triton_matches_reference(triton, S, Q, M, D, k, dtype, metric):
     query, memory = random_tensor(S, Q, D, dtype=dtype), memory_with_ties(S, M, D, dtype)
     memory[:, 9:10] = float("nan")
@@ -54,8 +54,7 @@ def search_to_differentiate(S, Q, M, D, k, dtype, metric, in_int8):
 
 @pytest.mark.parametrize("in_int8", [False, True])
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("S", "Q", "M", "D", "k"), SMALL)
+@pytest.mark.parametrize(("S", "Q", "M", "D", "k", "dtype"), [(*case, dtype) for case, dtype in types_in_turn(SMALL)])
 def test_triton_backward(triton, S, Q, M, D, k, dtype, metric, in_int8):
     plain, wide = search_to_differentiate(S, Q, M, D, k, dtype, metric, in_int8)
     actual = triton(MODULE, "similarity_topk_backward", *plain)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.pairwise import types_in_turn
 from vmemory.ops import (
     MergePlan,
     bipartite_match,
@@ -243,8 +244,7 @@ def test_bad_arguments(call, error, words):
         call()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("case", [CASES[0], (1, 300, 1100, 140, {}), CASES[3], *EDGES])
+@pytest.mark.parametrize(("case", "dtype"), types_in_turn([CASES[0], (1, 300, 1100, 140, {}), CASES[3], *EDGES]))
 def test_triton_matches(triton, case, dtype):
     x, plan, held = inputs(*case, dtype)
     place, order, start, _ = plan
