@@ -161,7 +161,7 @@ class BankLayout:
         if RULES[self.rule].victim == "both" and self.tiers > 1:
             raise ValueError(f"capacities: rule {self.rule!r} has one tier, got {self.tiers}")
         # computed here, because a compiler that traces a push cannot enter the lock of a cached property
-        self.kernel_args, self.descriptors, self.pooled_cells  # noqa: B018
+        self.kernel_args, self.pooled_cells  # noqa: B018
 
     @property
     def tiers(self) -> int:
