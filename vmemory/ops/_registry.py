@@ -19,10 +19,13 @@ OPS: dict[str, Op] = {}
 class Op:
     """An operator; `op("native", ...)` or `op("triton", ...)` runs one of its registered kernels."""
 
-    __slots__ = ("name", "native", "triton")
+    __slots__ = ("name", "native", "stem", "triton")
 
-    def __init__(self, name: str, schema: str, fake: Callable[..., Any], triton: bool = True) -> None:
-        self.name = name
+    def __init__(
+        self, name: str, schema: str, fake: Callable[..., Any], triton: bool = True, stem: str | None = None
+    ) -> None:
+        # the file in kernels/ that holds the launcher
+        self.name, self.stem = name, stem or name.removesuffix("_backward")
         OPS[name] = self
         self.native = self._define("vmemory", schema, fake)
         self.triton: Any = None
@@ -37,10 +40,7 @@ class Op:
 
     def _launch(self, *args: Any) -> Any:
         # imported at the first launch, because `import vmemory` must not need triton
-        stem = self.name
-        for suffix in ("_backward", "_push_", "_decide", "_plan", "_gather", "_stats"):
-            stem = stem.removesuffix(suffix)
-        return getattr(import_module(f"vmemory.kernels.{stem}"), self.name)(*args)
+        return getattr(import_module(f"vmemory.kernels.{self.stem}"), self.name)(*args)
 
     def __call__(self, impl: str, *args: Any) -> Any:
         return (self.native if impl == "native" else self.triton)(*args)

@@ -109,6 +109,7 @@ _decide = Op(
     "(Tensor norm, Tensor link, Tensor entry, Tensor order, Tensor counter, Tensor? streams, Tensor? victim, "
     f"{_LAYOUT}) -> Tensor",
     _fake_decide,
+    stem="bank",
 )
 _push = Op(
     "bank_push_",
@@ -116,6 +117,7 @@ _push = Op(
     "Tensor(g!) clock, Tensor(h!) order, Tensor(i!) counter, Tensor(j!) scale, Tensor frames, Tensor? time, "
     f"Tensor? mask, Tensor? streams, Tensor? victim, Tensor maps, {_LAYOUT}) -> ()",
     _fake_push,
+    stem="bank",
 )
 _plan = Op(
     "bank_plan",
@@ -123,17 +125,20 @@ _plan = Op(
     "int pooled_cells) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_plan,
+    stem="bank",
 )
 _gather = Op(
     "bank_gather",
     f"(Tensor frames, Tensor? mask, Tensor pooled, Tensor assign, Tensor entry, Tensor maps, {_LAYOUT}) -> "
     "(Tensor, Tensor)",
     _fake_gather,
+    stem="bank",
 )
 _gather_backward = Op(
     "bank_gather_backward",
     f"(Tensor grad, Tensor mass, Tensor? mask, Tensor assign, Tensor maps, int[] grid, {_LAYOUT}) -> Tensor",
     _fake_gather_backward,
+    stem="bank",
 )
 
 

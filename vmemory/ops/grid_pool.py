@@ -69,7 +69,12 @@ def _backward_fake(grad: Tensor, cell: Tensor | None, grid: list[int], mode: str
 
 
 _forward = Op("grid_pool", "(Tensor tokens, int[] size, str mode) -> Tensor", _fake)
-_stats = Op("grid_pool_stats", "(Tensor tokens, int[] size, str mode) -> (Tensor, Tensor, Tensor)", _stats_fake)
+_stats = Op(
+    "grid_pool_stats",
+    "(Tensor tokens, int[] size, str mode) -> (Tensor, Tensor, Tensor)",
+    _stats_fake,
+    stem="grid_pool",
+)
 # `cell [B, D]` holds the gradients of mean and norm; it is added to every cell of its frame
 _backward = Op("grid_pool_backward", "(Tensor grad, Tensor? cell, int[] grid, str mode) -> Tensor", _backward_fake)
 

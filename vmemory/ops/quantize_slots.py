@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vmemory.ops._checks import check_device, check_floating, check_tensor, shape_of
+from vmemory.ops._registry import Op
 from vmemory.ops._select import Backends, Impl, with_backends
-from vmemory.ops._stem import StemOp
 from vmemory.reference import quantize_slots as _reference
 
 _STEM = "quantize_slots"
@@ -39,12 +39,12 @@ def _fake_dequantize(values: Tensor, scale: Tensor, rows: Tensor | None, dim: in
     return scale.new_empty((*(scale if rows is None else rows).shape, dim), dtype=dtype)
 
 
-_quantize = StemOp(_STEM, "quantize_slots", "(Tensor x, int bits) -> (Tensor, Tensor)", _fake_quantize)
-_dequantize = StemOp(
-    _STEM,
+_quantize = Op("quantize_slots", "(Tensor x, int bits) -> (Tensor, Tensor)", _fake_quantize, stem=_STEM)
+_dequantize = Op(
     "dequantize_slots",
     "(Tensor values, Tensor scale, Tensor? rows, SymInt dim, ScalarType dtype) -> Tensor",
     _fake_dequantize,
+    stem=_STEM,
 )
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vmemory.ops._checks import check_choice, check_device, check_floating, check_same, check_tensor, shape_of
+from vmemory.ops._registry import Op
 from vmemory.ops._select import Backends, Impl, with_backends
-from vmemory.ops._stem import StemOp
 from vmemory.reference import ring as _reference
 
 _PUSH = Backends("ring_push_", cuda=True)
@@ -38,15 +38,15 @@ def _fake_replace(
     return count.new_empty((frames.shape[0],))
 
 
-_push = StemOp(
-    "ring", "ring_push_", "(Tensor(a!) slots, Tensor(b!) count, Tensor frames, Tensor? streams) -> ()", _fake_push
+_push = Op(
+    "ring_push_", "(Tensor(a!) slots, Tensor(b!) count, Tensor frames, Tensor? streams) -> ()", _fake_push, stem="ring"
 )
-_read = StemOp("ring", "ring_read", "(Tensor slots, Tensor count) -> (Tensor, Tensor)", _fake_read)
-_replace = StemOp(
-    "ring",
+_read = Op("ring_read", "(Tensor slots, Tensor count) -> (Tensor, Tensor)", _fake_read, stem="ring")
+_replace = Op(
     "slot_replace_",
     "(Tensor(a!) slots, Tensor(b!) count, Tensor(c!)? means, Tensor frames, Tensor? streams, str level) -> Tensor",
     _fake_replace,
+    stem="ring",
 )
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vmemory.ops._checks import check_device, check_floating, check_int, check_tensor, shape_of
+from vmemory.ops._registry import Op
 from vmemory.ops._select import Backends, Impl, with_backends
-from vmemory.ops._stem import StemOp
 from vmemory.reference import select_tokens as _reference
 
 _SELECT = Backends("select_tokens", cuda=True)
@@ -51,13 +51,13 @@ def _fake_compact_backward(grad: Tensor, keep: Tensor, length: int) -> Tensor:
     return grad.new_empty((grad.shape[0], length, *grad.shape[2:]))
 
 
-_select = StemOp(
-    _STEM, "select_tokens", "(Tensor scores, int[] budgets, Tensor? segments) -> (Tensor, Tensor)", _fake_select
+_select = Op(
+    "select_tokens", "(Tensor scores, int[] budgets, Tensor? segments) -> (Tensor, Tensor)", _fake_select, stem=_STEM
 )
 # the first tensor is padded with 0, the others with -1
-_compact = StemOp(_STEM, "compact", "(Tensor[] rows, Tensor keep) -> Tensor[]", _fake_compact)
-_compact_backward = StemOp(
-    _STEM, "compact_backward", "(Tensor grad, Tensor keep, SymInt length) -> Tensor", _fake_compact_backward
+_compact = Op("compact", "(Tensor[] rows, Tensor keep) -> Tensor[]", _fake_compact, stem=_STEM)
+_compact_backward = Op(
+    "compact_backward", "(Tensor grad, Tensor keep, SymInt length) -> Tensor", _fake_compact_backward, stem=_STEM
 )
 
 

@@ -10,8 +10,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from vmemory.ops._checks import check_device, check_floating, check_tensor, shape_of
+from vmemory.ops._registry import Op
 from vmemory.ops._select import Backends, Impl, with_backends
-from vmemory.ops._stem import StemOp
 from vmemory.ops.bipartite_match import MergePlan, check_plan
 from vmemory.reference import token_merge as _reference
 
@@ -54,18 +54,18 @@ def _fake_unmerge_backward(grad: Tensor, order: Tensor, start: Tensor) -> Tensor
     return grad.new_empty((start.shape[0], start.shape[1] - 1, grad.shape[2]))
 
 
-_merge = StemOp(
-    _STEM, "token_merge", "(Tensor x, Tensor? size, Tensor order, Tensor start) -> (Tensor, Tensor)", _fake_merge
+_merge = Op(
+    "token_merge", "(Tensor x, Tensor? size, Tensor order, Tensor start) -> (Tensor, Tensor)", _fake_merge, stem=_STEM
 )
-_merge_backward = StemOp(
-    _STEM,
+_merge_backward = Op(
     "token_merge_backward",
     "(Tensor grad, Tensor? size, Tensor total, Tensor place, Tensor start) -> Tensor",
     _fake_merge_backward,
+    stem=_STEM,
 )
-_unmerge = StemOp(_STEM, "token_unmerge", "(Tensor x, Tensor place) -> Tensor", _fake_unmerge)
-_unmerge_backward = StemOp(
-    _STEM, "token_unmerge_backward", "(Tensor grad, Tensor order, Tensor start) -> Tensor", _fake_unmerge_backward
+_unmerge = Op("token_unmerge", "(Tensor x, Tensor place) -> Tensor", _fake_unmerge, stem=_STEM)
+_unmerge_backward = Op(
+    "token_unmerge_backward", "(Tensor grad, Tensor order, Tensor start) -> Tensor", _fake_unmerge_backward, stem=_STEM
 )
 
 
