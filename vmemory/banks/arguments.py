@@ -64,6 +64,21 @@ def check_seconds(times: Tensor, held: tuple[Tensor, Tensor] | None = None, stre
         raise ValueError("time: expected strictly increasing seconds along the frames")
 
 
+def with_streams(frames: Any, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return frames `[S, T, H, W, D]` and their mask, from those of many streams or `[T, H, W, D]` of one.
+
+    Raises:
+        TypeError, ValueError: Something else.
+    """
+    if not isinstance(frames, Tensor):
+        raise TypeError(f"frames: expected a tensor [S, T, H, W, D] or [T, H, W, D], got {type(frames).__name__}")
+    if frames.dim() == 5:
+        return frames, mask
+    if frames.dim() != 4:
+        raise ValueError(f"frames: expected [S, T, H, W, D] or [T, H, W, D], got shape {shape_of(frames)}")
+    return frames[None], None if mask is None else mask[None]
+
+
 def on_device(times: Tensor, device: torch.device) -> Tensor:
     """Move times to the frames' device; from the host to a CUDA device without waiting.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vmemory.banks import history
 from vmemory.banks.archive.archive import Archive
-from vmemory.banks.arguments import Times, as_streams, as_times, check_rows, check_seconds, on_device
+from vmemory.banks.arguments import Times, as_streams, as_times, check_rows, check_seconds, on_device, with_streams
 from vmemory.banks.interrupts import delayed_interrupts
 from vmemory.banks.io import BankFile
 from vmemory.banks.layout import clamped, make_layout
@@ -163,7 +163,7 @@ class Bank(nn.Module):
 
     @property
     def quantized(self) -> bool:
-        """Whether tokens are stored in 8 or 4 bits."""
+        """True if tokens are stored in 8 or 4 bits."""
         return not self.slots.dtype.is_floating_point
 
     @property
@@ -190,7 +190,7 @@ class Bank(nn.Module):
 
     @property
     def compares(self) -> bool:
-        """Whether the content of frames decides which frames are held; else their numbers alone do."""
+        """True if the content of frames decides which are held, False if their numbers alone do."""
         return RULES[self.layout.rule].choose in ("adjacent", "all")
 
     def bytes_in_use(self, stream: int = 0) -> int:
@@ -315,14 +315,9 @@ class Bank(nn.Module):
         archive.pushed(frame.shape[0])
 
     def _arrange(self, frames: Tensor, time: Times, mask: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if not isinstance(frames, Tensor):
-            raise TypeError(f"frames: expected a tensor [S, T, H, W, D] or [T, H, W, D], got {type(frames).__name__}")
-        if frames.dim() not in (4, 5):
-            raise ValueError(f"frames: expected [S, T, H, W, D] or [T, H, W, D], got shape {shape_of(frames)}")
+        frames, mask = with_streams(frames, mask)
         if self.adapter is not None:
             frames = self.adapter(frames)
-        if frames.dim() == 4:
-            frames, mask = frames[None], None if mask is None else mask[None]
         S, T = frames.shape[:2]
         if time is None:
             return frames, mask, None
@@ -486,9 +481,9 @@ class Bank(nn.Module):
 
     @locked
     def reset(self, streams: Sequence[int] | None = None) -> None:
-        """Remove everything from all streams or from those named, in the archive too; synchronises the host then.
+        """Remove everything from all streams or from those named, in the archive too; with an archive it synchronises.
 
-        Of all streams it also makes a bank whole that `to_empty` brought from the meta device.
+        Without `streams` it also fills the constant tables of a bank that `to_empty` moved from the meta device.
 
         Raises:
             TypeError, ValueError: No such stream; nothing has changed then.

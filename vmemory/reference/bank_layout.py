@@ -86,7 +86,7 @@ class BankState(NamedTuple):
 
     @property
     def quantized(self) -> bool:
-        """Whether tokens are stored in 8 or 4 bits."""
+        """True if tokens are stored in 8 or 4 bits."""
         return not self.slots.dtype.is_floating_point
 
 

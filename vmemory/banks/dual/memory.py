@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vmemory.banks.archive.archive import Archive
-from vmemory.banks.arguments import Times, as_streams, as_times, check_rows, check_seconds, on_device
+from vmemory.banks.arguments import Times, as_streams, as_times, check_rows, check_seconds, on_device, with_streams
 from vmemory.banks.dual.rules import RULES, overwrite_entropy
 from vmemory.banks.dual.state import DualState, capacity_within, check_dual_state, new_state
 from vmemory.banks.dual.step import DualWeights, MemoryReader, run
@@ -303,14 +303,9 @@ class DualMemory(nn.Module):
 
     def _arrange(self, frames: Tensor, mask: Tensor | None, any_size: bool = False) -> tuple[Tensor, Tensor | None]:
         """Return frames `[S, T, N, D]` and mask `[S, T, N]`; `any_size` = any grid, and at least key_dim channels."""
-        if not isinstance(frames, Tensor):
-            raise TypeError(f"frames: expected a tensor [S, T, H, W, D] or [T, H, W, D], got {type(frames).__name__}")
-        if frames.dim() not in (4, 5):
-            raise ValueError(f"frames: expected [S, T, H, W, D] or [T, H, W, D], got shape {shape_of(frames)}")
+        frames, mask = with_streams(frames, mask)
         if self.adapter is not None:
             frames = self.adapter(frames)
-        if frames.dim() == 4:
-            frames, mask = frames[None], None if mask is None else mask[None]
         H, W = frames.shape[-3:-1] if any_size else self.grid
         D = max(frames.shape[-1], self.key_dim) if any_size else self.dim
         if frames.shape[-3:] != (H, W, D):
