@@ -270,3 +270,12 @@ def test_command(run: Run, tmp_path: Path) -> None:
     expect_error(run("world", "make", tmp_path / "x", "--items", 0), "items: expected 1 to .*, got 0")
     expect_error(run("world", "make", tmp_path / "x", "--split", "dev"), "split: expected one of")
     assert not (tmp_path / "x").exists()
+
+
+def test_the_blind_baseline_is_a_command(run: Run) -> None:
+    code, out, _err = run("world", "blind", "--seconds", 40, "--known", 20, "--asked", 8)
+    assert code == 0
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[1:]}
+    assert set(rows) <= set(KINDS)
+    assert rows["past_seen"][0] == "0.500"
+    assert all(0 <= float(right) <= 1 and int(count) <= 8 for _, right, count in rows.values())

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 
 from vmemory.cli.common import check_writable
 from vmemory.cli.errors import user_input
 from vmemory.cli.terminal import Terminal
-from vmemory.data.world import make_worlds
+from vmemory.data.world import KINDS, World, ask_stream, blind_accuracy, chance, make_worlds
 
 world = typer.Typer(help="Make videos of a world that nobody filmed, and questions whose answers are known.")
 
 
 @world.callback()
 def _commands() -> None:
-    """Keep `make` a command of its own, though it is the only one."""
+    """Name the group, whose commands follow."""
 
 
 @world.command()
@@ -40,3 +42,30 @@ def make(
             done=lambda count: status.update(f"worlds are drawn: {count} of {items}"),
         )  # fmt: skip
     terminal.line(f"{items} world{'s' if items > 1 else ''} of {seconds} s: {meta}")
+
+
+@world.command()
+def blind(
+    seconds: Annotated[int, typer.Option(help="Length of each world.")] = 60,
+    known: Annotated[int, typer.Option(help="Worlds of the training split whose answers are known.", min=1)] = 250,
+    asked: Annotated[int, typer.Option(help="Worlds of the test split that are asked about.", min=1)] = 120,
+) -> None:
+    """Measure how many questions are answered right by someone who sees no picture, kind by kind."""
+    with user_input():
+        given, wanted = (
+            [
+                question
+                for number in range(count)
+                for question in ask_stream(
+                    World(number, seconds, split=split), np.random.RandomState([number, 5]), count=16
+                )
+            ]
+            for split, count in (("train", known), ("test", asked))
+        )
+        right = blind_accuracy(given, wanted)
+    terminal = Terminal()
+    counts = Counter(question.kind for question in wanted)
+    terminal.line(f"{'kind':18} chance   blind   questions")
+    for kind in KINDS:
+        if kind in right:
+            terminal.line(f"{kind:18} {chance(kind, seconds):6.3f}  {right[kind]:6.3f}  {counts[kind]:10}")
