@@ -6,15 +6,10 @@ import torch
 import triton.language as tl
 
 from vmemory.kernels._launch import jit, power_of_two
+from vmemory.kernels._math import exp
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(-float("inf"))
 """The largest score of a query without a key."""
-
-
-@jit
-def exp(x):
-    return tl.exp2(x * _LOG2E)
 
 
 @jit
@@ -48,13 +43,13 @@ def load_scales(scale, stream, head, start, end, rows, G, BLOCK: tl.constexpr):
 
 
 @jit
-def soften(s, most, total):
+def soften(s, most, total, FINE: tl.constexpr):
     """Update the online softmax with scores: return exp(s - largest), exp(most - largest), largest and sum."""
     largest = tl.maximum(most, tl.max(s, 1))
     # -inf - (-inf) would be NaN for a query whose scores so far are all -inf
     base = tl.where(largest == NOTHING, 0.0, largest)
-    p = exp(s - base[:, None])
-    shrink = exp(most - base)
+    p = exp(s - base[:, None], FINE)
+    shrink = exp(most - base, FINE)
     return p, shrink, largest, total * shrink + tl.sum(p, 1)
 
 

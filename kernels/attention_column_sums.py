@@ -16,7 +16,6 @@ from torch import Tensor
 from vmemory.kernels._attention import (
     NOTHING,
     blocks,
-    exp,
     head_of,
     key_shares,
     load_rows,
@@ -26,6 +25,7 @@ from vmemory.kernels._attention import (
     store_stats,
 )
 from vmemory.kernels._launch import device_of, jit
+from vmemory.kernels._math import exp
 
 
 @jit
@@ -38,7 +38,7 @@ def _last(start, N, M, CAUSAL: tl.constexpr):
 def _weights(q, k, most, total, i, j, N, M, SCALE, CAUSAL: tl.constexpr):
     """Compute weights `[BLOCK_N, BLOCK_M]` of keys j for queries i; 0 for pairs that are hidden or do not exist."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
-    p = exp(s - most[:, None]) / total[:, None]
+    p = exp(s - most[:, None], q.dtype == tl.float32) / total[:, None]
     return tl.where(_seen(i, j, N, M, CAUSAL), p, 0.0)
 
 
@@ -72,7 +72,7 @@ def _attention_column_sums_stats_kernel(
         k = load_rows(k_head, start, M, G, E, BLOCK_M, BLOCK_E)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
         s = tl.where(_seen(i, j, N, M, CAUSAL), s, NOTHING)
-        _, _, most, total = soften(s, most, total)
+        _, _, most, total = soften(s, most, total, q.dtype == tl.float32)
     if WHOLE:
         most = tl.where(most == NOTHING, 0.0, most)
     store_stats(stats + split * 2 * S * G * N, program, i, N, S, G, most, total)

@@ -12,23 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from vmemory.kernels._launch import device_of, jit, power_of_two
-
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
-
-
-@jit
-def _exp(x):
-    """Compute exp(x) with a correction of the rounding of x · log2(e), whose error grows with x."""
-    whole = x * _LOG2E
-    rest = tl.fma(x, tl.full(x.shape, _LOG2E, tl.float32), -whole) * _LN2
-    y = tl.exp2(whole)
-    return tl.where(tl.abs(whole) < 120.0, y + y * rest, y)
+from vmemory.kernels._math import exp
 
 
 @jit
 def _sigmoid(x):
-    return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + _exp(-x))
+    return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + exp(-x))
 
 
 @jit
@@ -46,7 +35,7 @@ def _slope(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         return tl.where(x <= 0, 0.0, 1.0)
     elif ACTIVATION == "gelu":
-        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * _exp(-0.5 * x * x)
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * exp(-0.5 * x * x)
     else:
         s = _sigmoid(x)
         return s * (1.0 + x * (1.0 - s))

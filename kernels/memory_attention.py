@@ -15,7 +15,6 @@ from torch import Tensor
 from vmemory.kernels._attention import (
     NOTHING,
     blocks,
-    exp,
     head_of,
     key_shares,
     load_rows,
@@ -26,6 +25,7 @@ from vmemory.kernels._attention import (
     store_stats,
 )
 from vmemory.kernels._launch import device_of, jit
+from vmemory.kernels._math import exp
 
 
 @jit
@@ -62,7 +62,7 @@ def _memory_attention_fwd_kernel(
         if QUANTIZED:
             s *= load_scales(key_scale, stream, head, start, end, M * ROWS, G, BLOCK_M)[None, :]
         s = tl.where((j < end)[None, :], s, NOTHING)
-        p, shrink, most, total = soften(s, most, total)
+        p, shrink, most, total = soften(s, most, total, q.dtype == tl.float32)
         v = load_rows(v_head, start, end, G, E, BLOCK_M, BLOCK_E)
         if QUANTIZED:
             factor = load_scales(value_scale, stream, head, start, end, M * ROWS, G, BLOCK_M)
@@ -140,7 +140,7 @@ def _memory_attention_slots_bwd_kernel(
         q = load_rows(q_head, start, N, G, E, BLOCK_N, BLOCK_E)
         most, total = load_stats(stats, program, i, N, S, G)
         s = tl.dot(k, tl.trans(q), input_precision="ieee") * SCALE
-        p = exp(s - most[None, :]) / total[None, :]
+        p = exp(s - most[None, :], q.dtype == tl.float32) / total[None, :]
         p = tl.where((j < valid)[:, None] & (i < N)[None, :], p, 0.0)
         g = load_rows(g_head, start, N, G, E, BLOCK_N, BLOCK_E)
         to_v += tl.dot(p.to(g.dtype), g, input_precision="ieee")
@@ -177,7 +177,7 @@ def _memory_attention_query_bwd_kernel(
             s *= factor[None, :]
             if q.dtype != tl.float32:
                 k = (k.to(tl.float32) * factor[:, None]).to(q.dtype)
-        p = tl.where((j < valid)[None, :], exp(s - most[:, None]) / total[:, None], 0.0)
+        p = tl.where((j < valid)[None, :], exp(s - most[:, None], q.dtype == tl.float32) / total[:, None], 0.0)
         v = load_rows(v_head, start, valid, G, E, BLOCK_M, BLOCK_E)
         if QUANTIZED:
             factor = load_scales(value_scale, stream, head, start, valid, M * ROWS, G, BLOCK_M)
