@@ -27,7 +27,7 @@ def main(given: list[str] | None = None) -> list[tuple[int, int, int]]:
         session.push(frame, time=i / 2)
         if i % 16 == 15:
             answer = session.ask("What happened so far?", **GREEDY)
-            seen.append((session.tower_calls, session.num_tokens, session.nbytes))
+            seen.append((session.tower.calls, session.num_tokens, session.nbytes))
             print(f"{i / 2:5.1f} s: {seen[-1][1]} visual tokens, {seen[-1][2] / 2**10:.0f} KiB; answer {answer!r}")
     print("in pieces:", list(session.stream_generate("And in the end?", **GREEDY)))
     with TemporaryDirectory() as folder:

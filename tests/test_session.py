@@ -92,13 +92,13 @@ def test_a_session_equals_the_whole_video_at_once(family):
             assert torch.equal(prompt["input_ids"], offline["input_ids"])
             if "position_ids" in offline:
                 assert torch.equal(prompt["position_ids"], offline["position_ids"])
-            calls = session.tower_calls
+            calls = session.tower.calls
             for _ in range(2):
                 out = session.ask(input_ids=asked, video_ids=video_ids, **GREEDY)
                 assert torch.equal(out.sequences[:, -5:], wanted.sequences[:, -5:])
                 for a, b in zip(out.logits, wanted.logits, strict=True):
                     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
-            assert session.tower_calls == calls
+            assert session.tower.calls == calls
 
 
 @pytest.mark.parametrize("policy", POLICIES)

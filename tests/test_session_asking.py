@@ -85,11 +85,11 @@ def test_a_frame_that_waits_for_its_pair_is_seen_as_if_it_came_twice(words, fami
             # a time just behind, which text and positions round away
             twice.push(frames[n], n + 1e-6)
         assert same_prompt(asked, twice)
-        calls = asked.tower_calls
+        calls = asked.tower.calls
         assert isinstance(asked.ask("what happens?", **GREEDY), str)
-        assert asked.tower_calls == calls
+        assert asked.tower.calls == calls
     # each frame that waited once more, beside the pairs
-    assert asked.tower_calls == (11 if together == 1 else 5 + 6)
+    assert asked.tower.calls == (11 if together == 1 else 5 + 6)
     assert torch.equal(asked.memory.read().tokens, never.memory.read().tokens)
     assert same_prompt(asked, never)
     asked.reset()

@@ -51,6 +51,19 @@ class PromptPrefix:
             rows: Number of rows of the cache, for beams or several answers.
             still: Returns whether `seen` is still mask; the cache is not kept if another thread has changed the video.
         """
+        cache = self.cache(inputs, seen, rows, still)
+        if cache is None:
+            return inputs
+        rest = {name: x for name, x in inputs.items() if name != "mm_encoder_outputs"}
+        places = rest.get("position_ids")
+        if places is not None:
+            # the model keeps its rope deltas between calls, so they must be those of this prompt
+            length = inputs["input_ids"].shape[1]
+            self.adapter.set_rope_deltas(self.model, places[1:, :, -1:].amax(0) + 1 - length)
+        return {**rest, cache_argument(self.model): cache}
+
+    def cache(self, inputs: Inputs, seen: tuple[object, ...], rows: int, still: Callable[[], bool]) -> Any:
+        """Return a copy of the cache, as in `continued`; None if the model's cache cannot have several rows."""
         ids = inputs["input_ids"]
         end = int((ids[0] == self.adapter.placeholder_id(self.model)).nonzero()[-1]) + 1
         key, kept = (*seen, ids[0, :end].tolist()), self._kept
@@ -63,13 +76,8 @@ class PromptPrefix:
                 self._kept = None
         if rows > 1 and not all(hasattr(layer, "batch_repeat_interleave") for layer in kept[1].layers):
             # a cache with linear attention layers cannot be copied
-            return inputs
-        rest = {name: x for name, x in inputs.items() if name != "mm_encoder_outputs"}
-        places = rest.get("position_ids")
-        if places is not None:
-            # the model keeps its rope deltas between calls, so they must be those of this prompt
-            self.adapter.set_rope_deltas(self.model, places[1:, :, -1:].amax(0) + 1 - ids.shape[1])
+            return None
         cache = copy.deepcopy(kept[1])
         if rows > 1:
             cache.batch_repeat_interleave(rows)
-        return {**rest, cache_argument(self.model): cache}
+        return cache

@@ -61,15 +61,25 @@ def text_ids(
         ValueError: The chat template does not write exactly one placeholder for a video.
     """
     tokenizer = tokenizer_of(processor)
-    content = [{"type": adapter.modality}, {"type": "text", "text": text}]
-    chat = [{"role": "user", "content": content}]
-    written: str = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    token = tokenizer.convert_ids_to_tokens(adapter.placeholder_id(model))
-    if written.count(token) != 1:
-        raise ValueError(f"processor: expected a chat template that writes {token!r} once, got {written!r}")
+    written, token = chat_text(adapter, processor, text, adapter.placeholder_id(model))
     video = adapter.video_text([(h.time, len(h.cells)) for h in held], token, tail)
     ids: Tensor = tokenizer(written.replace(token, video), return_tensors="pt", add_special_tokens=False)["input_ids"]
     return ids
+
+
+def chat_text(adapter: Adapter, processor: Processor, text: str, placeholder: int) -> tuple[str, str]:
+    """Return a question in the processor's chat template, and the placeholder that stands for the video in it.
+
+    Raises:
+        ValueError: The chat template does not write exactly one placeholder for a video.
+    """
+    content = [{"type": adapter.modality}, {"type": "text", "text": text}]
+    chat = [{"role": "user", "content": content}]
+    written: str = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    token: str = tokenizer_of(processor).convert_ids_to_tokens(placeholder)
+    if written.count(token) != 1:
+        raise ValueError(f"processor: expected a chat template that writes {token!r} once, got {written!r}")
+    return written, token
 
 
 def ids_with_video(ids: Tensor, placeholder: int, video: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from vmemory._attach import adapter_of, attached, base_of
 from vmemory.banks import BankFile, BankFileError, MemoryTokens, SearchResult, load
 from vmemory.banks.config import ConfigLike, MemoryConfig
 from vmemory.banks.lock import MemoryLock, locked
-from vmemory.models.adapter import Clip, Encoded, Inputs, device_of, dtype_of, on_device
+from vmemory.models.adapter import Clip, Inputs, device_of, dtype_of
 from vmemory.models.hooks import generation_setting
 from vmemory.models.memories import Memory, MemoryFactory, is_factory
 from vmemory.ops._checks import check_choice, check_int
@@ -35,6 +35,8 @@ from vmemory.session.prompt import (
     tokenizer_of,
 )
 from vmemory.session.short_stream import ShortStream
+from vmemory.session.together import after_video, answer_together
+from vmemory.session.tower import Tower
 from vmemory.sources.frames import FramesLike, TimeLike, as_frames, seconds_of
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ class VideoSession:
 
     Attributes:
         memory: The memory; None until the first frames fix its size.
-        tower_calls: Number of calls of the vision tower so far.
+        tower: The vision tower, which sessions of a group share; `tower.calls` counts its calls.
 
     Raises:
         TypeError: `memory` is none of the above.
@@ -137,7 +139,7 @@ class VideoSession:
         self.fps, self.frame_size, self.frame_tokens = fps, frame_size, frame_tokens
         self.time_origin, self.reuse_prefix = time_origin, reuse_prefix
         self.gate, self.on_push = gate, list(on_push)
-        self.tower_calls = 0
+        self.tower = Tower(self.model, self.adapter, processor)
         self._waiting: list[tuple[Tensor, float]] = []
         self._pair: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._frames, self._last = 0, -math.inf
@@ -193,7 +195,7 @@ class VideoSession:
         if self._waiting:
             raise ValueError("inputs: expected no frame that waits for its pair before ready inputs, got one")
         given = None if time is None else seconds_of(time)
-        clip, output = self._one_video(self.adapter.encode(self.model, on_device(self.model, inputs)))
+        clip, output = self.tower.inputs(inputs)
         together = self.adapter.temporal_patch_size(self.model)
         seconds = [self._numbered(t * together) for t in range(len(clip.frames))] if given is None else given
         self._remember(clip, output, seconds)
@@ -242,16 +244,10 @@ class VideoSession:
         stack, times = torch.stack([frame for frame, _ in frames]), [t for _, t in frames]
         together = self.adapter.temporal_patch_size(self.model)
         size = self.frame_size or self.adapter.frame_size(self.model, _size(stack), self.frame_tokens)
-        clip, output = self._one_video(self.adapter.encode_frames(self.model, stack, self.processor, size))
+        clip, output = self.tower.frames(stack, size)
         self.frame_size = size
         groups = range(0, len(frames), together)
         return clip, output, [self.adapter.frame_time(times[i], times[i + together - 1]) for i in groups]
-
-    def _one_video(self, encoded: Encoded) -> tuple[Clip, Any]:
-        if len(encoded.clips) != 1:
-            raise ValueError(f"inputs: expected one video, got {len(encoded.clips)}")
-        self.tower_calls += 1
-        return encoded.clips[0], encoded.output
 
     def _remember(self, clip: Clip, output: Any, seconds: list[float]) -> None:
         memory = self._fitting(clip)
@@ -474,6 +470,42 @@ class VideoSession:
             `generate`, whose sequences include the prompt.
         """
         return self._answer(*self._asked(text, input_ids, video_ids), text, generation)
+
+    @torch.no_grad()
+    def ask_all(self, texts: Sequence[str], max_new_tokens: int = 64) -> list[str]:
+        """Answer several questions about the stream, each as if it were the only one, for the price of one prompt.
+
+        The model reads the video once and writes all answers at the same time, greedily.
+
+        Args:
+            texts: The questions.
+            max_new_tokens: Largest number of tokens of an answer.
+
+        Returns:
+            The answers, in the order of the questions.
+
+        Raises:
+            ValueError: As `ask`.
+        """
+        if not texts:
+            return []
+        check_int("max_new_tokens", max_new_tokens, low=1)
+        for text in texts:
+            if not text.strip():
+                raise ValueError("text: expected a question, got an empty one")
+        inputs, pushes = self._asked(texts[0], None, None)
+        tails = [after_video(self.model, self.adapter, self._processor(), text) for text in texts]
+        with _answers.setdefault(self.model, MemoryLock()):
+            cache = self._prefix.cache(inputs, (pushes, self.time_origin), len(texts), lambda: self._pushes == pushes)
+            if not self.reuse_prefix:
+                self._prefix.clear()
+            # a tokenizer may join text with the token before it
+            plain = inputs["input_ids"][0, -len(tails[0]) :].tolist() == tails[0]
+            rows = answer_together(self.model, inputs, tails, cache, max_new_tokens) if cache and plain else None
+        if rows is None:
+            return [str(self.ask(text, max_new_tokens=max_new_tokens, do_sample=False)) for text in texts]
+        tokenizer = tokenizer_of(self._processor())
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
     def stream_generate(self, text: str, **generation: object) -> Iterator[str]:
         """Yield pieces of the answer while the model writes it.
