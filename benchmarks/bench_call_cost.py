@@ -29,7 +29,7 @@ class Call(NamedTuple):
 def launchers(like: Tensor) -> SimpleNamespace:
     """Return the launchers that `impl="auto"` picks on a tensor's device, by the name of the public operator."""
     stored = {"dequantize_slots": like.to(torch.int8)}
-    picked = {name: getattr(vmemory.ops, name).backends.best(stored.get(name, like)) for name in PUBLIC}
+    picked = {name: getattr(vmemory.ops, name).backends.pick(stored.get(name, like)) for name in PUBLIC}
     spaces = {"native": torch.ops.vmemory, "triton": torch.ops.vmemory_triton}
     return SimpleNamespace(**{name: getattr(spaces[impl], name) for name, impl in picked.items()})
 

@@ -96,7 +96,7 @@ def _remembered(model: Any, prompts: Any, pixel_values: Tensor, exists: Tensor) 
         if held == 0:
             kept.append(None)
         elif whole is not None:
-            kept.append(prompts.compress_video(iter([_clip(whole[video][there])])))
+            kept.append(prompts.compress_clip(_clip(whole[video][there])))
         else:
             kept.append(prompts.compress_video(_pieces(model, pixel_values[video][there], chunk)))
     return kept

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vmemory.banks import DualMemory, MemoryConfig
 from vmemory.models.adapter import Clip
-from vmemory.models.compress_video import KeptVideo, compress_video
+from vmemory.models.compress_video import KeptVideo, compress_clip
 from vmemory.models.geometry import GeometryFusion
 from vmemory.models.hooks import original
 from vmemory.models.registry import register_adapter
@@ -85,7 +85,7 @@ def get_2dPool(model: Any, image_feature: Tensor, *args: Any, **kwargs: Any) -> 
 def _remembered(prompts: Any, tokens: Tensor) -> KeptVideo:
     T, n, D = tokens.shape
     side = math.isqrt(n)
-    kept = compress_video(iter([Clip(tokens.reshape(T, side, side, D), D)]), prompts.config, memory_of(prompts))
+    kept = compress_clip(Clip(tokens.reshape(T, side, side, D), D), prompts.config, memory_of(prompts))
     prompts.adapter.kept.append(kept)
     return kept
 

@@ -15,15 +15,12 @@ from vmemory.models.registry import register_adapter
 class Qwen25OmniThinker(PatchRowAdapter):
     """Adapter of `model.thinker`; it generates text only, because speech generation needs the original prompt."""
 
+    seconds_input = "video_second_per_grid"
     uses_mrope = True
     generates_audio = True
 
     def temporal_position(self, model: Any, frame: int, seconds: float) -> int:
         return int(seconds * model.config.position_id_per_seconds)
-
-    def seconds_per_frame(self, inputs: Inputs, video: int) -> float | None:
-        steps = inputs.get("video_second_per_grid")
-        return None if steps is None else float(steps[video])
 
     def positions(self, model: Any, inputs: Inputs) -> tuple[Tensor, Tensor] | None:
         sounds = inputs.get("feature_attention_mask")

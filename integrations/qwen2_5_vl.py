@@ -5,17 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from vmemory.integrations.qwen2_vl import Qwen2VL
-from vmemory.models.adapter import Inputs
 from vmemory.models.registry import register_adapter
 
 
 @register_adapter("qwen2_5_vl")
 class Qwen25VL(Qwen2VL):
-    """Adapter that reads the seconds between frames from `second_per_grid_ts`."""
+    """Adapter whose positions count in seconds."""
+
+    seconds_input = "second_per_grid_ts"
 
     def temporal_position(self, model: Any, frame: int, seconds: float) -> int:
         return int(seconds * model.config.vision_config.tokens_per_second)
-
-    def seconds_per_frame(self, inputs: Inputs, video: int) -> float | None:
-        steps = inputs.get("second_per_grid_ts")
-        return None if steps is None else float(steps[video])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
@@ -26,14 +25,6 @@ class VideoLlama3(PatchRowAdapter):
 
     def video_text(self, frames: Sequence[tuple[float, int]], token: str, tail: int) -> str:
         return ",".join(f"Time {t:.1f}s:{token * n}" for t, n in frames)
-
-    def merge_size(self, model: Any, inputs: Inputs, video: int) -> int:
-        return int(inputs["video_merge_sizes"][video])
-
-    def features(self, model: nn.Module, inputs: Inputs) -> Any:
-        return self.feature_module(model).get_video_features(
-            inputs["pixel_values_videos"], inputs["video_grid_thw"], inputs["video_merge_sizes"], return_dict=True
-        )
 
     def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
         encoded = super().encode(model, inputs)

@@ -164,7 +164,7 @@ def _compress_visual_tokens(
     for visual in call.visuals:
         span = slice(visual.first, visual.first + visual.tokens)
         if visual.video:
-            k = prompts.compress_video(iter([_clip(features[span], visual, valid[span])]))
+            k = prompts.compress_clip(_clip(features[span], visual, valid[span]))
             held[visual.first + k.source] = True
             kept.append(k)
             tokens.append(k.tokens)
@@ -240,7 +240,7 @@ def encode_images_with_memory(
             tokens.append(own)
             continue
         clip = _clip(own, visual, time=next(times))
-        kept.append(prompts.compress_video(iter([clip])))
+        kept.append(prompts.compress_clip(clip))
         tokens.append(kept[-1].tokens)
         prompts.adapter.bank = _holding(prompts, clip)
     prompts.record(kept)

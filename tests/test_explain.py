@@ -98,7 +98,7 @@ def test_storage_decides_where_its_kernels_differ():
 def test_reasons_name_what_is_missing():
     backends = Backends("an_op", cpu=False, triton=False, native_dtypes=(torch.float32,))
     tensor = torch.empty(1)
-    assert backends.best(tensor) == "reference"
+    assert backends.pick(tensor) == "reference"
     assert backends.why_not("native", "cpu", torch.float32) == "the op has no native CPU kernel"
     assert backends.why_not("triton", "cuda", torch.float32) == "the op has no Triton kernel"
     with pytest.raises(RuntimeError, match="an_op: impl='native' cannot run: the op has no native CPU kernel"):

@@ -35,11 +35,11 @@ from vmemory.ops._checks import check_int, check_tensor, shape_of
 from vmemory.ops.bank import (
     BankPlan,
     bank_decide,
-    bank_gather,
-    bank_plan,
-    bank_push_,
+    check_frames,
     check_push,
+    gather_checked,
     layout_maps,
+    plan_checked,
     push_checked_,
 )
 from vmemory.ops.similarity_topk import similarity_topk
@@ -343,8 +343,10 @@ class Bank(nn.Module):
         # a bank on the meta device only compresses
         whole = layout == self.layout and self.maps.device == frames.device
         maps = self.maps if whole and not self.quantized else layout_maps(layout, frames)
-        plan = self._plan(frames, layout, times, mask, maps)
-        slots, mass = bank_gather(frames, plan, layout, mask=mask, maps=maps)
+        check_frames(frames, layout, times, mask)
+        decide = self._plan if self._chooses else plan_checked
+        plan = decide(frames, layout, times, mask, maps)
+        slots, mass = gather_checked(frames, plan, layout, mask, maps)
         tables = (
             self._tables() if whole else {k: t.to(slots.device) for k, t in _tables_of(layout, self.levels).items()}
         )
@@ -354,8 +356,7 @@ class Bank(nn.Module):
     def _plan(
         self, frames: Tensor, layout: BankLayout, times: Tensor | None, mask: Tensor | None, maps: Tensor
     ) -> BankPlan:
-        if not self._chooses:
-            return bank_plan(frames, layout, time=times, mask=mask, maps=maps)
+        """Return what `bank_plan` returns, for a policy that chooses frame by frame."""
         (S, T), frames = frames.shape[:2], frames.detach()
         state = layout.new_state(S, frames.device, frames.dtype)
         assign = torch.full((S, T), -1, dtype=torch.int64, device=frames.device)
@@ -363,7 +364,7 @@ class Bank(nn.Module):
             frame, when, there = _frame(t, frames, times, mask)
             victim = self._chosen(state, frame, there, None)
             step = bank_decide(state, layout, victim=None if victim is None else victim[:, 0])
-            bank_push_(state, layout, frame, time=when, mask=there, victim=step.leaves[:, None], maps=maps)
+            push_checked_(state, layout, frame, when, there, None, step.leaves[:, None], maps)
             for tier in reversed(range(layout.tiers)):
                 gone = (assign == step.leaves[:, tier, None]) & (assign >= 0)
                 into = torch.where(step.merged >= 0, step.merged, step.target[:, tier])

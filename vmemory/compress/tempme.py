@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vmemory.compress.tempme_schedule import MergeStep, tempme_schedule
 from vmemory.compress.tempme_tower import vision_tower
-from vmemory.ops._checks import check_device, check_floating, check_tensor, shape_of
+from vmemory.ops._checks import check_device, check_tensor, shape_of
 from vmemory.ops.bipartite_match import bipartite_match, merge_source
 from vmemory.ops.token_merge import proportional_attention_bias, token_merge
 
@@ -233,8 +233,7 @@ class TempMe(nn.Module):
 
     def _check(self, pixel_values: Tensor, mask: Tensor | None) -> Tensor:
         """Check the arguments and return the pixels, 0 where frames do not exist."""
-        check_tensor("pixel_values", pixel_values, "[B, T, 3, H, W]")
-        check_floating("pixel_values", pixel_values)
+        check_tensor("pixel_values", pixel_values, "[B, T, 3, H, W]", floating=True)
         B, side = len(pixel_values), self.tower.embeddings.image_size
         want = (self.frames, self.tower.embeddings.patch_embedding.in_channels, side, side)
         if pixel_values.shape[1:] != want:

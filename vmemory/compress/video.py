@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from vmemory.ops._checks import check_device, check_floating, check_int, check_tensor, shape_of
+from vmemory.ops._checks import check_device, check_int, check_tensor, shape_of
 from vmemory.ops.select_tokens import compact
 
 
@@ -40,8 +40,7 @@ def check_video(frames: Tensor, mask: Tensor | None, channels: int, most: int | 
     Raises:
         TypeError, ValueError: `frames` or `mask` does not fit, or there are more than `most` frames.
     """
-    check_tensor("frames", frames, "[B, T, C, H, W]")
-    check_floating("frames", frames)
+    check_tensor("frames", frames, "[B, T, C, H, W]", floating=True)
     B, T, _, H, W = frames.shape
     if frames.shape[2] != channels:
         raise ValueError(f"frames: expected {channels} channels [B, T, C, H, W], got shape {shape_of(frames)}")

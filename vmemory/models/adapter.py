@@ -37,12 +37,6 @@ class Clip:
     tail: Tensor | None = None
     time: Tensor | None = None
 
-    @property
-    def placeholders(self) -> int:
-        """Number of placeholders in the prompt for this video."""
-        grid = self.frames.shape[:3].numel() if self.mask is None else int(self.mask.sum())
-        return grid + (0 if self.tail is None else self.tail.shape[0])
-
 
 class Encoded(NamedTuple):
     """Videos in the order of the prompt, and the tower's output, whose form `Adapter.pack` copies."""
@@ -200,7 +194,7 @@ class Adapter:
 
     def set_rope_deltas(self, model: nn.Module, rope_deltas: Tensor | None) -> None:
         """Set the model's rope deltas, which it keeps between calls for the positions after the prompt."""
-        for module in (self.feature_module(model), model):
+        for module in (getattr(model, "model", model), model):
             if rope_deltas is not None and hasattr(module, "rope_deltas"):
                 module.rope_deltas = rope_deltas
 

@@ -23,6 +23,7 @@ class KeptVideo(NamedTuple):
         grid: (T, H, W) of the video.
         mask: `[T, H, W]` bool, tokens that had a placeholder; None = all.
         tail: `[k, C]` rows after the frames, which always stay; or None.
+        tokens_before: Number of the video's tokens in the original prompt.
     """
 
     tokens: Tensor
@@ -30,18 +31,7 @@ class KeptVideo(NamedTuple):
     grid: tuple[int, int, int]
     mask: Tensor | None
     tail: Tensor | None
-
-    @property
-    def tokens_before(self) -> int:
-        """Number of the video's tokens in the original prompt."""
-        T, H, W = self.grid
-        cells = T * H * W if self.mask is None else int(self.mask.sum())
-        return cells + (0 if self.tail is None else self.tail.shape[0])
-
-    def summary(self) -> VideoTokens:
-        """Return the counts and sources, without tokens and gradients."""
-        tail = 0 if self.tail is None else self.tail.shape[0]
-        return VideoTokens(self.source, self.grid, self.tokens_before, self.source.shape[0] + tail)
+    tokens_before: int
 
 
 class VideoTokens(NamedTuple):
@@ -76,9 +66,9 @@ def compress_video(pieces: Iterator[Clip], config: MemoryConfig, memory: Any = N
     first = next(pieces)
     second = next(pieces, None)
     if second is None:
-        return _at_once(first, config, memory)
+        return compress_clip(first, config, memory)
     if memory is not None or (torch.is_grad_enabled() and first.frames.requires_grad):
-        return _at_once(_joined([first, second, *pieces]), config, memory)
+        return compress_clip(_joined([first, second, *pieces]), config, memory)
     return _streamed(first, second, pieces, config)
 
 
@@ -98,7 +88,7 @@ def _streamed(first: Clip, second: Clip, rest: Iterator[Clip], config: MemoryCon
         return _untouched(_joined(early))
     made = bank.read()
     whole = torch.cat(mask) if mask else None
-    return KeptVideo(made.tokens.to(kind), placed(made.source, whole), (length, H, W), whole, clip.tail)
+    return _kept(made.tokens.to(kind), placed(made.source, whole), (length, H, W), whole, clip.tail)
 
 
 def _chained(first: Clip, second: Clip, rest: Iterator[Clip]) -> Iterator[Clip]:
@@ -107,8 +97,8 @@ def _chained(first: Clip, second: Clip, rest: Iterator[Clip]) -> Iterator[Clip]:
     yield from rest
 
 
-def _at_once(clip: Clip, config: MemoryConfig, memory: Any = None) -> KeptVideo:
-    """Compress a whole video with the memory's `compress`, which is differentiable."""
+def compress_clip(clip: Clip, config: MemoryConfig, memory: Any = None) -> KeptVideo:
+    """Compress a whole video with the memory's `compress`, which is differentiable; arguments as above."""
     T, H, W, C = clip.frames.shape
     if config.short_video(given=memory is not None) >= T:
         return _untouched(clip)
@@ -119,7 +109,14 @@ def _at_once(clip: Clip, config: MemoryConfig, memory: Any = None) -> KeptVideo:
         memory = memory(dim=C, grid=(H, W), device=clip.frames.device, **like)
     made = memory.compress(clip.frames, clip.time, mask=clip.mask)
     source = made.source if clip.mask is None else placed(made.source, clip.mask)
-    return KeptVideo(made.tokens.to(clip.frames.dtype), source, (T, H, W), clip.mask, clip.tail)
+    return _kept(made.tokens.to(clip.frames.dtype), source, (T, H, W), clip.mask, clip.tail)
+
+
+def _kept(
+    tokens: Tensor, source: Tensor, grid: tuple[int, int, int], mask: Tensor | None, tail: Tensor | None
+) -> KeptVideo:
+    before = grid[0] * grid[1] * grid[2] if mask is None else int(mask.sum())
+    return KeptVideo(tokens, source, grid, mask, tail, before + (0 if tail is None else tail.shape[0]))
 
 
 def placed(source: Tensor, mask: Tensor | None) -> Tensor:
@@ -164,7 +161,7 @@ def _untouched(clip: Clip) -> KeptVideo:
     if clip.mask is not None:
         source = source[clip.mask.flatten()]
         tokens = tokens[source]
-    return KeptVideo(tokens, source, (T, H, W), clip.mask, clip.tail)
+    return _kept(tokens, source, (T, H, W), clip.mask, clip.tail)
 
 
 def _joined(clips: list[Clip]) -> Clip:

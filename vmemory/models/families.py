@@ -15,12 +15,9 @@ from vmemory.models.pixels import CLIP_MEAN, CLIP_STD, normalisation, patch_rows
 class PatchRowAdapter(Adapter):
     """Adapter of families whose pixels are rows of patches `[T·h·w, …]` with `video_grid_thw`: Qwen, VideoLLaMA3."""
 
-    side = 2  # patches per token along each axis, unless the inputs state it
+    side = 2  # patches per token along each axis of the frames that `preprocess` writes
+    seconds_input = ""  # name of the input with each video's seconds between two frames
     mean, std = CLIP_MEAN, CLIP_STD
-
-    def merge_size(self, model: Any, inputs: Inputs, video: int) -> int:
-        """Return the number of patches per token along each axis."""
-        return int(self.feature_module(model).visual.spatial_merge_size)
 
     def patch_size(self, model: Any) -> int:
         """Return the pixels along each axis of a patch."""
@@ -42,24 +39,16 @@ class PatchRowAdapter(Adapter):
         rows, grid = patch_rows(pixels, self.patch_size(model), self.side, self.temporal_patch_size(model))
         return {"pixel_values_videos": rows, "video_grid_thw": torch.tensor([grid])}
 
-    def features(self, model: nn.Module, inputs: Inputs) -> Any:
-        """Return the tower's output for all videos."""
-        return self.feature_module(model).get_video_features(
-            inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
-        )
-
-    def seconds_per_frame(self, inputs: Inputs, video: int) -> float | None:
-        """Return the seconds between two frames of a video, if the inputs have them."""
-        return None
-
     def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
-        output, clips = self.features(model, inputs), []
+        module, clips = self.feature_module(model), []
+        output = module.get_video_features(**known_arguments(module.get_video_features, inputs), return_dict=True)
+        merges, steps = inputs.get("video_merge_sizes"), inputs.get(self.seconds_input)
         deep = getattr(output, "deepstack_features", None) or []
         for video, (t, h, w) in enumerate(inputs["video_grid_thw"].tolist()):
             main = output.pooler_output[video]
             tokens = torch.cat([main, *(layer[video] for layer in deep)], -1) if deep else main
-            m, step = self.merge_size(model, inputs, video), self.seconds_per_frame(inputs, video)
-            time = None if step is None else torch.arange(t, dtype=torch.float64) * step
+            m = int(module.visual.spatial_merge_size if merges is None else merges[video])
+            time = None if steps is None else torch.arange(t, dtype=torch.float64) * float(steps[video])
             clips.append(Clip(tokens.reshape(t, h // m, w // m, -1), main.shape[-1], time=time))
         return Encoded(clips, output)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vmemory.banks import MemoryConfig
 from vmemory.models.adapter import Adapter, Clip, Inputs, known_arguments
-from vmemory.models.compress_video import KeptVideo, compress_video
+from vmemory.models.compress_video import KeptVideo, compress_clip, compress_video
 from vmemory.models.frame_text import Span, close_gaps, dead_spans
 from vmemory.models.turn import Turn
 
@@ -56,7 +56,11 @@ def compress_prompt(
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(f"attention_mask: expected {tuple(ids.shape)}, got {tuple(mask.shape)}")
     located = adapter.positions(model, inputs) if inputs.get("position_ids") is None else None
-    kept, output = _encoded(model, adapter, inputs, config, memory)
+    if config.memory_chunk_frames is None:
+        clips, output = adapter.encode(model, inputs)
+        kept = [compress_clip(clip, config, memory) for clip in clips]
+    else:
+        kept, output = _in_chunks(model, adapter, inputs, config, memory, config.memory_chunk_frames)
     keep, spans = keep_mask(ids, adapter, model, kept)
 
     new = {name: value for name, value in inputs.items() if name not in adapter.consumed}
@@ -64,24 +68,28 @@ def compress_prompt(
     real = torch.ones_like(keep) if mask is None else mask.bool()
     dropped = (~keep & real).sum(-1, keepdim=True)
     column = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+    if located is not None:
+        new["position_ids"] = located[0]
     if not everything:
         keep &= real
-        left = generating or bool((~real[:, 0]).any())
-        take = _gather(keep, left)
-        column = _columns(keep, left)
-        new["input_ids"] = take(ids, padding_id(model))
-        if mask is not None or bool((keep.sum(-1) != keep.sum(-1).max()).any()):
-            new["attention_mask"] = take(real.long() if mask is None else mask, 0)
-        for name, fill in (("mm_token_type_ids", 0), ("token_type_ids", 0), ("position_ids", 0), ("labels", -100)):
-            if inputs.get(name) is not None:
-                new[name] = take(inputs[name], fill)
+        if located is not None and spans:
+            new["position_ids"] = located[0].clone()
+            for row, gone in spans:
+                close_gaps(new["position_ids"], row, gone)
+        columns = _columns(keep, left=generating or bool((~real[:, 0]).any()))
+        column = columns.new
+        if mask is not None or bool((~columns.there).any()):
+            new["attention_mask"] = real.long() if mask is None else mask
+        fills = {"input_ids": padding_id(model), "labels": -100}
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "position_ids", "labels"):
+            if new.get(name) is not None:
+                lead = new[name].shape[:-2]
+                old, there = (x.expand(*lead, *x.shape) for x in columns[:2])
+                new[name] = new[name].gather(-1, old).masked_fill(~there, fills.get(name, 0))
     if located is not None:
-        positions = located[0].clone()
-        if not everything:
-            for row, gone in spans if adapter.frame_text else ():
-                close_gaps(positions, row, gone)
-            positions = take(positions, 0)
-        new["position_ids"] = with_text_row(positions, new.get("attention_mask")) if generating else positions
+        positions = new["position_ids"]
+        if generating:
+            new["position_ids"] = with_text_row(positions, new.get("attention_mask"))
     tokens = [k.tokens if k.tail is None else torch.cat([k.tokens, k.tail.to(k.tokens)]) for k in kept]
     features = {adapter.modality: adapter.pack(output, tokens)}
     if adapter.modality != "image" and inputs.get("pixel_values") is not None:
@@ -94,13 +102,10 @@ def compress_prompt(
     return CompressedPrompt(new, keep, deltas, Turn(ids, new["input_ids"], read, column, offset), kept)
 
 
-def _encoded(
-    model: nn.Module, adapter: Adapter, inputs: Inputs, config: MemoryConfig, memory: Any
+def _in_chunks(
+    model: nn.Module, adapter: Adapter, inputs: Inputs, config: MemoryConfig, memory: Any, chunk: int
 ) -> tuple[list[KeptVideo], Any]:
-    """Run each video of the inputs through the tower and a memory; return kept videos and an output of the tower."""
-    if config.memory_chunk_frames is None:
-        clips, output = adapter.encode(model, inputs)
-        return [compress_video(iter((clip,)), config, memory) for clip in clips], output
+    """Run each video through tower and memory, `chunk` frames at a time; return kept videos and a tower's output."""
     last: list[Any] = []
 
     def encoded(pieces: Iterator[Inputs]) -> Iterator[Clip]:
@@ -109,8 +114,8 @@ def _encoded(
             last[:] = [output]
             yield clips[0]
 
-    chunks = adapter.iter_chunks(model, inputs, config.memory_chunk_frames)
-    return [compress_video(encoded(pieces), config, memory) for pieces in chunks], last[0]
+    videos = adapter.iter_chunks(model, inputs, chunk)
+    return [compress_video(encoded(pieces), config, memory) for pieces in videos], last[0]
 
 
 def _image_features(model: nn.Module, adapter: Adapter, inputs: Inputs) -> Any:
@@ -157,29 +162,27 @@ def padding_id(model: Any) -> int:
     return 0
 
 
-def _gather(keep: Tensor, left: bool) -> Callable[[Tensor, int], Tensor]:
-    """Return a function that gathers the kept columns of `[…, B, L]`, with padding on the left or the right."""
+class _Columns(NamedTuple):
+    """The columns of a shrunk prompt of L' tokens.
+
+    `old [B, L']` int64 names the original column of each, `there [B, L']` bool those that are not padding, and
+    `new [B, L]` int64 the new column of each original one, or of the last kept one before it.
+    """
+
+    old: Tensor
+    there: Tensor
+    new: Tensor
+
+
+def _columns(keep: Tensor, left: bool) -> _Columns:
+    """Return the columns of the kept tokens `[B, L]`, with padding on the left or the right."""
     count = keep.sum(-1, keepdim=True)
     longest = int(count.max())
     order = (~keep).to(torch.uint8).argsort(dim=-1, stable=True)
-    column = torch.arange(longest, device=keep.device)
-    at = column - (longest - count) if left else column.expand(len(count), -1)
+    before = longest - count if left else torch.zeros_like(count)
+    at = torch.arange(longest, device=keep.device) - before
     there = (at >= 0) & (at < count)
-    index = order.gather(1, at.clamp(min=0))
-
-    def take(x: Tensor, fill: int) -> Tensor:
-        lead = x.shape[:-2]
-        taken = x.gather(-1, index.expand(*lead, *index.shape))
-        return taken.masked_fill(~there.expand(*lead, *there.shape), fill)
-
-    return take
-
-
-def _columns(keep: Tensor, left: bool) -> Tensor:
-    """Return `[B, L]`: the new column of each column, or of the last kept one before a removed column."""
-    count = keep.sum(-1, keepdim=True)
-    before = (keep.cumsum(-1) - 1).clamp(min=0)
-    return before + (count.max() - count) if left else before
+    return _Columns(order.gather(1, at.clamp(min=0)), there, (keep.cumsum(-1) - 1).clamp(min=0) + before)
 
 
 def _offset(positions: Tensor, mask: Tensor) -> Tensor:

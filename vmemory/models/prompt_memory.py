@@ -10,7 +10,7 @@ from torch import nn
 
 from vmemory.banks import MemoryConfig
 from vmemory.models.adapter import Adapter, Clip, Inputs, check_copies
-from vmemory.models.compress_video import KeptVideo, VideoTokens, compress_video
+from vmemory.models.compress_video import KeptVideo, VideoTokens, compress_clip, compress_video
 from vmemory.models.hooks import IN_MODEL
 from vmemory.models.prompt import CompressedPrompt, compress_prompt
 from vmemory.models.turn import Turn, cache_in, tokens_in
@@ -81,6 +81,10 @@ class PromptMemory:
                 "tokens; vmemory.VideoSession takes frames in one after the other"
             )
 
+    def compress_clip(self, clip: Clip) -> KeptVideo:
+        """Compress one video, given as a whole."""
+        return compress_clip(clip, self.config, self.memory)
+
     def compress_video(self, pieces: Iterator[Clip]) -> KeptVideo:
         """Compress one video, given piece by piece."""
         return compress_video(pieces, self.config, self.memory)
@@ -98,7 +102,10 @@ class PromptMemory:
 
     def record(self, videos: list[KeptVideo]) -> None:
         """Store the token counts and sources of a prompt's videos."""
-        self.last_prompt = [video.summary() for video in videos]
+        self.last_prompt = [
+            VideoTokens(k.source, k.grid, k.tokens_before, len(k.source) + (0 if k.tail is None else len(k.tail)))
+            for k in videos
+        ]
 
     def check_copies(self, inputs: Inputs) -> None:
         """Raise ValueError if beams or several answers would see another row's video."""

@@ -13,12 +13,14 @@ def shape_of(x: torch.Tensor) -> str:
     return "[" + ", ".join(str(n) for n in x.shape) + "]"
 
 
-def check_tensor(name: str, x: Any, layout: str, dims: int | None = None) -> None:
-    """Check that `x` is a tensor with as many dimensions as `layout`, e.g. "[S, M, D]"."""
+def check_tensor(name: str, x: Any, layout: str, dims: int | None = None, floating: bool = False) -> None:
+    """Check that `x` is a tensor with as many dimensions as `layout`, e.g. "[S, M, D]", and of a floating dtype."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor {layout}, got {type(x).__name__}")
     if x.dim() != (layout.count(",") + 1 if dims is None else dims):
         raise ValueError(f"{name}: expected a tensor {layout}, got shape {shape_of(x)}")
+    if floating and x.dtype not in _FLOATING:
+        check_floating(name, x)
 
 
 def check_floating(name: str, x: torch.Tensor) -> None:

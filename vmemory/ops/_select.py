@@ -44,7 +44,7 @@ class Backends:
     triton_dtypes: tuple[torch.dtype, ...] = _FLOATING[1:]
     cuda_dtypes: tuple[torch.dtype, ...] | None = None
     """Dtypes of the native CUDA kernel, if they differ from those of the CPU kernel."""
-    passed_over: Callable[[str, torch.Tensor], str] = lambda impl, tensor: ""
+    passed_over: Callable[[str, torch.Tensor], str] | None = None
     """Function that returns why `"auto"` does not pick an implementation for a tensor, or an empty string."""
 
     def why_not(self, impl: str, device: str, dtype: torch.dtype) -> str:
@@ -70,22 +70,26 @@ class Backends:
 
     def why_not_auto(self, impl: str, tensor: torch.Tensor) -> str:
         """Return why `impl="auto"` does not pick `impl` for this tensor, or an empty string."""
-        return self.why_not(impl, tensor.device.type, tensor.dtype) or self.passed_over(impl, tensor)
-
-    def best(self, tensor: torch.Tensor) -> str:
-        """Return the implementation that `impl="auto"` picks; any kernel that can run comes before the reference."""
-        able = ""
-        for impl in IMPLEMENTATIONS[:-1]:
-            if not self.why_not(impl, tensor.device.type, tensor.dtype):
-                if not self.passed_over(impl, tensor):
-                    return impl
-                able = able or impl
-        return able or IMPLEMENTATIONS[-1]
+        why = self.why_not(impl, tensor.device.type, tensor.dtype)
+        return why if why or self.passed_over is None else self.passed_over(impl, tensor)
 
     def pick(self, tensor: torch.Tensor, impl: Impl = "auto") -> str:
-        """Return the implementation to run; raise RuntimeError if an explicitly named one cannot run."""
+        """Return the implementation to run: the one named, or for `"auto"` the best one.
+
+        Any kernel that can run comes before the reference.
+
+        Raises:
+            ValueError: No implementation has this name.
+            RuntimeError: The one named cannot run.
+        """
         if impl == "auto":
-            return self.best(tensor)
+            able = ""
+            for name in IMPLEMENTATIONS[:-1]:
+                if not self.why_not(name, tensor.device.type, tensor.dtype):
+                    if self.passed_over is None or not self.passed_over(name, tensor):
+                        return name
+                    able = able or name
+            return able or IMPLEMENTATIONS[-1]
         if impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl: expected 'auto', 'native', 'triton' or 'reference', got {impl!r}")
         reason = self.why_not(impl, tensor.device.type, tensor.dtype)
@@ -114,7 +118,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     tensor = tensors[0]
     tables: dict[torch.dtype, Backends] = op.by_storage  # type: ignore[attr-defined]
     backends = next((tables[a.dtype] for a in tensors if a.dtype in tables), backends)
-    chosen = backends.best(tensor)
+    chosen = backends.pick(tensor)
     rejected = {
         impl: backends.why_not_auto(impl, tensor) or f"{chosen} is preferred on {tensor.device.type}"
         for impl in IMPLEMENTATIONS

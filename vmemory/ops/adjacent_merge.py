@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from vmemory.ops._checks import check_choice, check_device, check_floating, check_tensor, shape_of
+from vmemory.ops._checks import check_choice, check_device, check_tensor, shape_of
 from vmemory.ops._registry import Op
 from vmemory.ops._select import Backends, Impl, with_backends
 from vmemory.reference import adjacent_merge as _reference
@@ -88,8 +88,7 @@ def adjacent_merge(
     means by cosine instead, as `adjacent_similarity` does, and uses weights.
     """
     check_choice("level", level, ("frame", "token"))
-    check_tensor("bank", bank, "[S, T, N, D]")
-    check_floating("bank", bank)
+    check_tensor("bank", bank, "[S, T, N, D]", floating=True)
     check_tensor("size", size, "[S, T, N]")
     S, T, N, _ = bank.shape
     if T < 2:

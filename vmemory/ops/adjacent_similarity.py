@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from vmemory.ops._checks import check_choice, check_floating, check_tensor, shape_of
+from vmemory.ops._checks import check_choice, check_tensor, shape_of
 from vmemory.ops._registry import Op
 from vmemory.ops._select import Backends, Impl, with_backends
 from vmemory.reference import adjacent_similarity as _reference
@@ -83,8 +83,7 @@ def adjacent_similarity(frames: Tensor, level: Literal["frame", "token"] = "fram
     score of MA-LMM (CVPR 2024), section 3.2.
     """
     check_choice("level", level, ("frame", "token"))
-    check_tensor("frames", frames, "[S, T, N, D]")
-    check_floating("frames", frames)
+    check_tensor("frames", frames, "[S, T, N, D]", floating=True)
     if frames.shape[2] < 1:
         raise ValueError(f"frames: expected at least 1 token a frame [S, T, N, D], got shape {shape_of(frames)}")
     picked = _BACKENDS.pick(frames, impl)

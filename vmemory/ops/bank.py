@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vmemory.ops._bank_quantized import move_tier
-from vmemory.ops._checks import check_device, check_floating, check_same, check_tensor, shape_of
+from vmemory.ops._checks import check_device, check_same, check_tensor, shape_of
 from vmemory.ops._registry import Op
 from vmemory.ops._select import Backends, Impl, with_backends
 from vmemory.ops.grid_pool import grid_pool
@@ -150,8 +150,7 @@ def layout_maps(layout: BankLayout, like: Tensor) -> Tensor:
 
 def check_frames(frames: Tensor, layout: BankLayout, time: Tensor | None, mask: Tensor | None) -> None:
     """Check that frames, times and mask fit the layout and each other."""
-    check_tensor("frames", frames, "[S, T, H, W, D]")
-    check_floating("frames", frames)
+    check_tensor("frames", frames, "[S, T, H, W, D]", floating=True)
     if tuple(frames.shape[2:]) != (*layout.grid, layout.dim):
         H, W = layout.grid
         raise ValueError(f"frames: expected [S, T, {H}, {W}, {layout.dim}], got shape {shape_of(frames)}")
@@ -363,6 +362,18 @@ def bank_plan(
         ValueError: A shape, dtype or device does not fit.
     """
     check_frames(frames, layout, time, mask)
+    return plan_checked(frames, layout, time, mask, maps, impl)
+
+
+def plan_checked(
+    frames: Tensor,
+    layout: BankLayout,
+    time: Tensor | None,
+    mask: Tensor | None,
+    maps: Tensor | None,
+    impl: Impl = "auto",
+) -> BankPlan:
+    """Run `bank_plan` on arguments that `check_frames` has seen."""
     picked = _PLAN.pick(frames, impl)
     frames = frames.detach()
     if picked == "reference":
@@ -427,6 +438,18 @@ def bank_gather(
     check_frames(frames, layout, None, mask)
     if plan.assign.shape != frames.shape[:2]:
         raise ValueError(f"plan: expected a plan of {list(frames.shape[:2])} frames, got {list(plan.assign.shape)}")
+    return gather_checked(frames, plan, layout, mask, maps, impl)
+
+
+def gather_checked(
+    frames: Tensor,
+    plan: BankPlan,
+    layout: BankLayout,
+    mask: Tensor | None,
+    maps: Tensor | None,
+    impl: Impl = "auto",
+) -> BankTokens:
+    """Run `bank_gather` on arguments that it has checked, or that `plan` was made of."""
     picked = _GATHER.pick(frames, impl)
     if picked == "reference":
         return BankTokens(*_reference.bank_gather(frames, plan.assign, layout, mask))

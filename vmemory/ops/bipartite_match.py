@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vmemory.ops._checks import check_device, check_floating, check_int, check_tensor, shape_of
+from vmemory.ops._checks import check_device, check_int, check_tensor, shape_of
 from vmemory.ops._registry import Op
 from vmemory.ops._select import Backends, Impl, with_backends
 from vmemory.reference import bipartite_match as _reference
@@ -50,8 +50,7 @@ _forward = Op(
 
 
 def _check_match(metric: Tensor, r: int, protected: int, cls: int | None, groups: int) -> None:
-    check_tensor("metric", metric, "[B, N, D]")
-    check_floating("metric", metric)
+    check_tensor("metric", metric, "[B, N, D]", floating=True)
     check_int("r", r, low=0)
     check_int("protected", protected, low=0, high=2)
     check_int("groups", groups, low=1)

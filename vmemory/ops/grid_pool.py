@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from vmemory.ops._checks import check_choice, check_floating, check_pair, check_tensor, shape_of
+from vmemory.ops._checks import check_choice, check_pair, check_tensor, shape_of
 from vmemory.ops._registry import Op
 from vmemory.ops._select import Backends, Impl, with_backends
 from vmemory.reference import grid_pool as _reference
@@ -43,8 +43,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 def check_grid(tokens: Tensor) -> None:
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens: expected a tensor [..., H, W, D], got {type(tokens).__name__}")
-    check_tensor("tokens", tokens, "[..., H, W, D]", dims=max(3, tokens.dim()))
-    check_floating("tokens", tokens)
+    check_tensor("tokens", tokens, "[..., H, W, D]", dims=max(3, tokens.dim()), floating=True)
     if tokens.shape[-3] < 1 or tokens.shape[-2] < 1:
         raise ValueError(f"tokens: expected a grid of at least 1 cell [..., H, W, D], got shape {shape_of(tokens)}")
 

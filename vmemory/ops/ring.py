@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vmemory.ops._checks import check_choice, check_device, check_floating, check_same, check_tensor, shape_of
+from vmemory.ops._checks import check_choice, check_device, check_same, check_tensor, shape_of
 from vmemory.ops._registry import Op
 from vmemory.ops._select import Backends, Impl, with_backends
 from vmemory.reference import ring as _reference
@@ -58,8 +58,7 @@ def _check_state(name: str, x: Tensor, writes: bool) -> None:
 
 
 def _check_ring(slots: Tensor, count: Tensor, writes: bool = True) -> None:
-    check_tensor("slots", slots, "[S, M, N, D]")
-    check_floating("slots", slots)
+    check_tensor("slots", slots, "[S, M, N, D]", floating=True)
     _check_state("slots", slots, writes)
     check_tensor("count", count, "[S]")
     if count.dtype != torch.int64 or count.shape[0] != slots.shape[0]:

@@ -87,8 +87,7 @@ def select_tokens(
         ValueError: Unsupported shape, dtype, device or budget.
         RuntimeError: `impl` names an implementation that cannot run here.
     """
-    check_tensor("scores", scores, "[S, N]")
-    check_floating("scores", scores)
+    check_tensor("scores", scores, "[S, N]", floating=True)
     S, N = scores.shape
     if segments is None:
         check_int("budget", budget, low=0, high=N)

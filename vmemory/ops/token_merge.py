@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from vmemory.ops._checks import check_device, check_floating, check_tensor, shape_of
+from vmemory.ops._checks import check_device, check_tensor, shape_of
 from vmemory.ops._registry import Op
 from vmemory.ops._select import Backends, Impl, with_backends
 from vmemory.ops.bipartite_match import MergePlan, check_plan
@@ -123,8 +123,7 @@ def token_merge(x: Tensor, plan: MergePlan, size: Tensor | None = None, *, impl:
 
     Source: ToMe (ICLR 2023, arXiv 2210.09461) section 3, "tracking token size".
     """
-    check_tensor("x", x, "[B, N, D]")
-    check_floating("x", x)
+    check_tensor("x", x, "[B, N, D]", floating=True)
     check_plan(plan)
     streams, rows = plan.place.shape
     if x.shape[0] != streams * plan.groups or x.shape[1] * plan.groups != rows:
@@ -171,8 +170,7 @@ def token_unmerge(x: Tensor, plan: MergePlan, *, impl: Impl = "auto") -> Tensor:
     Source: ToMe's unmerging for dense tasks (arXiv 2303.17604). With two protected rows ToMe's released code reads the
     tokens of a sequence in another order than it wrote them; here every token returns to its own rows.
     """
-    check_tensor("x", x, "[B, N, D]")
-    check_floating("x", x)
+    check_tensor("x", x, "[B, N, D]", floating=True)
     check_plan(plan)
     streams, rows = plan.place.shape
     tokens = plan.start.shape[1] - 1
@@ -206,8 +204,7 @@ def proportional_attention_bias(size: Tensor, dtype: torch.dtype | None = None) 
 
     Source: ToMe (ICLR 2023, arXiv 2210.09461) equation 1.
     """
-    check_tensor("size", size, "[B, N, 1]")
-    check_floating("size", size)
+    check_tensor("size", size, "[B, N, 1]", floating=True)
     if size.shape[2] != 1:
         raise ValueError(f"size: expected [B, N, 1], got shape {shape_of(size)}")
     return size.detach().log().to(size.dtype if dtype is None else dtype).transpose(1, 2)[:, None]
