@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": "Show what a saved memory holds; of a watched video, open the report.",
     "chat": "Let a model watch, and ask it: type a question at any moment, an empty line or Ctrl-D to end.",
     "demo": "Watch Big Buck Bunny at one frame a second, ask about it, and measure how memories find moments again.",
+    "eval": "Ask a model about streams through many memories, each stream encoded once, and compare their answers.",
     "localize": "Look up frames of a trailer in memories that watched the ten-minute film, and count which are found.",
     "train": "Train a model by one of the package's recipes.",
     "world": "Make videos of a world that nobody filmed, and questions whose answers are known.",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
 from vmemory._attach import adapter_of, base_of
 from vmemory.banks.config import ConfigLike
+from vmemory.models.memories import Memory, MemoryFactory, is_factory
 from vmemory.session.prompt import Processor
 from vmemory.session.session import VideoSession
 from vmemory.session.tower import Tower
@@ -23,7 +24,7 @@ class SessionGroup:
 
     Args:
         model, processor: As in `VideoSession`.
-        memories: The settings of each memory, by a name.
+        memories: By a name, the settings of each memory, or what `VideoSession` takes as `memory`.
         settings: Further arguments of every `VideoSession`.
 
     Attributes:
@@ -38,15 +39,18 @@ class SessionGroup:
         self,
         model: nn.Module,
         processor: Processor | None,
-        memories: Mapping[str, ConfigLike],
+        memories: Mapping[str, str | Memory | MemoryFactory | ConfigLike | None],
         **settings: Any,
     ) -> None:
         if not memories:
             raise ValueError("memories: expected at least one, got none")
         self.tower = Tower(base_of(model), adapter_of(base_of(model)), processor, shared=True)
         self.sessions: dict[str, VideoSession] = {}
-        for name, config in memories.items():
-            session = VideoSession(model, processor, config=config, **settings)
+        for name, memory in memories.items():
+            if isinstance(memory, str) or is_factory(memory) or hasattr(memory, "push"):
+                session = VideoSession(model, processor, cast("str | Memory | MemoryFactory", memory), **settings)
+            else:
+                session = VideoSession(model, processor, config=cast("ConfigLike | None", memory), **settings)
             session.tower = self.tower
             self.sessions[name] = session
 

@@ -1,6 +1,6 @@
 """A streaming world with exact ground truth: unlimited, seeded, no downloads."""
 
-from vmemory.data.world.blind import blind_accuracy
+from vmemory.data.world.blind import Guess, blind_accuracy
 from vmemory.data.world.items import make_items, questions_of, tracking_item, view_of, world_item, world_of
 from vmemory.data.world.make import make_worlds, write_video
 from vmemory.data.world.questions import KINDS, Question, View, ask, ask_stream, chance, find
@@ -15,6 +15,7 @@ __all__ = [
     "SHAPES",
     "SPLITS",
     "Card",
+    "Guess",
     "Number",
     "Question",
     "View",
