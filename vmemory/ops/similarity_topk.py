@@ -14,7 +14,6 @@ from torch.autograd.function import once_differentiable
 from vmemory.ops._checks import (
     check_choice,
     check_device,
-    check_floating,
     check_int,
     check_same,
     check_tensor,
@@ -180,9 +179,8 @@ def similarity_topk(
         ValueError: Shapes, dtypes or devices do not fit, or k is out of range.
         RuntimeError: `impl` names an implementation that cannot run here.
     """
-    check_tensor("query", query, "[S, Q, D]")
+    check_tensor("query", query, "[S, Q, D]", floating=True)
     check_tensor("memory", memory, "[S, M, D]")
-    check_floating("query", query)
     check_int("k", k, low=1, high=MAX_K)
     check_choice("metric", metric, ("cosine", "dot"))
     S, M, D = memory.shape
@@ -213,7 +211,22 @@ def similarity_topk(
         if x.shape != want or x.dtype != kind:
             raise ValueError(f"{name}: expected {kind} of shape {list(want)}, got {x.dtype} of shape {shape_of(x)}")
         check_device(name, x, "query", query)
-    picked = (_IN_4_BITS if in_4_bits else _BACKENDS).pick(query, impl)
+    return topk_checked(query, memory, k, count, metric, where, scale, norm, impl)
+
+
+def topk_checked(
+    query: Tensor,
+    memory: Tensor,
+    k: int,
+    count: Tensor | None = None,
+    metric: str = "cosine",
+    where: Tensor | None = None,
+    scale: Tensor | None = None,
+    norm: Tensor | None = None,
+    impl: Impl = "auto",
+) -> TopK:
+    """Run `similarity_topk` on arguments that are known to fit."""
+    picked = (_IN_4_BITS if memory.dtype == torch.uint8 else _BACKENDS).pick(query, impl)
     if picked == "reference":
         return TopK(*_reference.similarity_topk(query, memory, k, count, where, metric, scale, norm))
     if torch.is_grad_enabled() and (query.requires_grad or memory.requires_grad):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vmemory.banks.policies.single_tier import SingleTierBank
 from vmemory.banks.registry import register_policy
 from vmemory.ops._checks import check_choice
-from vmemory.ops.similarity_topk import similarity_topk
+from vmemory.ops.grid_pool import grid_pool
+from vmemory.ops.similarity_topk import similarity_topk, topk_checked
 from vmemory.reference.bank_layout import BankState
 
 
@@ -49,8 +51,23 @@ class EpisodicBank(SingleTierBank):
 
     def choose(self, state: BankState, frames: Tensor, mask: Tensor | None) -> Tensor:
         if self.level == "flat":
-            query, slots = self.entering(frames, mask), state.slots.view(*state.entry.shape[:2], -1)
-            return similarity_topk(query[:, None], slots, 1).indices[:, 0, 0]
-        # the frame's own norm is the same for all; argmax takes NaN for the largest, and the first of equals
-        products = (state.descriptor[:, :, 0] * self.mean_of(frames, mask)[:, None]).sum(-1)
-        return (products / state.norm[:, :, 0].clamp_min(1e-8)).argmax(1)
+            query, slots = self._entering(frames, mask), state.slots.view(*state.entry.shape[:2], -1)
+            return similarity_topk(query[:, None], slots, 1).indices[:, 0]
+        cells = frames[..., : self.layout.key_dim]
+        if mask is not None:
+            cells = torch.where(mask[..., None], cells, 0)
+        means = state.descriptor[:, :, 0]
+        # a sum has the cosines of its mean
+        total = cells.flatten(1, 2).sum(1, keepdim=True, dtype=means.dtype)
+        return topk_checked(total, means, 1, norm=state.norm[:, :, 0]).indices[:, 0]
+
+    def _entering(self, frames: Tensor, mask: Tensor | None) -> Tensor:
+        """Return frames `[S, H, W, D]` as the bank will hold them, `[S, n · D]`."""
+        (H, W), (h, w) = self.layout.grid, self.layout.grids[0]
+        if mask is None:
+            return (frames if (h, w) == (H, W) else grid_pool(frames, (h, w))).flatten(1)
+        maps = self.layout.packed_maps.to(frames.device, torch.promote_types(frames.dtype, torch.float32))
+        rows, columns = maps[: h * H].view(h, H), maps[h * H : h * H + w * W].view(w, W)
+        held = torch.einsum("ih,jw,shw->sij", rows, columns, mask.to(rows.dtype))[..., None]
+        summed = torch.einsum("ih,jw,shwd->sijd", rows, columns, torch.where(mask[..., None], frames.to(rows.dtype), 0))
+        return torch.where(held > 0, summed / held.clamp_min(1e-30), 0).to(frames.dtype).flatten(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from vmemory.banks.policies.single_tier import SingleTierBank
 from vmemory.banks.registry import register_policy
 from vmemory.ops._checks import check_int
-from vmemory.reference.bank_layout import FRAME, SEEN, SKIPPED, BankState
+from vmemory.reference.bank_layout import SEEN, SKIPPED, BankState
 
 _MASK = 0xFFFFFFFF
 # times a 32-bit number it still fits int64
@@ -58,6 +58,7 @@ class ReservoirBank(SingleTierBank):
         M, taken = state.entry.shape[1], state.counter[:, SEEN] - state.counter[:, SKIPPED]
         # the frame held back so far is the taken-th, and stays with probability (M - 1) / taken
         drawn = (hash32(hash32(self.seed) ^ (taken & _MASK)) * taken.clamp_max(_MOST)) >> 32
-        newest = state.entry[..., FRAME].argmax(1)
+        # the list of a full tier ends with it
+        newest = state.order[:, -1]
         # its own slot cannot be drawn
         return torch.where(drawn < M - 1, drawn + (drawn >= newest), newest)

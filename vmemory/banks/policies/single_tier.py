@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vmemory.banks.bank import Bank
 from vmemory.banks.layout import largest_entries, state_bytes
 from vmemory.banks.quantization import name_of
-from vmemory.ops.grid_pool import grid_pool
 
 
 class SingleTierBank(Bank):
@@ -64,23 +63,3 @@ class SingleTierBank(Bank):
             "dtype": name_of(dtype),
             "key_dim": self.layout.key_dim,
         }
-
-    def mean_of(self, frames: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the mean `[S, key_dim]` of the cells of frames `[S, H, W, D]` that exist, in float32 or better."""
-        keys = frames[..., : self.layout.key_dim]
-        wide = self.descriptor.dtype
-        if mask is None:
-            return keys.mean((1, 2), dtype=wide)
-        total = torch.where(mask[..., None], keys.to(wide), 0).sum((1, 2))
-        return total / mask.sum((1, 2)).clamp_min(1)[:, None]
-
-    def entering(self, frames: Tensor, mask: Tensor | None) -> Tensor:
-        """Return frames `[S, H, W, D]` as the bank will hold them, `[S, n · D]`."""
-        (H, W), (h, w) = self.layout.grid, self.layout.grids[0]
-        if mask is None:
-            return (frames if (h, w) == (H, W) else grid_pool(frames, (h, w))).flatten(1)
-        maps = self.layout.packed_maps.to(frames.device, torch.promote_types(frames.dtype, torch.float32))
-        rows, columns = maps[: h * H].view(h, H), maps[h * H : h * H + w * W].view(w, W)
-        held = torch.einsum("ih,jw,shw->sij", rows, columns, mask.to(rows.dtype))[..., None]
-        summed = torch.einsum("ih,jw,shwd->sijd", rows, columns, torch.where(mask[..., None], frames.to(rows.dtype), 0))
-        return torch.where(held > 0, summed / held.clamp_min(1e-30), 0).to(frames.dtype).flatten(1)
