@@ -28,6 +28,7 @@ BELOW = {
     "banks": {"ops", "_files", "_host"},
     "compress": {"ops"},
     "encoders": {"ops", "_files"},
+    "graph": {"encoders", "banks"},
     "sources": set(),
     "search": {"banks", "sources"},
     "models": {"banks"},
@@ -39,7 +40,7 @@ BELOW = {
     "train": {"data", "session"},
     "eval": {"data", "encoders", "search", "session"},
     "info": {"ops", "_host", "vmemory"},
-    "cli": {"eval", "train", "info"},
+    "cli": {"eval", "train", "graph", "info"},
 }
 # the package's own __init__ gives names to everything
 BELOW["vmemory"] = set(BELOW) - {"cli"}

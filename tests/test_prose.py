@@ -19,14 +19,15 @@ VERBS = set(
     connect continue convert copy count create crop cut decide decode delete dequantise describe detach disable
     discard display divide do download draw drop embed enable encode end ensure enter erase estimate evaluate evict
     expand explain export extend extract fail feed fill find finish fit flatten flush fold follow forget fork format
-    forward freeze gather get handle hold ignore import include index infer initialise insert inspect install
+    forward free freeze gather get handle hold ignore import include index infer initialise insert inspect install
     interpret iterate join keep label launch learn let limit list listen load localise lock log look lower make map
     mark mask match measure merge move name normalise notify observe open order pack parse pass patch pause pick
     place plot pool prepare prepend preserve print process project propagate provide pull push put quantise queue
-    quote raise rank read recall receive record reduce refer refresh refuse register reject release remove rename
-    render renumber repeat replace replay report request require reset reshape resize resolve restore resume return
-    reuse rewrite round run sample save scale scan schedule score seal search see select send serve set shift show
-    shrink skip sort split spread start state stop store stream strike subtract sum swap switch synchronise take
+    quote raise rank read recall receive record reduce refer refresh refuse register reject release remember remove
+    rename render renumber repeat replace replay report request require reset reshape resize resolve restore resume
+    return reuse rewrite round run sample save scale scan schedule score seal search see select send serve set settle
+    shift show shrink skip sort split spread start state stop store stream strike subtract sum swap switch synchronise
+    take
     tell test time tokenise track train transform trim try turn undo uninstall unpack update use validate verify
     visit wait wake warn watch widen wrap write yield zero
     """.split()  # noqa: SIM905  one a line would take a page

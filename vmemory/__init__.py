@@ -6,9 +6,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vmemory import banks, compress, kv, ops, search, session, sources
+    from vmemory import banks, compress, graph, kv, ops, search, session, sources
     from vmemory._attach import MemoryHandle, attach, attached, compress_inputs
     from vmemory.banks import MemoryConfig
+    from vmemory.graph import MemoryGraph
     from vmemory.kv import KVMemory
     from vmemory.models.registry import register_adapter
     from vmemory.ops._select import explain
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # imported on first use, because torch takes seconds and video readers need an extra
-_ROOMS = ("banks", "compress", "eval", "kv", "ops", "search", "session", "sources")
+_ROOMS = ("banks", "compress", "eval", "graph", "kv", "ops", "search", "session", "sources")
 _NAMES = {
     "FrameSource": "sources",
     "KVMemory": "kv",
     "LiveSource": "sources",
     "MemoryConfig": "banks",
+    "MemoryGraph": "graph",
     "MemoryHandle": "_attach",
     "SessionPool": "session",
     "VideoSession": "session",
@@ -53,6 +55,7 @@ __all__ = [
     "KVMemory",
     "LiveSource",
     "MemoryConfig",
+    "MemoryGraph",
     "MemoryHandle",
     "SessionPool",
     "VideoSession",
@@ -63,6 +66,7 @@ __all__ = [
     "compress",
     "compress_inputs",
     "explain",
+    "graph",
     "kv",
     "ops",
     "register_adapter",
