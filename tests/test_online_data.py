@@ -28,6 +28,7 @@ from vmemory.data.online.conversation import parts_of, shifted, tagged_text, tra
 from vmemory.data.online.item import Box, Item, Turn, read_item
 from vmemory.data.online.prompt import IGNORED, Message
 from vmemory.data.online.sampling import sample_video
+from vmemory.data.world import World, make_items
 
 pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,6 +94,30 @@ def test_annotations_of_datasets(root: Path) -> None:
     datasets = pytest.importorskip("datasets")
     found = read_annotations(datasets.Dataset.from_list([online([1.0, 2.0])]), root)
     assert [turn.time for turn in found.items[0].turns] == [1.0, 2.0]
+
+
+def test_short_clips_are_sampled_more_densely_on_demand(root: Path) -> None:
+    assert frame_indices(10, 2.0) == [1, 3, 5, 7, 9]
+    assert frame_indices(10, 2.0, least=8) == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert frame_indices(3, 30.0, least=4) == [0, 1, 2]
+    assert len(sample_video(root / "clip.mp4", least=7).pictures) == 7
+    with pytest.raises(ValueError, match="min_num_frame: expected 1 to max_num_frame 4, got 5"):
+        OnlineVideoDataset([online([1.0])], max_num_frame=4, min_num_frame=5)
+
+
+def test_items_of_worlds_need_no_video() -> None:
+    world = World(4, 12)
+    [item, *_] = make_items(world, "")
+    dataset = OnlineVideoDataset([item], max_num_frame=6)
+    assert [found.kind for found in dataset.items] == ["online"]
+    sampled, parts, _ = dataset.parts(dataset.items[0], np.random.RandomState(0))
+    assert sampled.times == [0, 2, 4, 6, 8, 11]
+    assert (sampled.pictures[3] == world.render(np.array([6]))[0]).all()
+    assert parts[-1].stop == 6
+    item = {**item, "world": {**item["world"], "version": 0}}
+    dataset = OnlineVideoDataset([item])
+    with pytest.raises(ItemError, match="world: expected version, split, seed, seconds and pace, got"):
+        dataset.parts(dataset.items[0], np.random.RandomState(0))
 
 
 def test_malformed_json_names_its_line(tmp_path: Path) -> None:

@@ -1,22 +1,43 @@
-"""`vmemory train`: models out of recipes."""
+"""`vmemory train`: models out of recipes: a YAML file's, or one of the package's own by name."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from vmemory.cli.common import check_writable
-from vmemory.cli.errors import user_input
+from vmemory.cli.errors import Interrupted, user_input
 from vmemory.cli.terminal import Terminal
 
-train = typer.Typer(help="Train a model by one of the package's recipes.")
+
+class _Recipes(TyperGroup):
+    """Commands by name; anything else is a recipe's file."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["recipe", *args])
 
 
-@train.callback()
-def _commands() -> None:
-    """Keep `worldlm` a command of its own, though it is the only one."""
+train = typer.Typer(cls=_Recipes, help="Train a model: `vmemory train FILE.yaml`, or a recipe of the package by name.")
+
+
+@train.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def recipe(context: typer.Context) -> None:
+    """Train a video model, with or without a memory, by a YAML file; `--name value` behind it takes precedence."""
+    import logging
+
+    from vmemory.train import read_recipe
+    from vmemory.train import train as run
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("vmemory").setLevel(logging.INFO)
+    try:
+        with user_input():
+            run(read_recipe(context.args))
+    except KeyboardInterrupt as error:
+        raise Interrupted(str(error)) from None
 
 
 @train.command()

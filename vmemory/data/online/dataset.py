@@ -15,7 +15,7 @@ from vmemory.data.online.conversation import Part, parts_of, plain_text, shifted
 from vmemory.data.online.item import Item, ItemError
 from vmemory.data.online.prompt import Message, PromptWriter
 from vmemory.data.online.reading import DataLike, Skipped, read_annotations
-from vmemory.data.online.sampling import Sampled, rate_of, sample_pictures, sample_video
+from vmemory.data.online.sampling import Sampled, rate_of, sample_pictures, sample_video, sample_world
 from vmemory.models.adapter import Inputs
 from vmemory.sources import FrameSource, SourceError
 
@@ -41,6 +41,7 @@ class OnlineVideoDataset(Dataset[Any]):
         video_root: Folder that the videos of a single set are relative to.
         sampling_method: `"fps1"`, `"fps2"`, …, or `"middle"`.
         max_num_frame: Frames of a video at most.
+        min_num_frame: Frames of a video at least, where it has as many: a short one is sampled more densely.
         max_seq_length: Tokens of an item at most; longer ones are left out. None = any.
         frame_tokens: Tokens of a frame at most.
         turns: `"together"`: a conversation is one prompt, each question behind the frames since the one before, as
@@ -67,6 +68,7 @@ class OnlineVideoDataset(Dataset[Any]):
         video_root: str = "",
         sampling_method: str = "fps1",
         max_num_frame: int = 64,
+        min_num_frame: int = 1,
         max_seq_length: int | None = None,
         frame_tokens: int = 256,
         turns: str = "together",
@@ -76,10 +78,13 @@ class OnlineVideoDataset(Dataset[Any]):
             rate_of(sampling_method)
         if max_num_frame < 1:
             raise ValueError(f"max_num_frame: expected at least 1, got {max_num_frame}")
+        if not 1 <= min_num_frame <= max_num_frame:
+            raise ValueError(f"min_num_frame: expected 1 to max_num_frame {max_num_frame}, got {min_num_frame}")
         if turns not in TURNS:
             raise ValueError(f"turns: expected one of {', '.join(TURNS)}, got {turns!r}")
         self.writer = None if model is None else PromptWriter(model, tokenizer, processor, frame_tokens)
-        self.sampling_method, self.max_num_frame, self.max_seq_length = sampling_method, max_num_frame, max_seq_length
+        self.sampling_method, self.max_seq_length = sampling_method, max_seq_length
+        self.max_num_frame, self.min_num_frame = max_num_frame, min_num_frame
         self.turns, self.seed = turns, seed
         # workers live on between epochs, and look here
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
@@ -160,9 +165,12 @@ class OnlineVideoDataset(Dataset[Any]):
             at = [box.time for box in boxes] if boxes else [float(i) for i in range(len(item.pictures))]
             sampled, taken = sample_pictures(item.pictures, at, self.max_num_frame, shrink)
             boxes = tuple(boxes[i] for i in taken) if boxes else ()
+        elif item.world is not None:
+            sampled = sample_world(item.world, self.sampling_method, self.max_num_frame, self.min_num_frame, shrink)
         else:
             assert item.video is not None
-            sampled = sample_video(item.video, item.clip, self.sampling_method, self.max_num_frame, shrink)
+            frames = self.sampling_method, self.max_num_frame, self.min_num_frame
+            sampled = sample_video(item.video, item.clip, *frames, shrink)
         if len({picture.shape for picture in sampled.pictures}) > 1:
             raise ItemError("image: expected pictures of one size, got several")
         if item.kind == "tracking":

@@ -43,6 +43,7 @@ class Item:
             whole video, `"stream"` ones say when to speak, `"text"` ones have no video.
         video: File or folder; None with pictures, or without either.
         pictures: Files, in order.
+        world: A world of `vmemory.data.world` that is drawn, where the item names no video.
         turns: The conversation, empty for tracking.
         system: Text of a system message.
         boxes: One for each picture, for tracking; their times are the pictures'.
@@ -56,6 +57,7 @@ class Item:
     kind: Kind
     video: Path | None = None
     pictures: tuple[Path, ...] = ()
+    world: Mapping[str, Any] | None = None
     turns: tuple[Turn, ...] = ()
     system: str | None = None
     boxes: tuple[Box, ...] = ()
@@ -105,6 +107,9 @@ def _read(raw: Mapping[str, Any], root: Path, name: str) -> Item:
         files = [images] if isinstance(images, str) else images
         pictures = tuple(_file(root, file, "image") for file in _strings("image", files))
         return Item(**common, kind="offline", pictures=pictures, turns=turns, system=system)
+    if not raw.get("video") and isinstance(raw.get("world"), Mapping):
+        _check_order(turns, needed=True)
+        return Item(**common, kind="online", world=dict(raw["world"]), turns=turns, system=system)
     if not raw.get("video"):
         if any("<video>" in turn.text or "<image>" in turn.text for turn in turns):
             raise ItemError("video: expected one for the <video> or <image> in its text, got none")

@@ -52,8 +52,8 @@ class PromptWriter:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, processor: Any = None, frame_tokens: int = 256) -> None:
-        self.adapter = adapter_of(model)
         inner = base_of(model)
+        self.adapter = adapter_of(inner)
         # workers get what the adapter looks at, and not the weights
         self._model: Any = SimpleNamespace(config=inner.config)
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from vmemory.data.online.item import ItemError
+from vmemory.data.world import world_of
 from vmemory.sources import FrameSource, SourceError
 
 # seconds that a container's idea of its own end may be wrong by
@@ -24,12 +25,12 @@ class Sampled(NamedTuple):
     end: float
 
 
-def frame_indices(count: int, rate: float, method: str = "fps1", most: int = 64) -> list[int]:
+def frame_indices(count: int, rate: float, method: str = "fps1", most: int = 64, least: int = 1) -> list[int]:
     """Select frames of a clip, as VideoChat-Online does.
 
     `"fps1"` takes the frame nearest to the middle of each second, `"fps2"` of each half; of two that are as near, the
     one with the even index. `"middle"` takes the middle frames of `most` equal parts. Beyond `most` frames it takes
-    evenly spaced ones.
+    evenly spaced ones; below `least` the middle frames of `least` equal parts.
 
     Where the original takes nothing, or the same frame twice, this does not: a clip shorter than half a period gives
     its middle frame, and a video with no more frames a second than asked for gives each of its frames once.
@@ -39,6 +40,7 @@ def frame_indices(count: int, rate: float, method: str = "fps1", most: int = 64)
         rate: Frames a second.
         method: `"fps<number>"` or `"middle"`.
         most: Frames at most.
+        least: Frames at least, where the clip has as many.
 
     Raises:
         ValueError: An unknown method, or no frames.
@@ -46,8 +48,7 @@ def frame_indices(count: int, rate: float, method: str = "fps1", most: int = 64)
     if count < 1:
         raise ValueError(f"count: expected at least one frame, got {count}")
     if method == "middle":
-        edges = np.linspace(0, count, min(most, count) + 1).astype(int)
-        return [(int(a) + int(b) - 1) // 2 for a, b in itertools.pairwise(edges)]
+        return _middles(count, most)
     period = 1 / rate_of(method)
     if rate * period <= 1 + 1e-9:
         chosen = list(range(count))
@@ -56,9 +57,17 @@ def frame_indices(count: int, rate: float, method: str = "fps1", most: int = 64)
         chosen = [i for i in np.around(middles * rate).astype(int).tolist() if i < count]
     if not chosen:
         chosen = [count // 2]
+    if len(chosen) < min(least, most):
+        chosen = _middles(count, min(least, most))
     if len(chosen) > most:
         chosen = [chosen[i] for i in np.linspace(0, len(chosen) - 1, most).astype(int).tolist()]
     return chosen
+
+
+def _middles(count: int, parts: int) -> list[int]:
+    """Return the middle frames of equal parts of a clip, of one frame at least."""
+    edges = np.linspace(0, count, min(parts, count) + 1).astype(int)
+    return [(int(a) + int(b) - 1) // 2 for a, b in itertools.pairwise(edges)]
 
 
 def rate_of(method: str) -> float:
@@ -81,6 +90,7 @@ def sample_video(
     clip: tuple[float, float] | None = None,
     method: str = "fps1",
     most: int = 64,
+    least: int = 1,
     shrink: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Sampled:
     """Decode the chosen frames of a video, and no others.
@@ -88,7 +98,7 @@ def sample_video(
     Args:
         path: Of a video or of a folder of pictures.
         clip: Seconds that count; times stay the video's.
-        method, most: As for `frame_indices`.
+        method, most, least: As for `frame_indices`.
         shrink: Applied to each picture as soon as it is decoded.
 
     Raises:
@@ -107,7 +117,7 @@ def sample_video(
         raise ItemError(f"clip: expected an end up to {length:.1f} s, got {end}")
     end = min(end, length)
     first = int(start * rate)
-    chosen = [first + i for i in frame_indices(max(1, int(end * rate + 1e-6) - first), rate, method, most)]
+    chosen = [first + i for i in frame_indices(max(1, int(end * rate + 1e-6) - first), rate, method, most, least)]
     pictures: list[np.ndarray] = []
     times: list[float] = []
     wanted = iter(chosen)
@@ -138,6 +148,34 @@ def sample_video(
     if not pictures:
         raise ItemError("video: expected frames, got none")
     return Sampled(pictures, times, end)
+
+
+def sample_world(
+    facts: Mapping[str, Any],
+    method: str = "fps1",
+    most: int = 64,
+    least: int = 1,
+    shrink: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> Sampled:
+    """Draw the chosen seconds of a world, which needs no file.
+
+    Args:
+        facts: `world` of an item of `vmemory.data.world`.
+        method, most, least: As for `frame_indices`, of one frame a second.
+        shrink: Applied to each picture.
+
+    Raises:
+        ItemError: The facts tell of no world of this version.
+    """
+    try:
+        world = world_of(facts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ItemError(
+            f"world: expected version, split, seed, seconds and pace, got {dict(facts)} ({error})"
+        ) from error
+    chosen = np.array(frame_indices(world.seconds, 1.0, method, most, least))
+    pictures = [shrink(picture) if shrink else picture for picture in world.render(chosen)]
+    return Sampled(pictures, chosen.astype(float).tolist(), float(world.seconds))
 
 
 def sample_pictures(

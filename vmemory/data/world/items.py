@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ def _facts(world: World) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def world_of(facts: dict[str, Any]) -> World:
+def world_of(facts: Mapping[str, Any]) -> World:
     """Build the world that an item's `world` tells of.
 
     Raises:
