@@ -16,7 +16,7 @@ from vmemory.banks.config import ConfigLike, MemoryConfig
 from vmemory.models.adapter import Adapter, Inputs
 from vmemory.models.compress_video import VideoTokens
 from vmemory.models.hooks import IN_MODEL
-from vmemory.models.memories import MemoryLike
+from vmemory.models.memories import GivenMemory, MemoryLike
 from vmemory.models.prompt_memory import PromptMemory
 from vmemory.models.registry import find_adapter, supported_types
 
@@ -47,7 +47,7 @@ class MemoryHandle:
         return self._prompts.config
 
     @property
-    def memory(self) -> Any:
+    def memory(self) -> GivenMemory | None:
         """The memory, a function that makes one, or None if `config` makes one for each video.
 
         A memory with weights is `model.vmemory`, including a wrapper around it (PEFT's `modules_to_save`).
@@ -181,7 +181,7 @@ def attach(model: nn.Module, memory: MemoryLike | None = None, config: ConfigLik
 
 def compress_inputs(
     model: nn.Module,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, object],
     memory: MemoryLike | None = None,
     config: ConfigLike | None = None,
     *,

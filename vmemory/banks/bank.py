@@ -513,7 +513,7 @@ class Bank(nn.Module):
         return BankState(*(t.clone() for t in self.state))
 
     @locked
-    def restore(self, snapshot: BankState) -> None:
+    def restore(self, snapshot: tuple[Tensor, ...]) -> None:
         """Replace the state by a snapshot of a bank of the same shape; reads its lists, which synchronises the host.
 
         An archive keeps what has left since and still reads it; `fork` and `erase` no longer take it for this memory's
@@ -526,19 +526,20 @@ class Bank(nn.Module):
         self.check(snapshot)
         self._take(snapshot)
 
-    def _take(self, snapshot: BankState) -> None:
+    def _take(self, snapshot: tuple[Tensor, ...]) -> None:
         for held, new in zip(self.state, snapshot, strict=True):
             held.copy_(new)
         if self._archive is not None:
             self._archive.branch(self.counter[:, SEEN])
 
-    def check(self, snapshot: BankState) -> None:
+    def check(self, snapshot: tuple[Tensor, ...]) -> None:
         """Check that this bank can hold a snapshot.
 
         Raises:
             ValueError: Its shapes, dtypes, lists or counters are others.
         """
         check_snapshot(self.state, snapshot)
+        assert isinstance(snapshot, BankState)
         if not snapshot.order.is_meta:
             check_state(self.layout, snapshot)
 

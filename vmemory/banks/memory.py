@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,10 @@ from vmemory.banks.archive.archive import Archive
 from vmemory.banks.arguments import Times
 from vmemory.banks.io import BankFile
 from vmemory.banks.results import Entries, MemoryTokens, SearchResult, Tier
+from vmemory.reference.bank_layout import BankState
+
+if TYPE_CHECKING:
+    from vmemory.banks.dual.state import DualState
 
 
 class Memory(Protocol):
@@ -29,14 +33,14 @@ class Memory(Protocol):
     grid: tuple[int, int]
     key_dim: int
     streams: int
-    adapter: Any
+    adapter: nn.Module | None
     entry: Tensor
     mass: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
     @property
-    def state(self) -> Any: ...
+    def state(self) -> BankState | DualState: ...
 
     @property
     def token_dtype(self) -> torch.dtype | None: ...
@@ -78,11 +82,11 @@ class Memory(Protocol):
 
     def reset(self, streams: Sequence[int] | None = None) -> None: ...
 
-    def snapshot(self) -> Any: ...
+    def snapshot(self) -> BankState | DualState: ...
 
-    def restore(self, snapshot: Any) -> None: ...
+    def restore(self, snapshot: tuple[Tensor, ...]) -> None: ...
 
-    def check(self, snapshot: Any) -> None: ...
+    def check(self, snapshot: tuple[Tensor, ...]) -> None: ...
 
     def preserved(self) -> AbstractContextManager[None]: ...
 

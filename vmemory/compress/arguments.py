@@ -82,7 +82,7 @@ def add_tempme_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--tempme_{name}", type=kind, default=None, help=about, metavar=kind.__name__.upper())
 
 
-def tempme_from_arguments(arguments: Any, model: nn.Module | None = None) -> nn.Module | None:
+def tempme_from_arguments(arguments: object, model: nn.Module | None = None) -> nn.Module | None:
     """Build the compressor that parsed options describe.
 
     Args:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from vmemory.kv.spans import SpanRule
 from vmemory.models.hooks import generation_setting
 from vmemory.models.turn import cache_argument
 from vmemory.ops._checks import check_choice, check_int, shape_of
+
+if TYPE_CHECKING:
+    from transformers import Cache
+    from transformers.utils import ModelOutput
 
 Rule = RowRule | SpanRule
 
@@ -37,8 +41,8 @@ POLICIES: dict[str, Callable[..., Rule]] = {
 class Prefill(NamedTuple):
     """A cache that has read its input, and the model's output for the last chunk (with a head: `output.logits`)."""
 
-    cache: Any
-    output: Any
+    cache: Cache
+    output: ModelOutput
 
 
 class KVMemory:
@@ -126,7 +130,7 @@ class KVMemory:
 
     @torch.no_grad()
     @locked
-    def update(self, cache: Any, span: int | None = None, time: float | None = None) -> Tensor:
+    def update(self, cache: Cache, span: int | None = None, time: float | None = None) -> Tensor:
         """Register the rows added since the last call, and evict rows beyond the budget.
 
         Args:
@@ -191,7 +195,7 @@ class KVMemory:
         *,
         inputs_embeds: Tensor | None = None,
         position_ids: Tensor | None = None,
-        cache: Any = None,
+        cache: Cache | None = None,
         chunk: int = 64,
         time: float | None = None,
         **kwargs: Any,
@@ -250,8 +254,14 @@ class KVMemory:
         return last
 
     def generate(
-        self, model: Any, cache: Any, input_ids: Tensor, *, position_ids: Tensor | None = None, **kwargs: Any
-    ) -> Any:
+        self,
+        model: nn.Module,
+        cache: Cache,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor | ModelOutput:
         """Continue from a cache with the model's own `generate`; rows are evicted after every token.
 
         Args:
@@ -292,7 +302,7 @@ class KVMemory:
 
         before = self.seen
         with self._lock, self.observing(model):
-            out = model.generate(
+            out: Tensor | ModelOutput = cast("Any", model).generate(
                 input_ids=input_ids,
                 attention_mask=input_ids.new_ones(B, self.token.shape[3] + N),
                 position_ids=positions,

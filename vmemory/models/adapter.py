@@ -5,15 +5,18 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vmemory.banks import DualMemory, MemoryConfig
 from vmemory.models.geometry import GeometryFusion
-from vmemory.models.hooks import install_prompt_hook
-from vmemory.models.memories import MemoryLike
+from vmemory.models.hooks import Shrinks, install_prompt_hook
+from vmemory.models.memories import GivenMemory, MemoryLike
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 Inputs = dict[str, Any]
 
@@ -78,11 +81,11 @@ class Adapter:
                 f"mm_encoder_outputs, got transformers {__version__}"
             )
 
-    def install(self, model: nn.Module, memory: Any) -> None:
+    def install(self, model: nn.Module, memory: Shrinks) -> None:
         """Install the hooks of a `PromptMemory`, and append functions that undo this to `memory.undo`."""
         install_prompt_hook(model, memory)
 
-    def resolve_memory(self, model: nn.Module, memory: MemoryLike | None, settings: MemoryConfig) -> Any:
+    def resolve_memory(self, model: nn.Module, memory: MemoryLike | None, settings: MemoryConfig) -> GivenMemory | None:
         """Return the memory to use for the argument of `attach`; None = a memory made from `settings`.
 
         Args:
@@ -117,23 +120,23 @@ class Adapter:
             )
         return memory
 
-    def trainable_module(self, memory: Any) -> nn.Module | None:
+    def trainable_module(self, memory: object) -> nn.Module | None:
         """Return the module of a memory that is trained with the model, as `model.vmemory`, or None."""
-        has = isinstance(memory, nn.Module) and next(memory.parameters(), None) is not None
-        return memory if has else None
+        return memory if isinstance(memory, nn.Module) and next(memory.parameters(), None) is not None else None
 
     def feature_module(self, model: nn.Module) -> Any:
         """Return the module with `get_video_features`, which differs between releases of transformers."""
         inner = getattr(model, "model", model)
         return inner if hasattr(inner, f"get_{self.modality}_features") else model
 
-    def placeholder_id(self, model: Any) -> int:
+    def placeholder_id(self, model: nn.Module) -> int:
         """Return the id of the placeholder of a visual token."""
         return int(getattr(model.config, f"{self.modality}_token_id"))
 
-    def hidden_size(self, model: Any) -> int:
+    def hidden_size(self, model: nn.Module) -> int:
         """Return the channels of a visual token at the input of the language model."""
-        return int(model.config.get_text_config().hidden_size)
+        config: Any = model.config
+        return int(config.get_text_config().hidden_size)
 
     def encode(self, model: nn.Module, inputs: Inputs) -> Encoded:
         """Run the vision tower once, exactly as the model does."""
@@ -143,7 +146,7 @@ class Adapter:
         """Yield for each video an iterator of inputs for `encode`, with at most `chunk` frames each."""
         raise NotImplementedError
 
-    def pack(self, output: Any, tokens: Sequence[Tensor]) -> Any:
+    def pack(self, output: ModelOutput, tokens: Sequence[Tensor]) -> ModelOutput:
         """Return tokens `[N_i, C]` per video in the form of the tower's output."""
         return as_pooling(list(tokens))
 
@@ -164,7 +167,7 @@ class Adapter:
         """
         return self.encode(model, on_device(model, self.preprocess(model, frames, processor, size)))
 
-    def temporal_patch_size(self, model: Any) -> int:
+    def temporal_patch_size(self, model: nn.Module) -> int:
         """Return the number of video frames in one frame of the memory."""
         return 1
 
@@ -188,7 +191,7 @@ class Adapter:
         """Return a video's text in a prompt: `token` for each of `frames` (seconds, tokens), then `tail` tokens."""
         return token * (sum(count for _, count in frames) + tail)
 
-    def temporal_position(self, model: Any, frame: int, seconds: float) -> int:
+    def temporal_position(self, model: nn.Module, frame: int, seconds: float) -> int:
         """Return the temporal position of a frame of the memory, counted from the start of the stream."""
         return 0
 
@@ -225,14 +228,14 @@ def on_device(model: nn.Module, inputs: Inputs) -> Inputs:
     }
 
 
-def as_pooling(tokens: Any) -> Any:
+def as_pooling(tokens: Any) -> ModelOutput:
     """Return tokens in the output class of transformers' towers."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     return BaseModelOutputWithPooling(pooler_output=tokens)
 
 
-def one_tensor(tokens: Sequence[Tensor]) -> Any:
+def one_tensor(tokens: Sequence[Tensor]) -> ModelOutput:
     """Return videos' tokens `[N_i, C]` as one tensor, for models that flatten the towers' output.
 
     `[V, N, C]` if all videos have equally many, so that beams copy whole videos. Otherwise one entry per token,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from vmemory.banks import MemoryConfig
+from vmemory.banks import Memory, MemoryConfig
 from vmemory.models.adapter import Clip
+from vmemory.models.memories import Compressor, GivenMemory, MemoryFactory
 
 
 class KeptVideo(NamedTuple):
@@ -51,7 +52,7 @@ class VideoTokens(NamedTuple):
     tokens_after: int
 
 
-def compress_video(pieces: Iterator[Clip], config: MemoryConfig, memory: Any = None) -> KeptVideo:
+def compress_video(pieces: Iterator[Clip], config: MemoryConfig, memory: GivenMemory | None = None) -> KeptVideo:
     """Compress one video, given in pieces of some frames each.
 
     If `config` makes the memory and no gradient is required, the pieces are pushed one by one, and the memory in use
@@ -97,7 +98,7 @@ def _chained(first: Clip, second: Clip, rest: Iterator[Clip]) -> Iterator[Clip]:
     yield from rest
 
 
-def compress_clip(clip: Clip, config: MemoryConfig, memory: Any = None) -> KeptVideo:
+def compress_clip(clip: Clip, config: MemoryConfig, memory: GivenMemory | None = None) -> KeptVideo:
     """Compress a whole video with the memory's `compress`, which is differentiable; arguments as above."""
     T, H, W, C = clip.frames.shape
     if config.short_video(given=memory is not None) >= T:
@@ -106,8 +107,8 @@ def compress_clip(clip: Clip, config: MemoryConfig, memory: Any = None) -> KeptV
     if memory is None:
         memory = _planner(config, C, (H, W), **like)
     elif not hasattr(memory, "compress"):
-        memory = memory(dim=C, grid=(H, W), device=clip.frames.device, **like)
-    made = memory.compress(clip.frames, clip.time, mask=clip.mask)
+        memory = cast("MemoryFactory", memory)(dim=C, grid=(H, W), device=clip.frames.device, **like)
+    made = cast("Compressor", memory).compress(clip.frames, clip.time, mask=clip.mask)
     source = made.source if clip.mask is None else placed(made.source, clip.mask)
     return _kept(made.tokens.to(clip.frames.dtype), source, (T, H, W), clip.mask, clip.tail)
 
@@ -149,7 +150,7 @@ def placed(source: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _planner(config: MemoryConfig, dim: int, grid: tuple[int, int], key_dim: int, dtype: torch.dtype) -> Any:
+def _planner(config: MemoryConfig, dim: int, grid: tuple[int, int], key_dim: int, dtype: torch.dtype) -> Memory:
     """Return a memory that only compresses; it is cached, because its layout is costly to compute."""
     return config.build(dim, grid, key_dim=key_dim, device="meta", dtype=dtype)
 

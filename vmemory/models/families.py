@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from vmemory.models.adapter import Adapter, Clip, Encoded, Inputs, as_pooling, known_arguments
 from vmemory.models.pixels import CLIP_MEAN, CLIP_STD, normalisation, patch_rows, scaled, size_for, square_size
+
+if TYPE_CHECKING:
+    from transformers.utils import ModelOutput
 
 
 class PatchRowAdapter(Adapter):
@@ -65,7 +68,7 @@ class PatchRowAdapter(Adapter):
             grid = inputs["video_grid_thw"].new_tensor([[stop - first, h, w]])
             yield {"pixel_values_videos": rows[first * h * w : stop * h * w], "video_grid_thw": grid}
 
-    def pack(self, output: Any, tokens: Sequence[Tensor]) -> Any:
+    def pack(self, output: Any, tokens: Sequence[Tensor]) -> ModelOutput:
         deep = getattr(output, "deepstack_features", None) or []
         if not deep:
             return as_pooling(list(tokens))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vmemory.models.memories import GivenMemory
 from vmemory.ops._checks import check_int, check_tensor, shape_of
 
 
@@ -44,7 +45,7 @@ class GeometryFusion(nn.Module):
         *,
         heads: int = 8,
         width: int | None = None,
-        memory: Any = None,
+        memory: GivenMemory | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:

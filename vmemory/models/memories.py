@@ -28,8 +28,9 @@ class MemoryFactory(Protocol):
         ...
 
 
-# a policy's name, a memory, anything with `compress`, a module that a model family knows, or a factory
-MemoryLike = str | Memory | Compressor | MemoryFactory | nn.Module
+# a memory, anything with `compress`, a module that a model family knows, or a factory; or a policy's name
+GivenMemory = Memory | Compressor | MemoryFactory | nn.Module
+MemoryLike = str | GivenMemory
 
 
 def is_factory(memory: object) -> TypeGuard[MemoryFactory]:

@@ -12,6 +12,7 @@ from vmemory.banks import MemoryConfig
 from vmemory.models.adapter import Adapter, Clip, Inputs, known_arguments
 from vmemory.models.compress_video import KeptVideo, compress_clip, compress_video
 from vmemory.models.frame_text import Span, close_gaps, dead_spans
+from vmemory.models.memories import GivenMemory
 from vmemory.models.turn import Turn
 
 
@@ -34,7 +35,13 @@ class CompressedPrompt(NamedTuple):
 
 
 def compress_prompt(
-    model: nn.Module, adapter: Adapter, inputs: Inputs, config: MemoryConfig, memory: Any, *, generating: bool
+    model: nn.Module,
+    adapter: Adapter,
+    inputs: Inputs,
+    config: MemoryConfig,
+    memory: GivenMemory | None,
+    *,
+    generating: bool,
 ) -> CompressedPrompt:
     """Encode the videos of a prompt, compress them with a memory, and shrink the prompt accordingly.
 
@@ -103,7 +110,7 @@ def compress_prompt(
 
 
 def _in_chunks(
-    model: nn.Module, adapter: Adapter, inputs: Inputs, config: MemoryConfig, memory: Any, chunk: int
+    model: nn.Module, adapter: Adapter, inputs: Inputs, config: MemoryConfig, memory: GivenMemory | None, chunk: int
 ) -> tuple[list[KeptVideo], Any]:
     """Run each video through tower and memory, `chunk` frames at a time; return kept videos and a tower's output."""
     last: list[Any] = []

@@ -12,6 +12,7 @@ from vmemory.banks import MemoryConfig
 from vmemory.models.adapter import Adapter, Clip, Inputs, check_copies
 from vmemory.models.compress_video import KeptVideo, VideoTokens, compress_clip, compress_video
 from vmemory.models.hooks import IN_MODEL
+from vmemory.models.memories import GivenMemory
 from vmemory.models.prompt import CompressedPrompt, compress_prompt
 from vmemory.models.turn import Turn, cache_in, tokens_in
 
@@ -30,7 +31,7 @@ class PromptMemory:
         handle: The handle that `attach` returned.
     """
 
-    def __init__(self, model: nn.Module, adapter: Adapter, memory: Any, config: MemoryConfig) -> None:
+    def __init__(self, model: nn.Module, adapter: Adapter, memory: GivenMemory | None, config: MemoryConfig) -> None:
         self.model, self.adapter, self.given, self.config = model, adapter, memory, config
         self.enabled = config.enable_memory_bank
         self.last_prompt: list[VideoTokens] = []
@@ -38,7 +39,7 @@ class PromptMemory:
         self.handle: Any = None
 
     @property
-    def memory(self) -> Any:
+    def memory(self) -> GivenMemory | None:
         """The memory in use: `given`, or its wrapper in the model (PEFT's `modules_to_save`)."""
         given = self.given
         if not isinstance(given, nn.Module) or self.model.__dict__.get(IN_MODEL) is not self:
@@ -72,7 +73,7 @@ class PromptMemory:
             )
         return True
 
-    def check_cache(self, name: str, cache: Any) -> None:
+    def check_cache(self, name: str, cache: object) -> None:
         """Raise ValueError if a cache is not empty."""
         held = tokens_in(cache)
         if held > 0:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NoReturn
 from torch import nn
 
 from vmemory.models.adapter import Adapter, Inputs
-from vmemory.models.hooks import IN_MODEL, install_methods, original
+from vmemory.models.hooks import IN_MODEL, Shrinks, install_methods, original
 
 
 class RemoteCodeAdapter(Adapter):
@@ -46,7 +46,7 @@ class RemoteCodeAdapter(Adapter):
         if taken:
             raise ValueError(f"model: expected no {', '.join(taken)} of its own, got {type(model).__name__} with")
 
-    def install(self, model: nn.Module, memory: Any) -> None:
+    def install(self, model: nn.Module, memory: Shrinks) -> None:
         there = {name: function for name, function in self.functions.items() if hasattr(model, name)}
         install_methods(model, memory, {**there, **self.added})
 

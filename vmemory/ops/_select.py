@@ -98,7 +98,7 @@ class Backends:
         return impl
 
 
-def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+def explain(op: Callable[..., object], *args: object, **kwargs: object) -> Explanation:
     """Explain which implementation `op(*args)` runs and why the others are not picked.
 
     Args:

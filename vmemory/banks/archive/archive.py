@@ -194,27 +194,29 @@ class Archive:
         if not torch.compiler.is_compiling() and self._transfer is not None:
             self._opened.busy()
 
-    def taking(self) -> AbstractContextManager[Any]:
+    def taking(self) -> AbstractContextManager[object]:
         """Return the lock held while a frame is pushed: other threads that read wait until it is in or out."""
         return nullcontext() if torch.compiler.is_compiling() else self._transfer.lock
 
     def pushed(self, streams: int) -> None:
-        """Move the outbox on after a frame of a push, where it is time and nobody waits for it."""
-        if self._paused or torch.compiler.is_compiling():
+        """Move the outbox on after a frame of a push within `taking`, where it is time and nobody waits for it."""
+        transfer = self._transfer_or_none
+        if transfer is None or self._paused or torch.compiler.is_compiling():
             return
-        box = self.box
+        box = transfer.box
         if box.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return
         self._pending += streams
         full = self._pending + streams > box.room
         if self.block and full:
-            self._transfer.settle()
+            transfer.settle()
             self._pending = 0
         elif full or box.device.type == "cpu":
-            self.drain()
+            if transfer.step():
+                self._pending = 0
         else:
             # the thread has all the time until the outbox is full again
-            self._transfer.arrived()
+            transfer.arrived()
 
     @contextmanager
     def preserved(self) -> Iterator[None]:

@@ -51,26 +51,23 @@ class Transfer:
     def step(self) -> bool:
         """Move the outbox on unless a batch is still on its way; returns whether the outbox is empty now."""
         with self.lock:
-            return self._step()
-
-    def _step(self) -> bool:
-        if not self.arrived():
-            return False
-        if self._side is None or self._copied is None:
-            self._copy(int(self.box.count[0]), non_blocking=False)
-        else:
-            pushes = torch.cuda.current_stream(self.box.device)
-            # the copy begins when the pushes so far have written, and the next ones write when it has read
-            self._side.wait_stream(pushes)
-            with torch.cuda.stream(self._side):
-                self._copy(self.box.room, non_blocking=True)
-                self._copied.record(self._side)
-            pushes.wait_event(self._copied)
-        self._on_its_way = True
-        self.box.release()
-        if self._side is None:
-            self.arrived()
-        return True
+            if not self.arrived():
+                return False
+            if self._side is None or self._copied is None:
+                self._copy(int(self.box.count[0]), non_blocking=False)
+            else:
+                pushes = torch.cuda.current_stream(self.box.device)
+                # the copy begins when the pushes so far have written, and the next ones write when it has read
+                self._side.wait_stream(pushes)
+                with torch.cuda.stream(self._side):
+                    self._copy(self.box.room, non_blocking=True)
+                    self._copied.record(self._side)
+                pushes.wait_event(self._copied)
+            self._on_its_way = True
+            self.box.release()
+            if self._side is None:
+                self.arrived()
+            return True
 
     def _copy(self, filled: int, non_blocking: bool) -> None:
         for here, there in zip((*self.frames, self._count), (*self.box.frames(), self.box.count), strict=True):
@@ -84,7 +81,7 @@ class Transfer:
         """Return when all that the outbox held lies in the store; synchronises the host."""
         with self.lock:
             self._wait()
-            self._step()
+            self.step()
             self._wait()
 
     def _wait(self) -> None:

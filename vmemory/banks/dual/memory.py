@@ -568,7 +568,7 @@ class DualMemory(nn.Module):
         return DualState(*(x.clone() for x in self.state))
 
     @locked
-    def restore(self, snapshot: DualState) -> None:
+    def restore(self, snapshot: tuple[Tensor, ...]) -> None:
         """Replace the state by a snapshot of a memory of the same shape and weights; synchronises the host.
 
         Raises:
@@ -578,18 +578,19 @@ class DualMemory(nn.Module):
         self.check(snapshot)
         self._take(snapshot)
 
-    def _take(self, snapshot: DualState) -> None:
+    def _take(self, snapshot: tuple[Tensor, ...]) -> None:
         for held, new in zip(self.state, snapshot, strict=True):
             held.copy_(new)
         self.masked = bool(((self.mass == 0) & (self.entry >= 0)[..., None]).any())
 
-    def check(self, snapshot: DualState) -> None:
+    def check(self, snapshot: tuple[Tensor, ...]) -> None:
         """Check that this memory can hold a snapshot.
 
         Raises:
             ValueError: Its shapes, dtypes, entries or counters are others.
         """
         check_snapshot(self.state, snapshot)
+        assert isinstance(snapshot, DualState)
         if not snapshot.entry.is_meta:
             check_dual_state(snapshot._asdict())
 

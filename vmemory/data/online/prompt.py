@@ -63,9 +63,9 @@ class PromptWriter:
             raise ValueError(f"tokenizer: expected a fast one, which tells offsets, got {type(tokenizer).__name__}")
         if getattr(self.template, "chat_template", "") is None:
             raise ValueError("processor: expected one with a chat template, got none")
-        self.placeholder = self.adapter.placeholder_id(self._model)
+        self.placeholder = self.adapter.placeholder_id(inner)
         self.token: str = self.tokenizer.convert_ids_to_tokens(self.placeholder)
-        self.together = self.adapter.temporal_patch_size(self._model)
+        self.together = self.adapter.temporal_patch_size(inner)
         self._arguments = set(inspect.signature(type(inner).forward).parameters)
         self._grid, self._tail = self._probed(model, processor)
         self._processor = processor
