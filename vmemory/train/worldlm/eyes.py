@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmemory.data.world import COLOURS, NUMBERS, PLACES, SHAPES, World
-from vmemory.train.worldlm.labels import NOTHING, THINGS, TILE_CLASSES, Labels, joined, labels_of
+from vmemory.train.worldlm.labels import NOTHING, ORDER, THINGS, TILE_CLASSES, Labels, joined, labels_of
 from vmemory.train.worldlm.model import CELLS, MERGE, frame_rows
 
-_SPARE = 29  # channels of the patch embedding that ridge regression fills
+_SPARE = 33  # channels of the patch embedding that ridge regression fills
 
 
 class Heads(nn.Module):
@@ -24,6 +24,7 @@ class Heads(nn.Module):
         self.tiles = nn.Linear(dim, TILE_CLASSES)
         self.cells = nn.ModuleDict({name: nn.Linear(dim, nothing + 1) for name, nothing in NOTHING.items()})
         self.place = nn.Linear(dim, len(PLACES))
+        self.position = nn.Linear(dim, 16)
 
 
 def pictures(first: int, worlds: int, each: int, split: str = "train") -> tuple[Tensor, Labels]:
@@ -56,6 +57,7 @@ def fit_patches(tower: Any, worlds: int, seed: int = 0) -> None:
             F.one_hot(tile % len(SHAPES), len(SHAPES)) * card[:, None],
             F.one_hot((tile - THINGS).clamp(0, len(NUMBERS) - 1), len(NUMBERS)) * number[:, None],
             F.one_hot((tile - THINGS - len(NUMBERS)).clamp(min=0), len(PLACES)) * ~(card | number)[:, None],
+            _phases(labels)[keep] * ~(card | number)[:, None],
         ],
         1,
     ).float()
@@ -76,6 +78,14 @@ def fit_patches(tower: Any, worlds: int, seed: int = 0) -> None:
             nn.init.zeros_(last.bias)
 
 
+def _phases(labels: Labels) -> Tensor:
+    """Compute sine and cosine of the background's two waves at the centre of each tile `[16 n, 4]`."""
+    row, column = ORDER // 4, ORDER % 4
+    across = (16 * column + 8) / 7 + 2 * labels.place[:, :1]
+    down = ((16 * row + 8) / 9).expand_as(across)
+    return torch.stack([across.sin(), across.cos(), down.sin(), down.cos()], -1).flatten(0, 1)
+
+
 def encoded(tower: Any, shown: Tensor) -> tuple[Tensor, Tensor]:
     """Run the tower on pictures; returns cells `[n, 4, C]`, and tiles `[n, 16, C]` before they are merged."""
     rows, grid = frame_rows(shown)
@@ -94,6 +104,11 @@ def loss_of(heads: Heads, cells: Tensor, tiles: Tensor, labels: Labels) -> Tenso
     weight[THINGS + len(NUMBERS) :] = 0.1
     loss = 3 * F.cross_entropy(heads.tiles(tiles).flatten(0, 1), labels.tiles.flatten(), weight)
     loss = loss + F.cross_entropy(heads.place(cells).flatten(0, 1), labels.place.flatten())
+    position = F.cross_entropy(
+        heads.position(tiles).flatten(0, 1), ORDER.repeat(len(tiles)), reduction="none"
+    )
+    weight = torch.where(labels.tiles.flatten() < THINGS, 4.0, 1.0)
+    loss = loss + (position * weight).sum() / weight.sum()
     for name, head in heads.cells.items():
         weight = torch.ones(NOTHING[name] + 1)
         weight[-1] = 0.15
@@ -129,6 +144,8 @@ def read_share(tower: Any, heads: Heads) -> dict[str, float]:
     cells, tiles = encoded(tower, shown)
     there = labels.tiles < THINGS + len(NUMBERS)
     share = {"tiles": _share(heads.tiles(tiles), labels.tiles, there)}
+    share["position"] = _share(heads.position(tiles), ORDER.expand_as(labels.tiles), labels.tiles < THINGS)
+    share["background"] = _share(heads.position(tiles), ORDER.expand_as(labels.tiles), ~there)
     share["place"] = _share(heads.place(cells), labels.place, labels.place >= 0)
     for name, head in heads.cells.items():
         label = getattr(labels, name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,106 +11,48 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vmemory.data.world import COLOURS, KINDS, NUMBERS, PLACES, SHAPES, Question, View, World, ask
-from vmemory.train.worldlm.eyes import encoded
+from vmemory.data.world import COLOURS, KINDS, NUMBERS, PLACES, SHAPES
+from vmemory.train.worldlm.clips import IGNORED, Asked, Rows, Watched, draw_clip, rows_of, sight
 from vmemory.train.worldlm.labels import NOTHING, joined, labels_of
-from vmemory.train.worldlm.model import CELLS
+from vmemory.train.worldlm.notes import Notes, targets_of
 from vmemory.train.worldlm.optimizer import optimizers
-from vmemory.train.worldlm.words import END, PAD, SECONDS, VIDEO, vocabulary, word_ids
-
-IGNORED = -100
+from vmemory.train.worldlm.words import VIDEO, vocabulary, word_ids
 
 
-class Watched(NamedTuple):
-    """A world's frames as the tower sees them: seconds `[n]` and features `[n, 4, C]` in half precision."""
+# weight of what frames tell, beside answers
+NOTES = 0.3
 
-    world: World
-    seconds: np.ndarray
-    features: Tensor
+# words that questions use, in cells that show such a thing: what is asked for is found by them
+_NOUNS = {"number": "number", "colour": "cards"}
 
 
 class Phase(NamedTuple):
-    """A part of training: steps, clips a step, and frames of a clip."""
+    """A part of training: steps, clips a step, frames of a clip, and questions about it."""
 
     steps: int
     clips: int
     least: int
     most: int
+    questions: int
 
 
-class Asked(NamedTuple):
-    """A clip with questions: places of its frames in a `Watched`, the words for their seconds, and the questions."""
-
-    watched: Watched
-    places: np.ndarray
-    times: np.ndarray
-    questions: list[Question]
-
-
-@torch.no_grad()
-def watch(tower: Any, seeds: Sequence[int], frames: int, split: str = "train") -> list[Watched]:
-    """Encode `frames` seconds of each of several worlds, in a row or with gaps."""
-    out = []
-    for seed in seeds:
-        rng = np.random.RandomState([seed, 1])
-        world = World(seed, int(rng.randint(max(80, frames + 10), 601)), split=split)
-        if rng.rand() < 0.5:
-            start = rng.randint(world.seconds - frames + 1)
-            seconds = np.arange(start, start + frames)
-        else:
-            seconds = np.sort(rng.permutation(world.seconds)[:frames])
-        parts = [encoded(tower, torch.from_numpy(world.render(seconds[i : i + 128])))[0] for i in range(0, frames, 128)]
-        out.append(Watched(world, seconds, torch.cat(parts).half()))
-    return out
+def hidden_states(model: Any, rows: Rows, between: bool = False) -> tuple[Tensor, ...]:
+    """Return the hidden states `[B, L, C]` behind the last layer, or those between all layers too."""
+    embedded = model.get_input_embeddings()(rows.ids)
+    cells = (rows.ids == vocabulary()[VIDEO])[..., None]
+    embedded = embedded.masked_scatter(cells, model.model.projector(rows.features))
+    # what is padded attends to itself, so that no row of scores is empty
+    mask = sight(rows.part)
+    out = model.model.language_model(
+        inputs_embeds=embedded, attention_mask=mask, position_ids=rows.place, output_hidden_states=between
+    )
+    return (*out.hidden_states[:-1], out.last_hidden_state) if between else (out.last_hidden_state,)
 
 
-def draw_clip(
-    watched: Watched, rng: np.random.RandomState, least: int, most: int, kinds: Sequence[str], count: int
-) -> Asked:
-    """Take some frames of a world, in a row or with gaps, give them other seconds, and ask about them."""
-    total = len(watched.seconds)
-    length = int(rng.randint(min(least, total), min(most, total) + 1))
-    if rng.rand() < 0.5:
-        start = rng.randint(total - length + 1)
-        places = np.arange(start, start + length)
-    else:
-        places = np.sort(rng.permutation(total)[:length])
-    seconds = watched.seconds[places]
-    # every second that has a word is met
-    shift = int(rng.randint(-seconds[0], SECONDS - seconds[-1]))
-    questions = ask(View(watched.world, seconds), rng, kinds or None, count)
-    moved = [q._replace(answer=str(int(q.answer) + shift)) if q.kind == "past_when" else q for q in questions]
-    return Asked(watched, places, seconds + shift, moved)
-
-
-def rows_of(clips: Sequence[Asked]) -> tuple[Tensor, Tensor, Tensor]:
-    """Write prompts with all their questions behind each other: ids and labels `[B, L]`, and features `[N, C]`."""
-    known = vocabulary()
-    ids, labels = [], []
-    for clip in clips:
-        row: list[int] = []
-        for time in clip.times.tolist():
-            row += [known[str(time)], *[known[VIDEO]] * CELLS]
-        learned = [IGNORED] * len(row)
-        for question in clip.questions:
-            text, answer = word_ids(question.text), [*word_ids(question.answer), known[END]]
-            row += text + answer
-            learned += [IGNORED] * len(text) + answer
-        ids.append(torch.tensor(row))
-        labels.append(torch.tensor(learned))
-    pad = nn.utils.rnn.pad_sequence
-    features = torch.cat([clip.watched.features[clip.places].float().flatten(0, 1) for clip in clips])
-    return pad(ids, True, known[PAD]), pad(labels, True, IGNORED), features
-
-
-def scores(model: Any, ids: Tensor, labels: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+def scores(model: Any, rows: Rows, last: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scores of the words that are learned `[n, V]`, and those words `[n]`."""
-    embedded = model.get_input_embeddings()(ids)
-    seen = (ids == vocabulary()[VIDEO])[..., None]
-    embedded = embedded.masked_scatter(seen, model.model.projector(features))
-    hidden = model.model.language_model(inputs_embeds=embedded).last_hidden_state
-    where = labels[:, 1:] != IGNORED
-    return model.lm_head(hidden[:, :-1][where]), labels[:, 1:][where]
+    where = rows.labels[:, 1:] != IGNORED
+    return model.lm_head(last[:, :-1][where]), rows.labels[:, 1:][where]
 
 
 def align(model: Any, watched: Sequence[Watched], steps: int, seed: int = 0) -> float:
@@ -131,6 +73,8 @@ def align(model: Any, watched: Sequence[Watched], steps: int, seed: int = 0) -> 
             [table[[known[word] for word in words]], torch.zeros(NOTHING[name] + 1 - len(words), table.shape[1])]
         )
         target = target + rows[label]
+        if name in _NOUNS:
+            target = target + (label < NOTHING[name])[:, None] * table[known[_NOUNS[name]]]
         if name in ("colour", "number"):
             rare += (1 if name == "colour" else 2) * (label < NOTHING[name])
     features = torch.cat([one.features.float().flatten(0, 1) for one in watched])
@@ -155,7 +99,13 @@ def align(model: Any, watched: Sequence[Watched], steps: int, seed: int = 0) -> 
 
 
 def train_language(
-    model: Any, watched: Sequence[Watched], phases: Sequence[Phase], held_out: Sequence[Asked], seed: int = 0
+    model: Any,
+    watched: Sequence[Watched],
+    phases: Sequence[Phase],
+    held_out: Sequence[Asked],
+    seed: int = 0,
+    tell: Callable[[dict[str, Any]], None] | None = None,
+    notes: Notes | None = None,
 ) -> list[dict[str, Any]]:
     """Train projector and language model; the rate falls to nothing in each phase.
 
@@ -168,12 +118,17 @@ def train_language(
     kinds = list(KINDS)
     missing = np.ones(len(kinds))
     log: list[dict[str, Any]] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        notes = notes or Notes(model.config.text_config.hidden_size)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
+    table = model.get_input_embeddings().weight
     done = 0
     for phase in phases:
-        running = optimizers(model)
+        running = [*optimizers(model), torch.optim.AdamW(notes.parameters(), 3e-3, betas=(0.9, 0.98))]
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in running]
-        losses: list[float] = []
+        losses: dict[str, float] = defaultdict(float)
+        every = max(1, phase.steps // 10)
         for step in range(phase.steps):
             share = min(1.0, (step + 1) / 20) * max(0.02, 1 - step / phase.steps)
             for optimizer, own in zip(running, rates, strict=True):
@@ -183,23 +138,29 @@ def train_language(
             while len(clips) < phase.clips:
                 chosen = rng.choice(len(kinds), 8, replace=False, p=missing / missing.sum())
                 one = watched[rng.randint(len(watched))]
-                clip = draw_clip(one, rng, phase.least, phase.most, [kinds[i] for i in chosen], 8)
+                clip = draw_clip(one, rng, phase.least, phase.most, [kinds[i] for i in chosen], phase.questions)
                 clips += [clip] if clip.questions else []
-            found, wanted = scores(model, *rows_of(clips))
-            loss = F.cross_entropy(found, wanted)
+            rows = rows_of(clips)
+            states = hidden_states(model, rows, True)
+            told = notes(states, rows, targets_of(clips), table)
+            told["answers"] = F.cross_entropy(*scores(model, rows, states[-1]))
+            loss = told["answers"] + NOTES * sum(value for name, value in told.items() if name != "answers")
             for optimizer in running:
                 optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(weights, 1.0)
             for optimizer in running:
                 optimizer.step()
-            losses.append(float(loss))
+            for name, value in told.items():
+                losses[name] += float(value) / every
             done += 1
-            if (step + 1) % max(1, phase.steps // 10) == 0:
+            if (step + 1) % every == 0:
                 accuracy = answered(model, held_out)
                 missing = np.array([1.1 - accuracy.get(kind, 0.0) for kind in kinds])
-                log.append({"steps": done, "loss": sum(losses) / len(losses), "accuracy": accuracy})
-                losses = []
+                log.append({"steps": done, "losses": dict(losses), "accuracy": accuracy})
+                losses.clear()
+                if tell is not None:
+                    tell(log[-1])
     return log
 
 
@@ -209,7 +170,8 @@ def answered(model: Any, clips: Sequence[Asked], together: int = 16) -> dict[str
     right: dict[str, list[bool]] = defaultdict(list)
     for first in range(0, len(clips), together):
         part = clips[first : first + together]
-        found, wanted = scores(model, *rows_of(part))
+        rows = rows_of(part)
+        found, wanted = scores(model, rows, hidden_states(model, rows)[-1])
         hits = (found.argmax(-1) == wanted).tolist()
         at = 0
         for clip in part:

@@ -44,6 +44,8 @@ def world_model(seed: int = 0, hidden: int = 96, layers: int = 3, vision: int = 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = transformers.VideoLlama3ForConditionalGeneration(config)
+        # of length 1: short ones would soon be others than those that the projector learned
+        torch.nn.init.normal_(model.get_input_embeddings().weight, std=hidden**-0.5)
     model.generation_config.pad_token_id = known[PAD]
     model.generation_config.eos_token_id = known[END]
     return model

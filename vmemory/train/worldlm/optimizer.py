@@ -52,10 +52,17 @@ def orthogonal(matrix: Tensor) -> Tensor:
     return x.T if tall else x
 
 
-def optimizers(model: Any, matrices: float = 0.015, others: float = 1.5e-3) -> list[torch.optim.Optimizer]:
-    """Make the two optimizers of a model with a frozen tower: Muon for matrices, AdamW for embeddings and the rest."""
+def optimizers(
+    model: Any, matrices: float = 0.015, others: float = 1.5e-3, words: float = 2e-4
+) -> list[torch.optim.Optimizer]:
+    """Make the two optimizers of a model with a frozen tower: Muon for matrices, AdamW for embeddings and the rest.
+
+    The vectors of words move slowly: the projector has learned to say them.
+    """
     parts: list[nn.Module] = [model.model.language_model.layers, model.model.projector]
     square = [weight for part in parts for weight in part.parameters() if weight.dim() == 2]
-    known = {id(weight) for weight in square}
+    table = model.get_input_embeddings().weight
+    known = {id(weight) for weight in [*square, table]}
     rest = [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in known]
-    return [Muon(square, matrices), torch.optim.AdamW(rest, others, weight_decay=0.01, betas=(0.9, 0.98))]
+    groups = [{"params": [table], "lr": words, "weight_decay": 0.0}, {"params": rest, "lr": others}]
+    return [Muon(square, matrices), torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))]

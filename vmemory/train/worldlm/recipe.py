@@ -13,13 +13,14 @@ import torch
 
 from vmemory._files import replacing
 from vmemory.data.world import View, World, ask, chance
-from vmemory.train.worldlm.eyes import encoded, fit_patches, train_tower
-from vmemory.train.worldlm.language import Asked, Phase, Watched, align, answered, draw_clip, train_language, watch
+from vmemory.train.worldlm.clips import Asked, Watched, draw_clip, seen, watch
+from vmemory.train.worldlm.eyes import fit_patches, train_tower
+from vmemory.train.worldlm.language import Phase, align, answered, train_language
 from vmemory.train.worldlm.model import world_model
 from vmemory.train.worldlm.words import world_tokenizer
 
 # short clips first: words have to be found in tokens before they are found in streams
-PHASES = (Phase(800, 32, 1, 10), Phase(900, 16, 2, 24), Phase(900, 8, 12, 96), Phase(500, 4, 64, 250))
+PHASES = (Phase(800, 24, 1, 10, 12), Phase(900, 16, 2, 24, 16), Phase(900, 8, 12, 96, 24), Phase(500, 4, 64, 250, 32))
 
 
 def train_worldlm(
@@ -90,14 +91,10 @@ def streams(tower: Any, seeds: range, seconds: int, split: str = "test", moments
     for seed in seeds:
         rng = np.random.RandomState([seed, 4])
         world = World(seed, seconds, split=split)
-        parts = [
-            encoded(tower, torch.from_numpy(world.render(np.arange(i, min(i + 128, seconds)))))[0]
-            for i in range(0, seconds, 128)
-        ]
-        watched = Watched(world, np.arange(seconds), torch.cat(parts).half())
+        watched = Watched(world, np.arange(seconds), seen(tower, world, np.arange(seconds)))
         for now in np.linspace(seconds // 4, seconds - 1, moments).astype(int).tolist():
-            seen = np.arange(now + 1)
-            out.append(Asked(watched, seen, seen, ask(View(world, seen), rng, None, 16)))
+            past = np.arange(now + 1)
+            out.append(Asked(watched, past, past, ask(View(world, past), rng, None, 16)))
     return out
 
 
