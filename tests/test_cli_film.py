@@ -49,9 +49,17 @@ def test_demo(run: Run, film: None, tmp_path: Path) -> None:
     assert unbounded[1] == "600"
     assert int(unbounded[2]) >= 85
     assert text.splitlines()[-1] == f"report: {out / 'report.html'}"
-    shrunk = re.search(r"(\d+) visual tokens became (\d+)\b", (out / "report.html").read_text())
+    shrunk = re.search(r"memory holds (\d+) of (\d+) visual tokens", text)
     assert shrunk
-    assert int(shrunk[1]) > 3 * int(shrunk[2])
+    assert 3 * int(shrunk[1]) < int(shrunk[2]) == 2400
+    judged = re.findall(r"^(right|wrong)  \S", text, re.M)
+    # one question of each kind, and those about now are mostly answered
+    assert len(judged) >= 14
+    now = re.search(r"^right: (\d+) of (\d+) about now", text, re.M)
+    assert now
+    assert int(now[1]) >= 0.7 * int(now[2])
+    rows = re.findall("<tr(?: class=.wrong.)?><td>[^<]+\\?</td>", (out / "report.html").read_text())
+    assert len(rows) > len(judged)
     page = check_page(out)
     assert "Blender Foundation" in page
     assert "Finding moments again" in page

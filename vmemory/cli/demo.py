@@ -27,8 +27,8 @@ from vmemory.cli.report import Report, write_report
 from vmemory.cli.scores import Scores, measure, print_best
 from vmemory.cli.stream import summary
 from vmemory.cli.terminal import Terminal
-from vmemory.cli.tiny_model import chat_text, chatted
 from vmemory.cli.watch import origin_of, watch
+from vmemory.cli.world_answers import world_answers, world_lines
 from vmemory.data import fetch_film, fetch_trailer, trailer_to_film
 from vmemory.data.film import ATTRIBUTION
 from vmemory.encoders import FrameEncoder
@@ -62,7 +62,8 @@ def demo(
 ) -> None:
     """Watch Big Buck Bunny at one frame a second, ask about it, and measure how memories find moments again.
 
-    The film is decoded once, at two frames per second. Every second frame enters the memory; all are measured.
+    The film is decoded once, at two frames per second. Every second frame enters the memory; all are measured. In the
+    end a small trained model watches a drawn world of ten minutes through the default memory and answers questions.
     """
     check_writable(out, folder=True)
     encoder = make_encoder()
@@ -104,7 +105,12 @@ def demo(
         with Terminal(stderr=True).status("looking up frames of the trailer in every kind of memory"):
             report.scores = _scores(recorder, between, times, trailer, encoder)
         print_best(terminal, report.scores)
-        report.chat = chat_text(chatted(trailer))
+        terminal.line()
+        with Terminal(stderr=True).status("a trained model watches a world of ten minutes"):
+            report.world = world_answers()
+        for line in world_lines(report.world):
+            terminal.line(line)
+        terminal.line()
     terminal.line(f"report: {write_report(out, report)}")
     if watched.interrupted:
         raise Interrupted(f"interrupted after {memory.latency.frames} frames; kept what was seen")

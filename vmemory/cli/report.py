@@ -21,6 +21,7 @@ from vmemory.cli.scores import Scores, table_of
 from vmemory.cli.terminal import clean
 from vmemory.cli.timeline import DARK, LIGHT, draw_timeline
 from vmemory.cli.watch import Watched
+from vmemory.cli.world_answers import WorldAnswers, counted_text, told_row, watched_text
 from vmemory.eval.setups import CALIBRATION
 from vmemory.eval.trailer import LONGEST_SPAN, TOLERANCE
 from vmemory.search.thumbnails import jpeg
@@ -40,7 +41,7 @@ class Report:
         watched: The seconds spent; None for a loaded memory.
         warning: Warning of the source.
         scores: Trailer localisation.
-        chat: The answer of a video language model about the trailer, and its cost.
+        world: Answers of a trained model about a drawn world.
         attribution: Attribution of the video, if the memory has none.
     """
 
@@ -49,7 +50,7 @@ class Report:
     watched: Watched | None = None
     warning: str | None = None
     scores: Scores | None = None
-    chat: str | None = None
+    world: WorldAnswers | None = None
     attribution: str | None = None
 
 
@@ -64,7 +65,7 @@ def write_report(folder: Path, report: Report) -> Path:
         "dark": DARK,
         "blank": "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA=",
         "warning": report.warning,
-        "chat": report.chat,
+        "world": None if report.world is None else _world_part(report.world),
         "title": "Finding moments again",
         "facts": [],
         "footer": _footer(report),
@@ -222,6 +223,11 @@ def _score_parts(scores: Scores, pictures: dict[str, bytes]) -> dict[str, Any]:
         "longest": f"{LONGEST_SPAN:g}",
         "calibration": f"{CALIBRATION:g}",
     }
+
+
+def _world_part(answers: WorldAnswers) -> dict[str, Any]:
+    rows = [told_row(told) for told in answers.told]
+    return {"watched": watched_text(answers), "counted": counted_text(answers), "rows": rows}
 
 
 def _footer(report: Report) -> list[str]:

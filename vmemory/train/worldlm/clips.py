@@ -89,8 +89,8 @@ def draw_clip(
     else:
         places = np.sort(rng.permutation(total)[:length])
     seconds = watched.seconds[places]
-    # every second that has a word is met
-    shift = int(rng.randint(-seconds[0], SECONDS - seconds[-1]))
+    # every second that has a word is met, and often those of a stream that has just begun
+    shift = int(-seconds[0] if rng.rand() < 0.5 else rng.randint(-seconds[0], SECONDS - seconds[-1]))
     questions = ask(View(watched.world, seconds), rng, kinds or None, count)
     moved = [q._replace(answer=str(int(q.answer) + shift)) if q.kind == "past_when" else q for q in questions]
     return Asked(watched, places, seconds + shift, moved)
@@ -101,22 +101,22 @@ def rows_of(clips: Sequence[Asked]) -> Rows:
     known = vocabulary()
     rows: list[list[Tensor]] = []
     for clip in clips:
-        ids = [word for time in clip.times.tolist() for word in (known[str(time)], *[known[VIDEO]] * CELLS)]
-        frames = len(ids)
-        labels, part, place = [IGNORED] * frames, [0] * frames, list(range(frames))
+        words = [word for time in clip.times.tolist() for word in (known[str(time)], *[known[VIDEO]] * CELLS)]
+        frames = len(words)
+        learned, number_of, at = [IGNORED] * frames, [0] * frames, list(range(frames))
         for number, question in enumerate(clip.questions, 1):
             text, answer = word_ids(question.text), [*word_ids(question.answer), known[END]]
-            ids += text + answer
-            labels += [IGNORED] * len(text) + answer
-            part += [number] * len(text + answer)
-            place += range(frames, frames + len(text + answer))
-        rows.append([torch.tensor(values) for values in (ids, labels, part, place)])
-    made = [
+            words += text + answer
+            learned += [IGNORED] * len(text) + answer
+            number_of += [number] * len(text + answer)
+            at += range(frames, frames + len(text + answer))
+        rows.append([torch.tensor(values) for values in (words, learned, number_of, at)])
+    ids, labels, part, place = (
         nn.utils.rnn.pad_sequence(list(values), True, empty)
         for values, empty in zip(zip(*rows, strict=True), (known[PAD], IGNORED, -1, 0), strict=True)
-    ]
+    )
     features = torch.cat([clip.watched.features[clip.places].float().flatten(0, 1) for clip in clips])
-    return Rows(*made, features)
+    return Rows(ids, labels, part, place, features)
 
 
 def sight(part: Tensor) -> Tensor:

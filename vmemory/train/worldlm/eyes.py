@@ -104,9 +104,7 @@ def loss_of(heads: Heads, cells: Tensor, tiles: Tensor, labels: Labels) -> Tenso
     weight[THINGS + len(NUMBERS) :] = 0.1
     loss = 3 * F.cross_entropy(heads.tiles(tiles).flatten(0, 1), labels.tiles.flatten(), weight)
     loss = loss + F.cross_entropy(heads.place(cells).flatten(0, 1), labels.place.flatten())
-    position = F.cross_entropy(
-        heads.position(tiles).flatten(0, 1), ORDER.repeat(len(tiles)), reduction="none"
-    )
+    position = F.cross_entropy(heads.position(tiles).flatten(0, 1), ORDER.repeat(len(tiles)), reduction="none")
     weight = torch.where(labels.tiles.flatten() < THINGS, 4.0, 1.0)
     loss = loss + (position * weight).sum() / weight.sum()
     for name, head in heads.cells.items():

@@ -1,4 +1,4 @@
-"""The language model learns to answer, on features of a frozen tower."""
+"""The projector learns to say what it sees in words, and the language model to answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from vmemory.train.worldlm.labels import NOTHING, joined, labels_of
 from vmemory.train.worldlm.notes import Notes, targets_of
 from vmemory.train.worldlm.optimizer import optimizers
 from vmemory.train.worldlm.words import VIDEO, vocabulary, word_ids
-
 
 # weight of what frames tell, beside answers
 NOTES = 0.3
@@ -65,7 +64,7 @@ def align(model: Any, watched: Sequence[Watched], steps: int, seed: int = 0) -> 
         "tile": [box.replace(" ", "") for box in KINDS["now_box"][1] or ()],
     }  # fmt: skip
     labels = joined([labels_of(one.world, one.seconds) for one in watched])
-    target = 0.5 * table[[known[place] for place in PLACES]][labels.place.flatten()]
+    target = table[[known[place] for place in PLACES]][labels.place.flatten()]
     rare = torch.full((len(target),), 0.1)
     for name, words in vectors.items():
         label = getattr(labels, name).flatten()
@@ -107,7 +106,7 @@ def train_language(
     tell: Callable[[dict[str, Any]], None] | None = None,
     notes: Notes | None = None,
 ) -> list[dict[str, Any]]:
-    """Train projector and language model; the rate falls to nothing in each phase.
+    """Train the language model; the rate falls to nothing in each phase.
 
     Kinds that are answered worst are asked most: their share follows the errors on `held_out`.
 

@@ -1,4 +1,4 @@
-"""The model: VideoLLaMA3's architecture in transformers, with 0.65 million parameters."""
+"""The model: VideoLLaMA3's architecture in transformers, with 1.1 million parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CELLS = (SIDE // PATCH // MERGE) ** 2
 _HALF = (0.5, 0.5, 0.5)
 
 
-def world_model(seed: int = 0, hidden: int = 96, layers: int = 3, vision: int = 80) -> Any:
+def world_model(seed: int = 0, hidden: int = 128, layers: int = 4, vision: int = 80) -> Any:
     """Make the model with new weights.
 
     Args:
@@ -45,7 +45,8 @@ def world_model(seed: int = 0, hidden: int = 96, layers: int = 3, vision: int = 
         torch.manual_seed(seed)
         model = transformers.VideoLlama3ForConditionalGeneration(config)
         # of length 1: short ones would soon be others than those that the projector learned
-        torch.nn.init.normal_(model.get_input_embeddings().weight, std=hidden**-0.5)
+        table: Any = model.get_input_embeddings()
+        torch.nn.init.normal_(table.weight, std=hidden**-0.5)
     model.generation_config.pad_token_id = known[PAD]
     model.generation_config.eos_token_id = known[END]
     return model

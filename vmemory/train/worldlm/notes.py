@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vmemory.data.world import COLOURS, NUMBERS, SHAPES, View
+from vmemory.data.world.questions import MOST
 from vmemory.train.worldlm.clips import IGNORED, Asked, Rows
 from vmemory.train.worldlm.labels import cell_of
 from vmemory.train.worldlm.model import CELLS
@@ -31,6 +32,7 @@ class Targets(NamedTuple):
         came: Words for the seconds in which the cards came.
         colour, shape: Of the card that came before.
         recent, oldest: The last number shown up to here, and the first.
+        like: How many cards of the same colour came before, at most `MOST`.
     """
 
     time: Tensor
@@ -40,6 +42,7 @@ class Targets(NamedTuple):
     shape: Tensor
     recent: Tensor
     oldest: Tensor
+    like: Tensor
 
 
 def targets_of(clips: Sequence[Asked]) -> Targets:
@@ -50,16 +53,18 @@ def targets_of(clips: Sequence[Asked]) -> Targets:
         seconds = clip.watched.seconds[clip.places]
         view = View(clip.watched.world, seconds)
         words = np.array([known[str(time)] for time in clip.times.tolist()])
-        made = np.full((7, len(seconds), CELLS), IGNORED)
+        made = np.full((8, len(seconds), CELLS), IGNORED)
         made[0] = words[:, None]
         cards = view.cards
         first = np.array([card.first for card in cards])
-        for card in cards:
+        colours = [view.card(card).colour for card in cards]
+        for number, card in enumerate(cards):
             at = np.arange(card.first, card.last + 1)
             half = int(np.flatnonzero(view.world.card[seconds[card.first]] == card.visit)[0])
             cell = cell_of(view.world.tile[seconds[at], half])
             made[1, at, cell] = at == card.first
             made[2, at, cell] = words[card.first]
+            made[7, at, cell] = min(MOST, colours[:number].count(colours[number]))
             # of cards that come together none is the one before
             before = np.flatnonzero(first < card.first)
             if len(before) and (first == first[before[-1]]).sum() == 1:
@@ -71,7 +76,7 @@ def targets_of(clips: Sequence[Asked]) -> Targets:
         made[5, :, -1] = values[visits]
         if visits[-1] >= 0:
             made[6, :, -1] = np.where(visits >= 0, values[shown[shown >= 0][0]], IGNORED)
-        parts.append(made.reshape(7, -1))
+        parts.append(made.reshape(8, -1))
     return Targets(*torch.from_numpy(np.concatenate(parts, 1)))
 
 
@@ -80,7 +85,6 @@ class Notes(nn.Module):
 
     Args:
         dim: Channels of the language model.
-        words: Of the vocabulary.
     """
 
     def __init__(self, dim: int) -> None:
@@ -89,6 +93,7 @@ class Notes(nn.Module):
         self.new = nn.Linear(dim, 2)
         self.before = nn.ModuleList(nn.Linear(dim, len(COLOURS) + len(SHAPES)) for _ in range(2))
         self.numbers = nn.ModuleList(nn.Linear(dim, len(NUMBERS)) for _ in range(2))
+        self.like = nn.Linear(dim, MOST + 1)
         self.asked = nn.Linear(dim, len(COLOURS) + len(SHAPES) + 2)
 
     def forward(self, states: Sequence[Tensor], rows: Rows, wanted: Targets, table: Tensor) -> dict[str, Tensor]:
@@ -111,10 +116,9 @@ class Notes(nn.Module):
         ):
             colour, shape = reader(state[where]).split([len(COLOURS), len(SHAPES)], 1)
             out[name] = _loss(colour, wanted.colour[where]) + _loss(shape, wanted.shape[where])
-        for name, wants, reader in zip(
-            ("recent", "oldest"), (wanted.recent, wanted.oldest), self.numbers, strict=True
-        ):
+        for name, wants, reader in zip(("recent", "oldest"), (wanted.recent, wanted.oldest), self.numbers, strict=True):
             out[name] = _loss(reader(two[CELLS - 1 :: CELLS]), wants[CELLS - 1 :: CELLS])
+        out["like"] = _loss(self.like(three[there]), wanted.like[there])
         out["asked"] = self._asked(states[1], rows)
         return out
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
@@ -55,12 +55,11 @@ def orthogonal(matrix: Tensor) -> Tensor:
 def optimizers(
     model: Any, matrices: float = 0.015, others: float = 1.5e-3, words: float = 2e-4
 ) -> list[torch.optim.Optimizer]:
-    """Make the two optimizers of a model with a frozen tower: Muon for matrices, AdamW for embeddings and the rest.
+    """Make the two optimizers of a language model: Muon for matrices, AdamW for embeddings and the rest.
 
     The vectors of words move slowly: the projector has learned to say them.
     """
-    parts: list[nn.Module] = [model.model.language_model.layers, model.model.projector]
-    square = [weight for part in parts for weight in part.parameters() if weight.dim() == 2]
+    square = [weight for weight in model.model.language_model.layers.parameters() if weight.dim() == 2]
     table = model.get_input_embeddings().weight
     known = {id(weight) for weight in [*square, table]}
     rest = [weight for weight in model.parameters() if weight.requires_grad and id(weight) not in known]
