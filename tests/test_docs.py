@@ -51,6 +51,8 @@ def given(monkeypatch, tmp_path):
 def test_the_code_of_a_page_runs_from_top_to_bottom(page, given, capsys):
     if "peft" in PAGES[page]:
         pytest.importorskip("peft")
+    if page == "tuning":
+        pytest.importorskip("optuna")
     for code in BLOCK.findall(PAGES[page]):
         exec(compile(code, f"docs/{page}.md", "exec"), given)
     assert vmemory.attached(given["model"]) is None

@@ -21,6 +21,7 @@ COMMANDS = {
     "eval": "Ask a model about streams through many memories, each stream encoded once, and compare their answers.",
     "localize": "Look up frames of a trailer in memories that watched the ten-minute film, and count which are found.",
     "train": "Train a model by one of the package's recipes.",
+    "tune": "Find the best settings of a memory of a given size.",
     "world": "Make videos of a world that nobody filmed, and questions whose answers are known.",
     "info": "Tell what was built, what loaded, and the reason for anything missing.",
 }

@@ -48,7 +48,7 @@ class Cell:
         if self.config is None:
             return RecentBank(dim, grid, frames, **like)
         config = self.config
-        if self.budget is not None and _is_bytes(self.budget):
+        if self.budget is not None and is_bytes(self.budget):
             config = replace(config, memory_capacities=None, memory_budget=self.budget)
         elif self.budget is not None:
             config = sized(config, grid, token_budget(self.budget, frames * grid[0] * grid[1]))
@@ -133,7 +133,7 @@ def check_budget(budget: str) -> None:
     if share is not None:
         if not 0 < float(share[1]) <= 100:
             raise ValueError(f"budgets: expected more than 0% and at most 100%, got {budget!r}")
-    elif _is_bytes(budget):
+    elif is_bytes(budget):
         parse_bytes(budget)
     elif not re.fullmatch(r"\d+", budget) or int(budget) < 1:
         raise ValueError(f"budgets: expected tokens ('96'), a share ('25%') or bytes ('64KiB'), got {budget!r}")
@@ -144,7 +144,8 @@ def token_budget(budget: str, whole: int) -> int:
     return int(float(budget[:-1]) / 100 * whole + 1e-9) if budget.endswith("%") else int(budget)
 
 
-def _is_bytes(budget: str) -> bool:
+def is_bytes(budget: str) -> bool:
+    """Return whether a budget is in bytes."""
     return re.fullmatch(r"[\d.]+\s*[KMGT]?i?B", budget, re.IGNORECASE) is not None
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmemory._files import replacing
-from vmemory.eval.cells import UNCOMPRESSED
+from vmemory.eval.cells import DEFAULT, UNCOMPRESSED
 from vmemory.eval.scores import BLIND, Row
+from vmemory.eval.tune import Tuned
 
 _INK, _FAINT, _GRID = "#222222", "#777777", "#e6e6e6"
 _COLOURS = ("#0b6e99", "#d1495b", "#2e8b57", "#e08e0b", "#6a4c93", "#8c564b", "#17a2a2", "#b5179e", "#5c677d")
@@ -83,3 +84,52 @@ def draw_accuracy(rows: Sequence[Row], path: Path, title: str = "") -> None:
     axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False, fontsize=8.5)
     with replacing(path) as partial:
         figure.savefig(partial, format="png")
+
+
+def draw_tuning(found: Sequence[Tuned], path: Path) -> None:
+    """Write a PNG: all trials over the tokens held with the best at each size, and the parameters' importance.
+
+    Args:
+        found: The results of `tune`.
+        path: The file.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure((9.6, 3.9), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    scored = [trial for one in found for trial in one.trials if trial.score is not None]
+    policies = list(dict.fromkeys(str(trial.config.get("memory_policy", DEFAULT)) for trial in scored))
+    for number, policy in enumerate(policies):
+        own = [trial for trial in scored if trial.config.get("memory_policy", DEFAULT) == policy]
+        colour = _COLOURS[number % len(_COLOURS)]
+        left.scatter([t.tokens for t in own], [t.score or 0 for t in own], s=16, color=colour, alpha=0.75, label=policy)
+    front = pareto([(trial.tokens, trial.score or 0.0) for trial in scored])
+    left.step([x for x, _ in front], [y for _, y in front], where="post", color=_INK, linewidth=1, label="best so far")
+    left.set_title("trials, and the best score with so many tokens", fontsize=10, loc="left")
+    left.set_xlabel("visual tokens held", fontsize=9, color=_FAINT)
+    left.set_ylabel("score", fontsize=9, color=_FAINT)
+    left.legend(frameon=False, fontsize=8)
+    names = list(dict.fromkeys(name for one in found for name in one.importance))
+    means = {name: sum(one.importance.get(name, 0.0) for one in found) / len(found) for name in names}
+    ordered = sorted(names, key=lambda name: means[name])
+    right.barh(ordered, [means[name] for name in ordered], color=_COLOURS[0], height=0.6)
+    right.set_title("importance of each parameter", fontsize=10, loc="left")
+    for axis in (left, right):
+        axis.grid(color=_GRID, linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.tick_params(labelsize=8.5, colors=_FAINT, length=0)
+        for side in axis.spines.values():
+            side.set_visible(False)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png")
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points (cost, score) that no cheaper or equally cheap point reaches, by cost."""
+    front: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not front or score > front[-1][1]:
+            front.append((cost, score))
+    return front
