@@ -91,12 +91,14 @@ def page(outcomes: Outcomes) -> str:
         "how well a checkpoint answers. CLIP, the remote code of VideoLLaMA3 and LLaVA-Qwen, CLIP4Clip and STOP have "
         "tests of their own.",
         "",
-        f"| family | {' | '.join(POLICIES)} |",
-        "|---|" + "---|" * len(POLICIES),
     ]
-    for family in FAMILIES:
-        cells = (" ".join(_mark(outcomes, test, family, policy) for test in PAIRED) for policy in POLICIES)
-        lines.append(f"| `{family}` | {' | '.join(cells)} |")
+    # policies with the same outcomes share a column
+    columns: dict[tuple[str, ...], list[str]] = {}
+    for policy in POLICIES:
+        marks = (" ".join(_mark(outcomes, test, family, policy) for test in PAIRED) for family in FAMILIES)
+        columns.setdefault(tuple(marks), []).append(f"`{policy}`")
+    lines += [f"| family | {' | '.join(map(', '.join, columns.values()))} |", "|---|" + "---|" * len(columns)]
+    lines += [f"| `{name}` | {' | '.join(cells)} |" for name, cells in zip(FAMILIES, zip(*columns), strict=True)]
     lines += ["", *(f"- {letter}: {words}" for letter, words in PAIRED.values()), ""]
     lines += [
         f"–{MIXED} not comparable: a merged or fused token is none of the model's own, so there is no masked model to "

@@ -17,7 +17,7 @@ def pixel_difference(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         grid: Token grid (H, W); h and w are multiples of it.
 
     Returns:
-        `[S, T-1, H, W]` float32 (float64 for float64), size 0 in the second dimension for T < 2: the mean over channels
+        `[S, T-1, H, W]` float32 (float64 for float64), size 0 in the second dimension for T < 2, the mean over channels
         and pixels, times 255. A uint8 pixel that changes by one level counts 2.
 
     Raises:

@@ -140,7 +140,7 @@ class KVMemory:
             time: Seconds, if the new rows are one frame; policies by span treat them as one span.
 
         Returns:
-            `[L', B, G', n']` int64 ascending: the indices of the remaining rows in the given cache.
+            `[L', B, G', n']` int64, ascending, the indices of the remaining rows in the given cache.
 
         Raises:
             ValueError: A layer is not plain attention (linear, sliding, static or shared layers cannot lose rows), the

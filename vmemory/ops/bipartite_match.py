@@ -150,7 +150,7 @@ def merge_source(plan: MergePlan, source: Tensor | None = None) -> Tensor:
             part of its token `source[b, i]`. None before the first plan.
 
     Returns:
-        `[B / groups, groups · N0]` int64: the merged token that contains each original token, clip after clip within a
+        `[B / groups, groups · N0]` int64, the merged token that contains each original token, clip after clip within a
         group.
 
     Raises:

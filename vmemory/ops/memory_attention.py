@@ -122,7 +122,7 @@ def memory_attention(
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
-        `[S, N, G, E]`, the dtype of `query`: softmax(q · k / √E) · v over the valid slots of the stream, without a
+        `[S, N, G, E]`, the dtype of `query`, softmax(q · k / √E) · v over the valid slots of the stream, without a
         causal mask, accumulated in float32 or better (on a GPU weights and quantised values are rounded to the dtype of
         `query`). A stream without a valid slot gets zeros. The content of invalid slots has no influence.
         Differentiable once in query and in floating keys and values. The weights are never stored: the backward pass

@@ -169,7 +169,7 @@ def slot_replace_(
         impl: Which implementation to run; `"auto"` picks by device and dtype.
 
     Returns:
-        `[S]` or `[S']` int64: the slot that was replaced; −1 if none was (appended, skipped, or M = 0).
+        `[S]` or `[S']` int64, the slot that was replaced; −1 if none was (appended, skipped, or M = 0).
 
     Raises:
         TypeError: An argument is not a tensor.
