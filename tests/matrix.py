@@ -98,7 +98,8 @@ def page(outcomes: Outcomes) -> str:
         marks = (" ".join(_mark(outcomes, test, family, policy) for test in PAIRED) for family in FAMILIES)
         columns.setdefault(tuple(marks), []).append(f"`{policy}`")
     lines += [f"| family | {' | '.join(map(', '.join, columns.values()))} |", "|---|" + "---|" * len(columns)]
-    lines += [f"| `{name}` | {' | '.join(cells)} |" for name, cells in zip(FAMILIES, zip(*columns), strict=True)]
+    rows = zip(FAMILIES, zip(*columns, strict=True), strict=True)
+    lines += [f"| `{family}` | {' | '.join(cells)} |" for family, cells in rows]
     lines += ["", *(f"- {letter}: {words}" for letter, words in PAIRED.values()), ""]
     lines += [
         f"–{MIXED} not comparable: a merged or fused token is none of the model's own, so there is no masked model to "

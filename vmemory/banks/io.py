@@ -17,7 +17,7 @@ VERSION = 1
 
 
 class BankFileError(ValueError):
-    """A `.vmem` file that cannot be used: not one, cut short, altered, or of another version."""
+    """An error for a file that is not a `.vmem` file, is truncated or changed, or has another version."""
 
 
 @dataclass
@@ -39,11 +39,11 @@ class BankFile:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
-        """Write to a sibling, flush it to disk, then take the old file's place.
+        """Write a temporary file, sync it to disk, and rename it to `path`.
 
         Raises:
-            OSError: The disk does not take it; an old file is still there.
-            ValueError: What is there is no file.
+            OSError: The disk cannot be written; an old file is still there.
+            ValueError: `path` is not a file.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -70,7 +70,7 @@ class BankFile:
         """Read and check a file.
 
         Raises:
-            BankFileError: Missing, not a `.vmem`, cut short, altered, or of another version; one line says which.
+            BankFileError: The file is missing, is not a `.vmem` file, is truncated or changed, or has another version.
         """
         header, tensors = _contents(path)
         if header.get("format") != "vmem":
@@ -92,11 +92,11 @@ class BankFile:
 
 
 def _contents(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Read metadata and tensors of a safetensors file; not mapped, so that a file cut short later does no harm."""
+    """Read metadata and tensors of a safetensors file into memory, because a mapped file could be truncated later."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    # of names with NUL nothing exists
+    # `exists` refuses names with NUL
     if "\0" in str(path) or not path.exists():
         raise BankFileError(f"{path}: no such file")
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Check a state before a memory holds it: operators follow its lists and counters without looking."""
+"""Check a state before a memory takes it, because operators trust its lists and counters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vmemory.reference.bank_layout import (
     BankState,
 )
 
-# numbers of frames stay below: centuries of video, and what is computed from them stays within int64
+# frame numbers stay below this: centuries of video, and products with them fit int64
 MOST_FRAMES = 2**48
 
 
@@ -49,7 +49,7 @@ def check_state(layout: BankLayout, state: BankState) -> None:
         state: Of its shapes and dtypes.
 
     Raises:
-        ValueError: Something that no memory says; the message names it.
+        ValueError: A value that no memory can have; the message names it.
     """
     order, counter, entry, clock, mass = (
         getattr(state, name).detach().cpu() for name in ("order", "counter", "entry", "clock", "mass")

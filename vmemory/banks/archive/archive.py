@@ -33,19 +33,17 @@ class Archive:
     dropped and counted. Pushes that are compiled or replayed from a CUDA graph only fill the outbox: call `drain()`
     once in `outbox` frames. The CUDA path has not run on a device yet.
 
-    A bank in 8 or 4 bits is archived in codes and scales, as it holds them; `read` gives float32. Other threads than
-    the one that pushes may call every method here, and find whole frames; a forked process may not, and copies of
-    a bank have no archive. A file that is cut short or removed while it is open, or a disk that is full, is a
-    RuntimeError in the next push; `bank.archive = None` goes on without.
+    A bank in 8 or 4 bits is archived as codes and scales; `read` returns float32. Any thread may call any method; a
+    forked process may not. Copies of a bank have no archive. If the file is truncated or removed while it is open, or
+    the disk is full, the next push raises a RuntimeError; after `bank.archive = None` pushes work without an archive.
 
     Args:
-        budget: `"1GiB"` or bytes, of RAM or of the file; holds as many entries as their sizes allow, which are those
-            of the tiers that they can leave from. Beside it the host keeps about 250 bytes an entry to find them by.
-        path: A file instead of RAM; opened again it holds what it held, but for blocks torn by a killed process and
-            those that no archive writes. It is locked: one archive at a time.
-        keep: `"evicted"`: entries as they were when they left (of two merged the newer, before it was folded).
-            `"frames"`: every frame as it comes in, from which `fork(time)` and `erase` can repeat the past under any
-            policy.
+        budget: `"1GiB"` or bytes, of RAM or of the file. The number of entries follows from the sizes of the tiers that
+            they leave from. An index of about 250 bytes an entry comes on top.
+        path: A file instead of RAM. A file that exists is read; blocks that a killed process left incomplete are
+            skipped. It is locked: one archive at a time.
+        keep: `"evicted"`: entries as they were when they left; of two merged ones, the newer before the merge.
+            `"frames"`: every frame as it comes in; `fork(time)` and `erase` can then repeat the past under any policy.
         outbox: Frames the outbox holds, at least as many as the bank has streams.
         block: A push waits for room, at the price of synchronising, instead of dropping; eager mode only.
 
@@ -115,7 +113,7 @@ class Archive:
         return reader
 
     def attach(self, layout: BankLayout, levels: tuple[int, ...], state: BankState) -> None:
-        """Make store and outbox for a bank; banks call it when they are given an archive.
+        """Make store and outbox for a bank, which calls this when its `archive` is set.
 
         Raises:
             ValueError: The archive belongs to another bank, or the budget holds no frame.
@@ -127,7 +125,7 @@ class Archive:
             raise ValueError("archive: expected a bank that holds frames, got one on the meta device")
         self.layout, self.levels, self.streams = layout, levels, state.counter.shape[0]
         H, W = layout.grid
-        # what frames that come to the store can measure: as they came in, or as the tiers they leave from hold them
+        # cells of the frames to be stored: of those that come in, or of the tiers that they leave from
         sizes = {H * W} if self.keep == "frames" else {layout.cells[tier] for tier in layout.left}
         cells = [n if n in sizes else 0 for n in (H * W if self.keep == "frames" else 0, *layout.cells)]
         box = Outbox(max(self.outbox, state.slots.shape[0]), max(sizes, default=1), layout, state)
@@ -177,9 +175,9 @@ class Archive:
         return {"held": self._opened.held(), "capacity": self._opened.capacity, "lost": lost}
 
     def drain(self) -> None:
-        """Move the outbox on to the thread, unless the batch before is still on its way.
+        """Pass the outbox to the thread, unless the previous batch is still on its way.
 
-        On the CPU this reads the outbox at once; on a CUDA device it queues a copy and does not wait for it.
+        On the CPU this reads the outbox at once. On a CUDA device it queues a copy and does not wait for it.
         """
         if self._transfer.step():
             self._pending = 0
@@ -195,11 +193,11 @@ class Archive:
             self._opened.busy()
 
     def taking(self) -> AbstractContextManager[object]:
-        """Return the lock held while a frame is pushed: other threads that read wait until it is in or out."""
+        """Return the lock for the push of one frame, so other threads read before or after it."""
         return nullcontext() if torch.compiler.is_compiling() else self._transfer.lock
 
     def pushed(self, streams: int) -> None:
-        """Move the outbox on after a frame of a push within `taking`, where it is time and nobody waits for it."""
+        """Pass the outbox on after a frame was pushed within `taking`, if it is time to."""
         transfer = self._transfer_or_none
         if transfer is None or self._paused or torch.compiler.is_compiling():
             return
@@ -231,7 +229,7 @@ class Archive:
             self.box.count[1] = lost
 
     def flush(self) -> None:
-        """Wait until all that left the memory is stored, in a file also on disk.
+        """Wait until all frames are stored; a file is also synced to disk.
 
         Raises:
             RuntimeError: The disk does not take it.
@@ -240,10 +238,10 @@ class Archive:
         self._opened.sync()
 
     def close(self) -> None:
-        """Write all and release the file; the archive cannot be used afterwards.
+        """Write all frames and release the file; the archive cannot be used afterwards.
 
         Raises:
-            RuntimeError: As `flush`; the file is let go of all the same.
+            RuntimeError: As `flush`; the file is released in any case.
         """
         with self._transfer.lock:
             try:
@@ -252,7 +250,7 @@ class Archive:
                 self._store = self._transfer_or_none = self._reader = None
 
     def branch(self, seen: Tensor) -> None:
-        """Track that streams go on after `seen [S]` frames: stored later ones can be read, but repeat no past."""
+        """Record that streams continue after `seen [S]` frames; stored later frames can be read but not repeated."""
         if self._paused:
             return
         self._transfer.settle()
@@ -300,7 +298,7 @@ class Archive:
             taken: Return none unless these and `held` are so many; None = return those there are.
 
         Raises:
-            RuntimeError: A block was altered from outside.
+            RuntimeError: The file was changed by another program.
         """
         reader = self._settled()
         found = reader.whole(stream, self._branches.get(stream, []))
@@ -313,7 +311,7 @@ class Archive:
         """Replace every entry with a part in [t0, t1] seconds by zeros; returns the number of entries.
 
         Raises:
-            RuntimeError: The disk does not take it; no entry can be read all the same.
+            RuntimeError: The disk cannot be written; the entries cannot be read any more in any case.
         """
         gone = self.forget(stream, (t0, t1))
         self._opened.sync()
@@ -345,5 +343,5 @@ class Archive:
         return rows
 
     def put(self, rows: list[tuple[Tensor, ...]]) -> None:
-        """Write rows of `rows_of`: frames that a repeated past no longer holds."""
+        """Write rows of `rows_of`: frames that left when the past was repeated."""
         self._transfer.put(rows)

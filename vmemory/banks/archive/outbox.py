@@ -14,15 +14,15 @@ STREAM, LEVEL = 0, 5
 
 
 class Outbox:
-    """Room for n frames of a bank's layout, and one place more that takes what finds no room.
+    """A buffer of n frames of a bank's layout, and one more place for frames that find no room.
 
     Attributes:
-        parts: What a frame's cells hold, as the bank does: tokens `[n + 1, rows, D]`, of a bank in 8 or 4 bits codes
-            `[n + 1, rows, stored]` and scale `[n + 1, rows]` float32; last mass `[n + 1, rows]` float32, the cells each
-            token stands for.
+        parts: The content of the frames' cells, as in the bank: tokens `[n + 1, rows, D]`; in a bank of 8 or 4 bits
+            codes `[n + 1, rows, stored]` and scale `[n + 1, rows]` float32. The last part is mass `[n + 1, rows]`
+            float32, the number of cells that a token stands for.
         numbers: `[n + 1, 6]` int64 stream, frame, first, last, frames, tier (−1 = as it came in).
         clock: `[n + 1, 3]` float64 seconds: time, start, stop.
-        count: `[2]` int64 frames held, frames that found no room.
+        count: `[2]` int64: frames in the buffer, and frames that found no room.
     """
 
     def __init__(self, room: int, rows: int, layout: BankLayout, state: BankState) -> None:
@@ -45,7 +45,7 @@ class Outbox:
         return *self.parts, self.numbers, self.clock
 
     def release(self) -> None:
-        """Take the places of all frames held for free; what lies there stays until it is written over."""
+        """Free the places of all frames; their bytes stay until they are overwritten."""
         self.count[:1].zero_()
 
     def clear(self) -> None:
@@ -55,7 +55,7 @@ class Outbox:
         self.release()
 
     def add(self, parts: tuple[Tensor, ...], numbers: Tensor, clock: Tensor, there: Tensor) -> None:
-        """Take in the rows that are `there [n]` bool of parts `[n, rows, ...]` and so on."""
+        """Add the frames that are `there [n]` bool, of parts `[n, rows, ...]`, numbers `[n, 6]` and clock `[n, 3]`."""
         place = self.count[0] + there.cumsum(0) - 1
         fits = there & (place < self.room)
         at = torch.where(fits, place, self.room)
@@ -69,10 +69,10 @@ class Outbox:
         self.count += torch.stack([fits, there ^ fits]).sum(1)
 
     def add_slots(self, state: BankState, slot: Tensor, streams: Tensor | None) -> None:
-        """Take in what the streams `[S']`, None = all in order, hold in `slot [S']`; −1 = nothing."""
+        """Add the content of `slot [S']` of the streams `[S']` (None = all in order); −1 = nothing."""
         stream = self._streams if streams is None else streams.clamp_min(0)
         at = slot.clamp_min(0)
-        # past the cells of its tier a frame reads on among its neighbours; nobody looks at those rows
+        # a small tier has fewer cells than a place has rows; the rows behind them hold others' data and are not read
         index = (self._row[at] + stream * self.layout.rows)[:, None] + self._rows
         index = index.clamp_max_(self._last_row).flatten()
         held = (state.slots, state.mass) if self.bits is None else (state.slots, state.scale, state.mass)
@@ -87,7 +87,7 @@ class Outbox:
     def add_frames(
         self, state: BankState, frames: Tensor, time: Tensor | None, mask: Tensor | None, streams: Tensor | None
     ) -> None:
-        """Take in `frames [S', 1, H, W, D]` as they come to `state`; rows of a negative stream are skipped."""
+        """Add `frames [S', 1, H, W, D]` as they enter `state`; rows of a negative stream are skipped."""
         stream = self._streams if streams is None else streams
         seen = state.counter[stream.clamp_min(0), SEEN]
         frames, mask = frames[:, 0], None if mask is None else mask[:, 0]

@@ -1,4 +1,4 @@
-"""Read stored frames: as tokens to look at, and as frames to take in again."""
+"""Read stored frames of an archive, as tokens or as whole frames."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vmemory.reference.bank_layout import FRAMES, LAST, BankLayout
 
 # sequence, numbers and clock of a stored entry
 Found = tuple[int, list[int], list[float]]
-# of one stream: blocks below a sequence do not tell of frames from a number on, which have come anew since
+# of one stream, pairs of sequence and frame number: an older block of a later frame belongs to a past that was undone
 Branches = list[tuple[int, int]]
 
 
@@ -23,7 +23,7 @@ class StoredFrames:
 
     Args:
         store: The host's store.
-        box: The outbox that frames came from; says in which parts and dtypes a frame is stored.
+        box: The outbox of the frames; it defines the parts and dtypes of a stored frame.
         layout: Of the bank.
         levels: Level of each tier.
         widths: Bytes of a cell in each part of a frame.
@@ -62,7 +62,7 @@ class StoredFrames:
         return MemoryTokens(*(torch.cat(field) for field in zip(*parts, strict=True)))
 
     def timeless(self, stream: int) -> int:
-        """Return how many entries of a stream came without a time."""
+        """Return the number of entries of a stream without a time."""
         found: list[Found] = self._store.find(stream, 0.0, 0.0, True)
         return sum(any(t != t for t in clock) for _, _, clock in found)
 
@@ -81,7 +81,7 @@ class StoredFrames:
         }
 
     def frame(self, found: Found) -> Frame | None:
-        """Return an entry that `whole` found as it came in; None where it has been overwritten since.
+        """Return an entry of `whole` as a frame, or None if it has been overwritten since.
 
         Raises:
             RuntimeError: A block was altered from outside.

@@ -1,4 +1,4 @@
-"""Move an outbox to the host: a copy beside the pushes, then the thread that stores it."""
+"""Copy an outbox to the host during pushes, for the thread that stores it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from vmemory.banks.lock import MemoryLock
 
 
 class Transfer:
-    """Memory of the host as large as an outbox, through which frames go to the thread of a store, a batch at a time.
+    """A buffer on the host as large as an outbox, from which the thread of a store reads one batch at a time.
 
-    A batch is copied, on a CUDA device by a stream of its own into pinned memory, then the thread reads it there; the
-    next waits in the outbox until both are done. No step but `settle` makes the host wait for the device: whether a
-    copy has arrived is asked for at the next `step`.
+    A batch is copied into the buffer; on a CUDA device by a CUDA stream of its own into pinned memory. Then the thread
+    reads it. The next batch waits in the outbox until both are done. Only `settle` makes the host wait for the device:
+    the next `step` asks whether a copy has arrived.
 
     Attributes:
         frames: The outbox's `frames()` on the host, `[n, ...]` each.
-        lock: Held while a batch goes from here to there, and by pushes while they fill the outbox.
+        lock: Held while a batch moves, and by pushes while they fill the outbox.
     """
 
     def __init__(self, box: Outbox, store: Any) -> None:
@@ -36,7 +36,7 @@ class Transfer:
         self.lock = MemoryLock()
 
     def arrived(self) -> bool:
-        """Return whether the host's memory can take a batch; hands arrived frames to the thread, without waiting."""
+        """Pass an arrived batch to the thread without waiting, and return whether the buffer is free."""
         with self.lock:
             if self._on_its_way:
                 if self._copied is not None and not self._copied.query():
@@ -44,12 +44,12 @@ class Transfer:
                 filled = int(self._count[0])
                 if filled:
                     self._store.put(filled)
-                # an interrupt before this stores a batch twice; one after it, earlier, would lose the batch
+                # last, because an interrupt before it stores a batch twice, and in another order would lose it
                 self._on_its_way = False
             return not self._store.busy()
 
     def step(self) -> bool:
-        """Move the outbox on unless a batch is still on its way; returns whether the outbox is empty now."""
+        """Copy the outbox unless a batch is still on its way, and return whether the outbox is empty now."""
         with self.lock:
             if not self.arrived():
                 return False
@@ -74,11 +74,11 @@ class Transfer:
             n = 2 if there is self.box.count else filled
             here[:n].copy_(there[:n], non_blocking=non_blocking)
             if self._side is not None:
-                # an outbox that is let go of meanwhile keeps its memory until the copy has read it
+                # the memory of an outbox that is deleted meanwhile stays until the copy has read it
                 there.record_stream(self._side)
 
     def settle(self) -> None:
-        """Return when all that the outbox held lies in the store; synchronises the host."""
+        """Wait until the store has all frames of the outbox; synchronises the host."""
         with self.lock:
             self._wait()
             self.step()
@@ -103,7 +103,7 @@ class Transfer:
                 self._store.wait()
 
     def clear(self) -> None:
-        """Fill with zeros the outbox and the host's memory, both settled before."""
+        """Fill the outbox and the buffer with zeros; call `settle` first."""
         with self.lock:
             self.box.clear()
             for t in self.frames:

@@ -273,10 +273,10 @@ class DualMemory(nn.Module):
             time: Seconds, `[T]` or `[S, T]` float64 or a float for T = 1, strictly increasing; None = unknown (NaN).
                 Frames are numbered from 0 per stream all the same.
             mask: `[S, T, H, W]` or `[T, H, W]` bool, cells that exist; others are never read. From the first such push
-                until `reset` attention looks at every slot of `"tokens"` through a mask, which costs what free slots
-                otherwise save; a CUDA graph captured before has no mask.
-            streams: `[S']` int64, the stream each row of `frames` belongs to, none twice, −1 = skip the row; None = all
-                in order. With it the slots of the streams are copied for every frame, in order to be read.
+                until `reset`, attention over slots of `"tokens"` uses a mask, so free slots cost as much as full ones.
+                A CUDA graph that was captured before has no mask.
+            streams: `[S']` int64, the stream of each row of `frames`, none twice, −1 = skip the row; None = all in
+                order. With `streams` each frame costs a copy of the streams' slots.
 
         Returns:
             M_t in the layout of `frames`, in the memory's dtype; zeros for skipped rows and cells that do not exist.
@@ -346,18 +346,18 @@ class DualMemory(nn.Module):
     def transform(
         self, clip: Tensor, time: Times = None, *, mask: Tensor | None = None, through_slots: bool = False
     ) -> MemoryTokens:
-        """Return all M_t of a clip, from an empty memory and without touching this one; differentiable.
+        """Return M_t of each frame of a clip, from an empty memory; differentiable. This memory does not change.
 
-        A memory within a `budget` has the slots that it allows for the clip's grid and channels. Gradients reach the
-        weights and, through each frame's query, the clip. With them the keys and values of all slots are kept for every
-        frame: T · (L_w + L_e) times those of a frame.
+        With a `budget`, the number of slots follows from the clip's grid and channels. Gradients reach the weights and,
+        through each frame's query, the clip. For them the keys and values of all slots are kept for every frame: T ·
+        (L_w + L_e) times those of a frame.
 
         Args:
             clip: `[T, H, W, C]`, or `[S, T, H, W, C]` for a padded result; any number of streams, any grid, and any
                 number of channels from `key_dim` on.
             time: As in `push`.
             mask: As in `push`; cells that do not exist have no token. Without padding it costs a synchronisation.
-            through_slots: Gradients also pass through the frames and fused frames that were stored; else these count as
+            through_slots: Whether gradients also pass through stored frames and stored M_t; otherwise these are
                 constants, as in the port.
 
         Returns:
@@ -401,7 +401,8 @@ class DualMemory(nn.Module):
     def read(self, stream: int = 0, *, padded: bool = False) -> MemoryTokens:
         """Return the slots of both memories in stream order, `level` 0 = working (H_t), 1 = episodic (M_t).
 
-        A frame that both hold comes twice, cell by cell, working first: `source` is unique within a level.
+        A frame that is in both memories appears twice, cell by cell, working memory first. `source` is unique within a
+        level.
 
         Args:
             stream: Which stream; ignored by a padded read.
@@ -448,7 +449,7 @@ class DualMemory(nn.Module):
         if threshold is not None:
             slot = torch.where(values >= threshold, slot, -1)
             values = torch.where(values >= threshold, values, -torch.inf)
-        # what −1 points to: one place behind the last slot
+        # one more place behind the last slot, for index −1
         frame = torch.cat([self.entry[stream], self.entry.new_full((1,), -1)])[slot]
         time = torch.cat([self.clock[stream], self.clock.new_full((1,), torch.nan)])[slot]
         level = torch.where(slot < 0, -1, (slot >= self.working_means.shape[1]).long())
@@ -473,8 +474,8 @@ class DualMemory(nn.Module):
     def counts(self, stream: int = 0) -> dict[str, int]:
         """Return numbers of frames and slots; synchronises the host.
 
-        Frames `seen`, that `entered` the working and were `written` into the episodic memory, and `dropped`, which no
-        slot holds; slots `held`.
+        The frames that were `seen`, that `entered` the working memory, that were `written` into the episodic memory,
+        and that were `dropped`, which are in no slot; and the slots `held`.
 
         Raises:
             ValueError: No such stream.
@@ -503,7 +504,7 @@ class DualMemory(nn.Module):
         if streams is None:
             self.state.clear_()
             self.masked = False
-            # a memory that `to_empty` brought from the meta device has them no more
+            # `to_empty` moves a memory from the meta device without their values
             for name, table in row_tables(*self._layout).items():
                 getattr(self, name).copy_(table)
         else:
@@ -535,7 +536,7 @@ class DualMemory(nn.Module):
             Number of slots removed.
 
         Raises:
-            ValueError: The span is no span, or something held has no time; nothing has changed then.
+            ValueError: `t0` is above `t1` or NaN, or a slot has no time; nothing has changed.
         """
         if not t0 <= t1:
             raise ValueError(f"t0: expected at most t1 ({t1} s), got {t0}")
@@ -548,7 +549,7 @@ class DualMemory(nn.Module):
         """Return an independent memory with the same weights in the state of this one, now or at second `time`.
 
         Raises:
-            ValueError: A slot that `time` would need has been overwritten since; take a snapshot in time.
+            ValueError: A slot of the state at `time` has been overwritten since.
         """
         twin = copy.deepcopy(self)
         if time is None:
@@ -601,7 +602,7 @@ class DualMemory(nn.Module):
 
         Args:
             grid: Token grid (H, W) of its frames.
-            changes: Arguments of `DualMemory` that are to be others; `key_dim` and what weights are trained for cannot.
+            changes: Arguments of `DualMemory` with other values; arguments that the weights depend on cannot change.
 
         Raises:
             ValueError, TypeError: An argument does not fit; the message names it.
@@ -621,9 +622,9 @@ class DualMemory(nn.Module):
     def save(
         self, path: str | Path, extra: dict[str, Tensor] | None = None, notes: dict[str, Any] | None = None
     ) -> None:
-        """Write state and weights to a `.vmem` file; one that exists survives until the new one is whole.
+        """Write state and weights to a `.vmem` file; an existing file stays until the new one is complete.
 
-        An adapter is not written: give the memory that `vmemory.banks.load` makes its own.
+        An adapter is not written; set it after `vmemory.banks.load`.
 
         Args:
             path: Where to write.
@@ -664,7 +665,7 @@ class DualMemory(nn.Module):
         super()._apply(fn, recurse)
         wide = torch.promote_types(self.working_tokens.dtype, torch.float32)
         for name, old in kept.items():
-            # times and masses as they are, means as operators want them beside the tokens
+            # times and masses keep their dtype, means have the one that operators require beside the tokens
             kind = wide if name.endswith("means") else old.dtype
             if getattr(self, name).dtype != kind:
                 setattr(self, name, old.to(getattr(self, name).device, kind))
@@ -680,9 +681,9 @@ def _refresh(memory: Any, keys: Any) -> None:
 
 
 def _own_dtype(frames: Tensor) -> AbstractContextManager[Any]:
-    """Turn autocast off for what is computed from `frames`: slots have the dtype of the weights."""
+    """Return a context without autocast, because slots have the dtype of the weights."""
     kind = frames.device.type
-    # asked first, because switching off what is off costs more than a hundredth of a small push
+    # `torch.autocast` alone takes a hundredth of a small push
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 

@@ -10,11 +10,11 @@ _EPS = 1e-8
 
 
 def bridged_slot(means: Tensor, entry: Tensor, mean: Tensor) -> Tensor:
-    """Return the slot of a full memory that the frames before and after it make most superfluous.
+    """Return the slot of a full memory whose neighbours in time are most similar to each other.
 
-    Slots in the order of their frames, the new frame last: the cosine of a slot's two neighbours says how little is
-    lost without it. The first frame stays (unless it is alone), of equals the earlier leaves, non-finite ones at once.
-    The new frame's predecessor is given up only while the new frame is close to the one before that; then it stays.
+    The slots are put in the order of their frames, and the new frame last. The score of a slot is the cosine of its two
+    neighbours: the higher it is, the less is lost without the slot. Of equal scores the earlier slot leaves. The first
+    frame stays unless it is alone. A slot that is not finite leaves first.
 
     Args:
         means: `[S, M, D]` means of the slots, float32 or better, M at least 1.
@@ -36,9 +36,9 @@ def bridged_slot(means: Tensor, entry: Tensor, mean: Tensor) -> Tensor:
 
 
 def overwrite_entropy(overwrites: Tensor) -> Tensor:
-    """Return how evenly the slots of a memory are overwritten: the entropy of where the overwrites fell, in bits.
+    """Return how evenly the slots of a memory are overwritten: the entropy of the overwrites over the slots, in bits.
 
-    0 = always the same slot, so that all others are frozen; log2(M) = every one of the M slots equally often.
+    0 = always the same slot, so the others never change; log2(M) = each of the M slots equally often.
 
     Args:
         overwrites: `[..., M]` how often each slot was overwritten, integers or floats, not negative.

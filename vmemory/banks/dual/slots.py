@@ -36,16 +36,16 @@ class StreamMap(NamedTuple):
         return StreamMap(rows, rows.clamp(0, S - 1), there, row.clamp_min(0), row >= 0, streams is None)
 
     def of_streams(self, values: Tensor) -> Tensor:
-        """Return values `[R, ...]` of rows as values `[S, ...]` of their streams; any where there is no row."""
+        """Return values `[R, ...]` of rows in stream order, `[S, ...]`; a stream without a row gets any."""
         return values if self.whole else values[self.row]
 
     def takes(self, rows: Tensor) -> Tensor:
-        """Return `[S]` bool, streams that get something when only `rows [R]` (−1 = not) are written."""
+        """Return `[S]` bool: the streams that are written to if only `rows [R]` (−1 = none) are written."""
         return self.fed & (self.of_streams(rows) >= 0)
 
 
 class Arrived(NamedTuple):
-    """A frame of each row, on its way into a memory.
+    """One frame of each row, to be written.
 
     tokens `[R, N, D]`; mass `[R, n]` the input cells of each token that a slot would hold; time `[R]` seconds; extra
     `[R, n, E]` channels beyond `key_dim`, or None; masked: tokens may not exist; differentiable: keys and values stay
@@ -62,7 +62,7 @@ class Arrived(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One memory: parts of the state that writing changes; keys and values may be other tensors, for a gradient.
+    """The working or the episodic part of a state; with gradients, keys and values are tensors of their own.
 
     tokens, keys, values `[S, L, n, D]`, means `[S, L, D]`, extra `[S, L, n, E]`, mass `[S, L, n]`, entry and clock
     `[S, L]`, pushed `[S]` frames ever written.
@@ -88,17 +88,17 @@ class Side(NamedTuple):
         )
 
     def hit(self, slot: Tensor, fed: Tensor) -> Tensor:
-        """Return `[S, L]` bool: the slot `[S]` (modulo L) that each fed stream writes to."""
+        """Return `[S, L]` bool: True at slot `[S]` (modulo L) of each stream in `fed [S]`."""
         L = self.tokens.shape[1]
         return (torch.arange(L, device=slot.device) == (slot % max(L, 1))[:, None]) & fed[:, None]
 
     def store(
         self, slot: Tensor, rows: Tensor, key: Tensor, value: Tensor, mean: Tensor, number: Tensor, frame: Arrived
     ) -> Side:
-        """Write the data that belongs to tokens in `slot [S]`.
+        """Write the keys, values and other data of the tokens in `slot [S]`.
 
-        Writes key and value `[R, n, D]` and mean `[R, D]` of `rows [R]` that are not −1, and the frame's number `[S]`,
-        time, mass and extra channels.
+        These are key and value `[R, n, D]` and mean `[R, D]` of `rows [R]` that are not −1, and the frame's number
+        `[S]`, time, mass and extra channels.
         """
         put(self.means[:, :, None], slot, rows, mean[:, None])
         if frame.extra is not None:
@@ -106,8 +106,8 @@ class Side(NamedTuple):
         if not frame.differentiable:
             put(self.keys, slot, rows, key)
             put(self.values, slot, rows, value)
-        # after the writes on purpose: inductor moves what was read from `slot` before them behind the last one, which
-        # then counts in `slot` itself (seen with torch 2.13)
+        # after the writes: inductor of torch 2.13 moves earlier reads of `slot` behind the last write, which changes
+        # `slot` itself
         stream_map, hit = frame.stream_map, self.hit(slot, frame.stream_map.takes(rows))
         self.mass.copy_(torch.where(hit[..., None], stream_map.of_streams(frame.mass)[:, None], self.mass))
         self.entry.copy_(torch.where(hit, number[:, None], self.entry))

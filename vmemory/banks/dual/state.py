@@ -144,7 +144,7 @@ def check_dual_state(state: dict[str, Tensor]) -> None:
     """Check that counters, entries, times and masses of a `DualState` as a dict fit each other; synchronises the host.
 
     Raises:
-        ValueError: Something that no memory says; the message names it.
+        ValueError: A value that no memory can have; the message names it.
     """
     seen, entered, written, overwrites, entry, clock, mass = (
         state[name].detach().cpu() for name in ("seen", "entered", "written", "overwrites", "entry", "clock", "mass")

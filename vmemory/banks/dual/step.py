@@ -1,4 +1,4 @@
-"""Algorithm 1 of VLM², frame by frame, on state that the caller holds."""
+"""Run Algorithm 1 of VLM² frame by frame on a given state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MemoryReader(nn.Module):
         self.query = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.key_value = nn.Linear(dim, 2 * dim, device=device, dtype=dtype)
         self.out = nn.Linear(dim, dim, device=device, dtype=dtype)
-        # the start of torch.nn.MultiheadAttention, where query, key and value are one matrix
+        # as torch.nn.MultiheadAttention initialises query, key and value, which there are one matrix
         for linear in (self.query, self.key_value):
             nn.init.uniform_(linear.weight, -math.sqrt(1.5 / dim), math.sqrt(1.5 / dim))
         for linear in (self.query, self.key_value, self.out):
@@ -35,10 +35,10 @@ class MemoryReader(nn.Module):
 
     @torch.no_grad()
     def load_attention(self, attention: nn.MultiheadAttention) -> None:
-        """Take the weights of a `torch.nn.MultiheadAttention` over; `DualMemory.refresh` then renews what is stored.
+        """Copy the weights of a `torch.nn.MultiheadAttention`; call `DualMemory.refresh` afterwards.
 
         Raises:
-            ValueError: Width or heads differ, key or value sizes of their own, or no biases.
+            ValueError: Its width or heads differ, it has no biases, or its keys or values have another size.
         """
         dim = self.query.in_features
         if attention.embed_dim != dim or attention.num_heads != self.heads:
@@ -60,9 +60,9 @@ class MemoryReader(nn.Module):
         return key, value
 
     def forward(self, query: Tensor, keys: Tensor, values: Tensor, count: Tensor, exists: Tensor | None) -> Tensor:
-        """Attend with projected queries `[R, N, D]` over slots `[R, M, n, D]`, of which `count [R]` are taken.
+        """Attend with projected queries `[R, N, D]` over slots `[R, M, n, D]`, of which `count [R]` are in use.
 
-        With `exists [R, M, n]` over the tokens that exist, whatever `count` says; over all where none does.
+        With `exists [R, M, n]` attention ignores `count` and uses the tokens that exist; if a row has none, all tokens.
         """
         heads = (self.heads, query.shape[-1] // self.heads)
         q, k, v = (x.unflatten(-1, heads) for x in (query, keys, values))
@@ -75,7 +75,7 @@ class MemoryReader(nn.Module):
 
 
 class DualWeights(NamedTuple):
-    """The modules and options of a dual memory, as `run` takes them; the names are arguments of `DualMemory`."""
+    """The modules and options of a dual memory, named as the arguments of `DualMemory`."""
 
     working: MemoryReader
     episodic: MemoryReader
@@ -92,7 +92,7 @@ class DualWeights(NamedTuple):
 
 
 def _held(weights: DualWeights, frames: Tensor, mass: Tensor) -> Tensor:
-    """Return frames `[..., N, D]`, zero where `mass [..., N]` is, as a slot holds them, `[..., n, D]`."""
+    """Return the content `[..., n, D]` of slots for frames `[..., N, D]`, which are zero where `mass [..., N]` is."""
     return frames if weights.slots == "tokens" else _mean(frames, mass).to(frames.dtype)[..., None, :]
 
 
@@ -100,18 +100,20 @@ def run(
     weights: DualWeights, state: DualState, frames: Tensor, times: Tensor, streams: Tensor | None, mask: Tensor | None,
     masked: bool, *, differentiable: bool = False, through_slots: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Return all M_t `[R, T, N, C]` of frames `[R, T, N, C]`, whose channels beyond the weights' D pass unchanged.
-
-    Changes `state` in place.
+    """Return M_t `[R, T, N, C]` of each frame; channels beyond the weights' D pass unchanged.
 
     Args:
-        state: Where it has room for none of these channels, they are not kept.
+        weights: Modules and options.
+        state: Changed in place. It stores the channels beyond D only if it has room for them.
+        frames: `[R, T, N, C]`.
         times: `[R, T]` float64.
-        streams: `[R]` int64 stream of each row, rows outside of S are skipped and give zeros; None = all in order.
+        streams: `[R]` int64 stream of each row; rows outside of 0 to S − 1 are skipped and give zeros. None = all in
+            order.
         mask: `[R, T, N]` bool, cells that exist; None = all.
-        masked: Tokens in the slots of `state` or in these frames may not exist.
-        differentiable: Keep keys and values out of `state`, where a gradient can follow them; needs `streams` None.
-        through_slots: Let gradients pass from a reading into what was stored, not into the projections alone.
+        masked: Whether tokens of the state or of these frames may not exist.
+        differentiable: Whether keys and values have gradients; then they are not written to `state`, and `streams` must
+            be None.
+        through_slots: Whether gradients also reach stored frames; otherwise only the projections.
     """
     (R, T, N, C), D = frames.shape, weights.key_dim
     if R == 0 or T == 0:
@@ -120,7 +122,7 @@ def run(
     mass = torch.ones(R, T, N, device=frames.device) if mask is None else mask.float()
     if mask is not None:
         frames = torch.where(mask[..., None], frames, 0)
-    # what is not finite would reach every later frame through the memory
+    # a value that is not finite would spread to every later frame
     usable = frames.isfinite().flatten(2).all(2) & (mass > 0).any(2)
     # a slot of means stands for all cells that its frame had
     weight = mass if weights.slots == "tokens" else mass.sum(2, keepdim=True)
@@ -135,7 +137,7 @@ def run(
     kept = _held(weights, stored, mass)
     keys, values = weights.working.project(kept)
     means = _mean(stored.detach(), mass)
-    # what a frame reads from an empty memory: itself, with a gradient even where slots are constants
+    # a frame that reads an empty memory attends to itself, with a gradient even if slots are constants
     of_itself: tuple[tuple[Tensor, Tensor] | None, ...] = (None, None)
     if weights.empty == "frame":
         detached = differentiable and not through_slots
@@ -195,7 +197,7 @@ def _read(
     own: tuple[Tensor, Tensor] | None,
     frame: Arrived,
 ) -> Tensor:
-    """Return what a frame reads from a memory; where that is empty, from its `own` key and value `[R, n, D]`."""
+    """Attend to a memory, or if it is empty to the frame's `own` key and value `[R, n, D]`."""
     keys, values, mass, count, stream_map = side.keys, side.values, side.mass, side.pushed.clone(), frame.stream_map
     if not stream_map.whole:
         keys, values, mass = (x[stream_map.stream] for x in (keys, values, mass))
@@ -228,7 +230,7 @@ def _replace(
 ) -> tuple[Tensor, Tensor]:
     """Write `held [R, n, D]` of the rows that are not −1 into the episodic memory.
 
-    Returns the slot `[S]` that each took, and whether `[S]` all slots had been taken before.
+    Returns the slot `[S]` of each stream, and whether `[S]` the memory was full before.
     """
     at, capacity, held = side.pushed.clone(), side.tokens.shape[1], held.detach()
     if weights.rule == "most-similar" or capacity == 0:
