@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +93,26 @@ def test_annotations_in_every_container(root: Path, tmp_path: Path) -> None:
 
 def test_annotations_of_datasets(root: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    found = read_annotations(datasets.Dataset.from_list([online([1.0, 2.0])]), root)
+    # rows of such a set have all columns, with None where an item has no such field
+    rows = [
+        online([1.0, 2.0], clip=[0.0, 3.0]),
+        online([3.0]),
+        sequence(),
+        {"video": None, **make_items(World(4, 12), "")[0]},
+    ]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    listed = datasets.Dataset.from_list([{**columns, **row} for row in rows])
+    assert listed[1]["clip"] is None
+    found = read_annotations(listed, root)
+    assert (found.skipped, [item.kind for item in found.items]) == ([], ["online", "online", "tracking", "online"])
     assert [turn.time for turn in found.items[0].turns] == [1.0, 2.0]
+    assert found.items[3].world == rows[3]["world"]
+    assert found.items == [
+        replace(item, name=other.name)
+        for item, other in zip(read_annotations(rows, root).items, found.items, strict=True)
+    ]
+    dataset = create_dataset(listed, None, None, video_root=str(root))
+    assert len(dataset) == 4
 
 
 def test_short_clips_are_sampled_more_densely_on_demand(root: Path) -> None:

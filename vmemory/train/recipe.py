@@ -134,7 +134,9 @@ def _write_results(trainer: MemoryTrainer, folder: Path) -> None:
     steps = [step._asdict() for step in trainer.profiler.steps]
     peaks = {"host_peak": trainer.profiler.host_peak, "device_peak": trainer.profiler.device_peak, "steps": steps}
     (folder / "memory.json").write_text(json.dumps(peaks, indent=1))
-    loss_picture(trainer.state.log_history, folder / "loss.png")
+    # a run may end before its first line
+    if any("loss" in line for line in trainer.state.log_history):
+        loss_picture(trainer.state.log_history, folder / "loss.png")
 
 
 def _dataset(
