@@ -51,14 +51,6 @@ def test_leading_dimensions(lead):
     assert torch.autograd.grad(out.sum(), a)[0].shape == a.shape
 
 
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_token_does_not_depend_on_its_neighbours(dtype):
-    x = inputs(130, 66, 34, dtype)
-    alone = torch.cat([gated_fusion(x[0][i : i + 1], x[1][i : i + 1], *x[2:]) for i in range(130)])
-    assert torch.equal(gated_fusion(*x), alone)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_and_infinity_stay_in_their_token(activation, dtype):

@@ -72,7 +72,8 @@ def test_any_layout_gives_the_same_bits(layout):
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+# not bfloat16, which torch's kernel takes where there is AMX
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 @pytest.mark.parametrize("E", [1, 33, 64, 200])
 def test_a_query_does_not_depend_on_its_neighbours(E, dtype):
     """Few queries take a kernel of their own, which sums in the same order."""

@@ -167,7 +167,15 @@ def test_norms_that_are_kept(dtype, impl):
     norm, chosen = norms_of(rows, scale, query.dtype), filters(2, 300)
     found = similarity_topk(query, rows, 9, scale=scale, norm=norm, impl=impl, **chosen)
     assert_finds(found, query, rows, 9, scale=scale, **chosen)
-    # they are taken as they are, clamped like the others, and only for a cosine
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [*FLOATING, torch.int8])
+def test_a_cpu_takes_kept_norms_as_they_are(dtype, impl):
+    query = random_tensor(2, 3, 33, dtype=torch.float32 if dtype == torch.int8 else dtype)
+    rows, scale = int8_memory(2, 300, 33) if dtype == torch.int8 else (memory_with_ties(2, 300, 33, dtype), None)
+    norm = norms_of(rows, scale, query.dtype)
+    # clamped like the others, and only for a cosine
     doubled = similarity_topk(query, rows, 9, scale=scale, norm=2 * norm, impl=impl)
     assert torch.equal(doubled.values * 2, similarity_topk(query, rows, 9, scale=scale, norm=norm, impl=impl).values)
     nothing = torch.zeros_like(norm)

@@ -2,7 +2,7 @@
 
 #include "common/activation.h"
 #include "common/token_panel.h"
-#include "torch/stable.h"
+#include "torch/products.h"
 
 namespace vmemory {
 namespace {
@@ -51,6 +51,31 @@ void fuse(const Arguments<T>& x, const Sizes& z) {
   });
 }
 
+// The same with the products of torch's library between passes over memory.
+template <Activation kKind, class T>
+std::tuple<Tensor, Tensor> fuse_products(const Tensor& working, const Tensor& episodic, const Tensor& w1,
+                                         const Tensor& b1, const Tensor& w2, const Tensor& b2, bool save) {
+  using A = acc_t<T>;
+  const int64_t n = working.size(0), D = working.size(1), H = w1.size(0);
+  // one product over the channels of both, so that 16-bit sums are rounded once
+  const Tensor argument = make(working, {n, H}), out = make(working, {n, D});
+  linear_into(argument, side_by_side<T>(working, episodic), w1, b1);
+  const bool keep_argument = save && kKind != Activation::kRelu;
+  const Tensor hidden = keep_argument ? make(working, {n, H}) : argument;
+  const T *x = data<T>(argument), *a = data<T>(working), *b = data<T>(episodic);
+  T* h = mutable_data<T>(hidden);
+  for_vectors<T>(n * H, 2, [&](int64_t at, int64_t lanes) {
+    store_some(h + at, activate<kKind, A>(load_some(x + at, lanes)), lanes);
+  });
+  linear_into(out, hidden, w2, b2);
+  T* y = mutable_data<T>(out);
+  for_vectors<T>(n * D, 4, [&](int64_t at, int64_t lanes) {
+    const vec<A> gate = logistic<A>(load_some(y + at, lanes));
+    store_some(y + at, gate * load_some(a + at, lanes) + (A(1) - gate) * load_some(b + at, lanes), lanes);
+  });
+  return {out, save ? argument : make(working, {0})};
+}
+
 std::tuple<Tensor, Tensor> gated_fusion(const Tensor& working_, const Tensor& episodic_, const Tensor& w1_,
                                         const Tensor& b1_, const Tensor& w2_, const Tensor& b2_, std::string activation,
                                         bool save) {
@@ -58,19 +83,27 @@ std::tuple<Tensor, Tensor> gated_fusion(const Tensor& working_, const Tensor& ep
   const Tensor working = dense(working_), episodic = dense(episodic_), w1 = dense(w1_), b1 = dense(b1_);
   const Tensor w2 = dense(w2_), b2 = dense(b2_);
   const Sizes z{working.size(0), working.size(1), w1.size(0)};
-  Tensor out = make(working, {z.n, z.D}), hidden = make(working, save ? Ints{z.n, z.H} : Ints{0});
+  std::tuple<Tensor, Tensor> result(working, working);
   dispatch_floating(working.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
-    const Arguments<T> x{
-        data<T>(working), data<T>(episodic), data<T>(w1),          data<T>(b1),
-        data<T>(w2),      data<T>(b2),       mutable_data<T>(out), save ? mutable_data<T>(hidden) : nullptr};
     dispatch_activation(activation, [&](auto kind) {
-      if constexpr (std::is_same_v<T, bf16>)
-        if (has_pair_products() && z.D % 2 == 0 && z.H % 2 == 0) return fuse<kind(), true>(x, z);
-      fuse<kind(), false>(x, z);
+      if (multiplied_by_library<T>()) {
+        result = fuse_products<kind(), T>(working, episodic, w1, b1, w2, b2, save);
+        return;
+      }
+      if constexpr (sizeof(T) == 2) {
+        const Tensor out = make(working, {z.n, z.D}), hidden = make(working, save ? Ints{z.n, z.H} : Ints{0});
+        const Arguments<T> x{
+            data<T>(working), data<T>(episodic), data<T>(w1),          data<T>(b1),
+            data<T>(w2),      data<T>(b2),       mutable_data<T>(out), save ? mutable_data<T>(hidden) : nullptr};
+        result = {out, hidden};
+        if constexpr (std::is_same_v<T, bf16>)
+          if (has_pair_products() && z.D % 2 == 0 && z.H % 2 == 0) return fuse<kind(), true>(x, z);
+        fuse<kind(), false>(x, z);
+      }
     });
   });
-  return {out, hidden};
+  return result;
 }
 
 }  // namespace

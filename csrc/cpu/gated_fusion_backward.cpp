@@ -1,7 +1,7 @@
 #include "common/activation.h"
 #include "common/token_panel.h"
 #include "contracts/gated_fusion.h"
-#include "torch/stable.h"
+#include "torch/products.h"
 
 namespace vmemory {
 namespace {
@@ -162,51 +162,132 @@ void into_weights(const Arguments<T>& x, const Sizes& z, T* grad_w1, T* grad_b1,
   if (grad_b2 != nullptr) into_bias(x.gate_slope, z.D, z, grad_b2);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_fusion_backward(
-    const Tensor& grad_, const Tensor& working_, const Tensor& episodic_, const Tensor& w1_, const Tensor& w2_,
-    const Tensor& b2_, const Tensor& hidden_, std::string activation, bool for_working, bool for_episodic, bool for_w1,
-    bool for_b1, bool for_w2, bool for_b2) {
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+struct Wanted {
+  bool working, episodic, w1, b1, w2, b2;
+};
+
+// The same with the products of torch's library between passes over memory.
+template <Activation kKind, class T>
+Gradients by_products(const Tensor& grad, const Tensor& working, const Tensor& episodic, const Tensor& w1,
+                      const Tensor& w2, const Tensor& b2, const Tensor& saved, const Wanted& wanted) {
+  using A = acc_t<T>;
+  const int64_t n = working.size(0), D = working.size(1), H = w1.size(0);
+  const auto room = [&](bool is_wanted, Ints sizes) { return make(working, is_wanted ? sizes : Ints{0}); };
+  Tensor grad_working = room(wanted.working, {n, D}), grad_episodic = room(wanted.episodic, {n, D});
+  Tensor grad_w1 = room(wanted.w1, {H, 2 * D}), grad_w2 = room(wanted.w2, {D, H});
+  Tensor grad_b1 = room(false, {}), grad_b2 = room(false, {});
+  const T *argument = data<T>(saved), *a = data<T>(working), *b = data<T>(episodic), *g = data<T>(grad);
+  Tensor hidden = saved;
+  if constexpr (kKind != Activation::kRelu) {
+    hidden = make(working, {n, H});
+    T* h = mutable_data<T>(hidden);
+    for_vectors<T>(n * H, 2, [&](int64_t at, int64_t lanes) {
+      store_some(h + at, activate<kKind, A>(load_some(argument + at, lanes)), lanes);
+    });
+  }
+  const Tensor slope = make(working, {n, D});
+  linear_into(slope, hidden, w2, b2);
+  T* s = mutable_data<T>(slope);
+  T* to_working = wanted.working ? mutable_data<T>(grad_working) : nullptr;
+  T* to_episodic = wanted.episodic ? mutable_data<T>(grad_episodic) : nullptr;
+  for_vectors<T>(n * D, 6, [&](int64_t at, int64_t lanes) {
+    const vec<A> gate = logistic<A>(load_some(s + at, lanes));
+    const vec<A> up = load_some(g + at, lanes), direct = up * gate;
+    const vec<A> difference = load_some(a + at, lanes) - load_some(b + at, lanes);
+    store_some(s + at, difference * (direct * (A(1) - gate)), lanes);
+    if (to_working) store_some(to_working + at, direct, lanes);
+    if (to_episodic) store_some(to_episodic + at, up * (A(1) - gate), lanes);
+  });
+  if (wanted.w2) product_into(grad_w2, turned(slope), hidden);
+  const Ints over_tokens{0};
+  if (wanted.b2) grad_b2 = torch::stable::sum(slope, over_tokens);
+  const bool for_tokens = wanted.working || wanted.episodic;
+  if (!(for_tokens || wanted.w1 || wanted.b1)) return {grad_working, grad_episodic, grad_w1, grad_b1, grad_w2, grad_b2};
+
+  Tensor inner = make(working, {n, H});
+  product_into(inner, slope, w2);
+  T* i = mutable_data<T>(inner);
+  for_vectors<T>(n * H, 3, [&](int64_t at, int64_t lanes) {
+    store_some(i + at, load_some(i + at, lanes) * activation_slope<kKind, A>(load_some(argument + at, lanes)), lanes);
+  });
+  const auto add_through = [&](T* to, int64_t first) {
+    if (to == nullptr) return;
+    // the slope of the gate is not needed any more
+    product_into(slope, inner, columns_of(w1, first, D));
+    for_vectors<T>(n * D, 3, [&](int64_t at, int64_t lanes) {
+      store_some(to + at, load_some(to + at, lanes) + load_some(s + at, lanes), lanes);
+    });
+  };
+  add_through(to_working, 0), add_through(to_episodic, D);
+  if (wanted.w1) product_into(grad_w1, turned(inner), side_by_side<T>(working, episodic));
+  if (wanted.b1) grad_b1 = torch::stable::sum(inner, over_tokens);
+  return {grad_working, grad_episodic, grad_w1, grad_b1, grad_w2, grad_b2};
+}
+
+// The same in blocks of tokens that stay in the cache.
+template <class T>
+Gradients by_tiles(const Tensor& grad, const Tensor& working, const Tensor& episodic, const Tensor& w1,
+                   const Tensor& w2, const Tensor& b2, const Tensor& hidden, const std::string& activation,
+                   const Wanted& wanted) {
+  const Sizes z{working.size(0), working.size(1), w1.size(0)};
+  const bool for_tokens = wanted.working || wanted.episodic, past_gate = for_tokens || wanted.w1 || wanted.b1;
+  const auto room = [&](bool is_wanted, Ints sizes) { return make(working, is_wanted ? sizes : Ints{0}); };
+  Tensor grad_working = room(wanted.working, {z.n, z.D}), grad_episodic = room(wanted.episodic, {z.n, z.D});
+  Tensor grad_w1 = room(wanted.w1, {z.H, 2 * z.D}), grad_b1 = room(wanted.b1, {z.H});
+  Tensor grad_w2 = room(wanted.w2, {z.D, z.H}), grad_b2 = room(wanted.b2, {z.D});
+  Tensor gate_slope = room(wanted.w2 || wanted.b2, {z.D, z.padded()});
+  Tensor hidden_slope = room(wanted.w1 || wanted.b1, {z.H, z.padded()});
+  Tensor w1_turned = room(for_tokens, {2 * z.D, z.H}), w2_turned = room(past_gate, {z.H, z.D});
+  const auto place = [](bool is_wanted, const Tensor& x) { return is_wanted ? mutable_data<T>(x) : nullptr; };
+  if (for_tokens) turn(data<T>(w1), z.H, 2 * z.D, mutable_data<T>(w1_turned));
+  if (past_gate) turn(data<T>(w2), z.D, z.H, mutable_data<T>(w2_turned));
+  const Arguments<T> x{data<T>(grad),
+                       data<T>(working),
+                       data<T>(episodic),
+                       data<T>(w2),
+                       data<T>(b2),
+                       data<T>(hidden),
+                       data<T>(w1_turned),
+                       data<T>(w2_turned),
+                       place(wanted.w2 || wanted.b2, gate_slope),
+                       place(wanted.w1 || wanted.b1, hidden_slope),
+                       place(wanted.working, grad_working),
+                       place(wanted.episodic, grad_episodic)};
+  const auto run = [&](auto kind, auto pairs) {
+    into_tokens<kind(), pairs()>(x, z);
+    into_weights<kind(), pairs()>(x, z, place(wanted.w1, grad_w1), place(wanted.b1, grad_b1), place(wanted.w2, grad_w2),
+                                  place(wanted.b2, grad_b2));
+  };
+  dispatch_activation(activation, [&](auto kind) {
+    if constexpr (std::is_same_v<T, bf16>)
+      if (has_pair_products() && z.D % 2 == 0 && z.H % 2 == 0) return run(kind, std::true_type{});
+    run(kind, std::false_type{});
+  });
+  return {grad_working, grad_episodic, grad_w1, grad_b1, grad_w2, grad_b2};
+}
+
+Gradients gated_fusion_backward(const Tensor& grad_, const Tensor& working_, const Tensor& episodic_, const Tensor& w1_,
+                                const Tensor& w2_, const Tensor& b2_, const Tensor& hidden_, std::string activation,
+                                bool for_working, bool for_episodic, bool for_w1, bool for_b1, bool for_w2,
+                                bool for_b2) {
   contract::gated_fusion_backward(grad_, working_, episodic_, w1_, w2_, b2_, hidden_, activation);
   const Tensor grad = dense(grad_), working = dense(working_), episodic = dense(episodic_), w1 = dense(w1_);
   const Tensor w2 = dense(w2_), b2 = dense(b2_), hidden = dense(hidden_);
-  const Sizes z{working.size(0), working.size(1), w1.size(0)};
-  const bool past_gate = for_working || for_episodic || for_w1 || for_b1;
-  const auto room = [&](bool wanted, Ints sizes) { return make(working, wanted ? sizes : Ints{0}); };
-  Tensor grad_working = room(for_working, {z.n, z.D}), grad_episodic = room(for_episodic, {z.n, z.D});
-  Tensor grad_w1 = room(for_w1, {z.H, 2 * z.D}), grad_b1 = room(for_b1, {z.H});
-  Tensor grad_w2 = room(for_w2, {z.D, z.H}), grad_b2 = room(for_b2, {z.D});
-  Tensor gate_slope = room(for_w2 || for_b2, {z.D, z.padded()});
-  Tensor hidden_slope = room(for_w1 || for_b1, {z.H, z.padded()});
-  Tensor w1_turned = room(for_working || for_episodic, {2 * z.D, z.H}), w2_turned = room(past_gate, {z.H, z.D});
+  const Wanted wanted{for_working, for_episodic, for_w1, for_b1, for_w2, for_b2};
+  std::optional<Gradients> result;
   dispatch_floating(working.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
-    const auto place = [](bool wanted, const Tensor& x) { return wanted ? mutable_data<T>(x) : nullptr; };
-    if (for_working || for_episodic) turn(data<T>(w1), z.H, 2 * z.D, mutable_data<T>(w1_turned));
-    if (past_gate) turn(data<T>(w2), z.D, z.H, mutable_data<T>(w2_turned));
-    const Arguments<T> x{data<T>(grad),
-                         data<T>(working),
-                         data<T>(episodic),
-                         data<T>(w2),
-                         data<T>(b2),
-                         data<T>(hidden),
-                         data<T>(w1_turned),
-                         data<T>(w2_turned),
-                         place(for_w2 || for_b2, gate_slope),
-                         place(for_w1 || for_b1, hidden_slope),
-                         place(for_working, grad_working),
-                         place(for_episodic, grad_episodic)};
-    const auto run = [&](auto kind, auto pairs) {
-      into_tokens<kind(), pairs()>(x, z);
-      into_weights<kind(), pairs()>(x, z, place(for_w1, grad_w1), place(for_b1, grad_b1), place(for_w2, grad_w2),
-                                    place(for_b2, grad_b2));
-    };
-    dispatch_activation(activation, [&](auto kind) {
-      if constexpr (std::is_same_v<T, bf16>)
-        if (has_pair_products() && z.D % 2 == 0 && z.H % 2 == 0) return run(kind, std::true_type{});
-      run(kind, std::false_type{});
-    });
+    if (multiplied_by_library<T>()) {
+      dispatch_activation(activation, [&](auto kind) {
+        result = by_products<kind(), T>(grad, working, episodic, w1, w2, b2, hidden, wanted);
+      });
+    } else if constexpr (sizeof(T) == 2) {
+      result = by_tiles<T>(grad, working, episodic, w1, w2, b2, hidden, activation, wanted);
+    }
   });
-  return {grad_working, grad_episodic, grad_w1, grad_b1, grad_w2, grad_b2};
+  return *result;
 }
 
 }  // namespace

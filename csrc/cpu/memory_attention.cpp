@@ -1,6 +1,6 @@
 #include "common/attention_of_few.h"
 #include "contracts/attention.h"
-#include "torch/stable.h"
+#include "torch/products.h"
 
 namespace vmemory {
 namespace {
@@ -156,6 +156,44 @@ void attention_of_few(const SlotSizes& z, const T* query, const Slots<Q>& slots,
   });
 }
 
+// Attention of one stream to its valid rows by torch's own kernel, which multiplies 16-bit tiles where there is AMX.
+void attend_by_library(const SlotSizes& z, const Tensor& query, const Tensor& keys, const Tensor& values,
+                       const int64_t* count, const Tensor& out, const Tensor& stats) {
+  float* largest = mutable_data<float>(stats);
+  std::fill(largest + z.S * z.G * z.N, largest + 2 * z.S * z.G * z.N, 1.f);
+  const auto heads_first = [](const Tensor& t) { return torch::stable::transpose(t, 1, 2); };
+  for (int64_t s = 0; s < z.S; ++s, largest += z.G * z.N) {
+    const auto stream = [&](const Tensor& t) {
+      Tensor all = t;
+      return torch::stable::narrow(all, 0, s, 1);
+    };
+    const int64_t valid = z.valid(count, s);
+    Tensor to = heads_first(stream(out));
+    if (valid == 0) {
+      torch::stable::zero_(to);
+      std::fill(largest, largest + z.G * z.N, 0.f);
+      continue;
+    }
+    const auto rows = [&](const Tensor& t) {
+      Tensor all = torch::stable::flatten(stream(t), 1, 2);
+      return heads_first(torch::stable::narrow(all, 1, 0, valid));
+    };
+    using torch::stable::detail::from;
+    std::array<StableIValue, 7> stack{from(heads_first(stream(query))),
+                                      from(rows(keys)),
+                                      from(rows(values)),
+                                      from(0.0),
+                                      from(false),
+                                      from(std::optional<Tensor>()),
+                                      from(std::optional<double>())};
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::_scaled_dot_product_flash_attention_for_cpu", "", stack.data(),
+                                                 TORCH_ABI_VERSION));
+    torch::stable::copy_(to, torch::stable::detail::to<Tensor>(stack[0]));
+    const Tensor sums = dense(torch::stable::detail::to<Tensor>(stack[1]));
+    std::copy_n(data<float>(sums), z.G * z.N, largest);
+  }
+}
+
 std::tuple<Tensor, Tensor> memory_attention(const Tensor& query_, const Tensor& keys_, const Tensor& values_,
                                             const Tensor& count_, std::optional<Tensor> key_scale_,
                                             std::optional<Tensor> value_scale_, bool wide) {
@@ -169,6 +207,10 @@ std::tuple<Tensor, Tensor> memory_attention(const Tensor& query_, const Tensor& 
   Tensor out = make(query, {z.S, z.N, z.G, z.E}, wide ? accumulated : stored);
   Tensor stats = make(query, {2, z.S, z.G, z.N}, accumulated);
   if (stats.numel() == 0) return {out, stats};
+  if (stored == ScalarType::BFloat16 && keys.scalar_type() == stored && z.E > 0 && has_amx()) {
+    attend_by_library(z, query, keys, values, data<int64_t>(count), out, stats);
+    return {out, stats};
+  }
   dispatch_floating(stored, [&](auto t) {
     using T = typename decltype(t)::type;
     using A = acc_t<T>;

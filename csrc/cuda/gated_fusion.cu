@@ -1,6 +1,7 @@
 #include "contracts/gated_fusion.h"
 #include "cuda/device.h"
 #include "gated_fusion.cuh"
+#include "torch/products.h"
 
 namespace vmemory::fusion {
 namespace {
@@ -54,13 +55,6 @@ Activation named(const std::string& name) {
 template <class T>
 T* place(const Tensor& t) {
   return t.numel() > 0 ? mutable_data<T>(t) : nullptr;
-}
-
-Tensor turned(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
-
-Tensor columns_of(const Tensor& t, int64_t first, int64_t count) {
-  Tensor whole = t;
-  return torch::stable::narrow(whole, 1, first, count);
 }
 
 std::tuple<Tensor, Tensor> gated_fusion(const Tensor& working_, const Tensor& episodic_, const Tensor& w1,

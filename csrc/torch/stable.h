@@ -9,7 +9,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -121,16 +120,6 @@ inline Tensor make(const Tensor& like, const Ints& sizes, std::optional<ScalarTy
 }
 
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-// out = a b, matrices of any strides, by the library torch uses for them
-inline void product_into(const Tensor& out, const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b),
-                                    torch::stable::detail::from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  // the returned handle is ours to release
-  torch::stable::detail::to<Tensor>(stack[0]);
-  written(out);
-}
 
 // f(begin, end) over [0, n) on torch's own threads, at least `grain` each
 template <class F>
