@@ -66,7 +66,7 @@ def recipe(checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
     def written(**changes: Any) -> Path:
         given = {"model_name_or_path": str(checkpoint), "output_dir": str(tmp_path / "out"), **SMALL, **changes}
         file = tmp_path / "recipe.yaml"
-        file.write_text(json.dumps({name: value for name, value in given.items() if value is not None}))
+        file.write_text(json.dumps(given))
         return file
 
     return written
@@ -108,11 +108,13 @@ def test_a_recipe_is_read_with_numbers_lists_and_words_behind_it(tmp_path: Path)
     file = tmp_path / "r.yaml"
     file.write_text(
         "learning_rate: 1e-4\nmemory_capacities: [4, 2]\nbf16: true\ngrad_checkpoint: false\n"
-        "fsdp_config: {version: 2}\nstage: 2\nmemory_bank_config:\ngroup_by_length: true\n"
+        "fsdp_config: {version: 2}\nstage: 2\nmemory_bank_config:\n"
+        "reverse_memory_sample_ratio: null\ngroup_by_length: true\n"
     )
     model, data, training = read_recipe([str(file), "--max_steps", "7", "--stage", "1", "--use_cpu"])
     assert (training.learning_rate, training.max_steps, training.stage, training.bf16) == (1e-4, 7, 1, True)
     assert (data.memory_capacities, model.memory_bank_config) == ([4, 2], None)
+    assert data.reverse_memory_sample_ratio is None
     assert (training.train_sampling_strategy, training.gradient_checkpointing) == ("group_by_length", False)
 
 
@@ -138,6 +140,27 @@ def test_a_recipe_is_read_with_numbers_lists_and_words_behind_it(tmp_path: Path)
 def test_arguments_that_do_not_fit_are_named(words: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         train(read_recipe(words))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memory_capacities": [4]}, "memory_reduced_sizes: expected 1, as many as memory_capacities, got"),
+        (
+            {"memory_capacities": [4, 2], "memory_reduced_sizes": [16, 4]},
+            "reverse_memory_sample_ratio: expected null, or",
+        ),
+        ({"memory_reduced_sizes": [15, 4, 1]}, "memory_reduced_sizes: expected square numbers of tokens, got 15"),
+        ({"memory_policy": "nope"}, "memory_policy: expected one of 'dual', 'episodic'"),
+        ({"memory_policy": "dual"}, "memory_capacities: expected two of a dual memory"),
+        ({"memory_policy": "dual", "memory_capacities": [0, 0, 1]}, "memory_capacities: expected two of a dual memory"),
+    ],
+)
+def test_memories_that_do_not_fit_are_told_before_the_first_step(
+    trained: Trained, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trained(use_memory_bank=True, **changes)
 
 
 def test_a_command_tells_in_one_line(run: Run, tmp_path: Path, recipe: Callable[..., Path]) -> None:
@@ -184,7 +207,7 @@ def test_stages_train_what_they_say(trained: Trained, stage: int) -> None:
 # ---- budgets
 
 
-@pytest.mark.parametrize("policy", ["merging", "hierarchical"])
+@pytest.mark.parametrize("policy", sorted(set(vmemory.banks.POLICIES) - {"dual"}))
 def test_the_budget_falls_from_everything_to_its_target(policy: str) -> None:
     several = policy == "hierarchical"
     config = MemoryConfig(

@@ -49,6 +49,8 @@ def load_model_with_memory_bank(
     handle = None
     if data_args.use_memory_bank:
         config = memory_config(model_args, data_args)
+        # what does not fit is told before the first step
+        config.build(64, (16, 16), device="meta")
         budgeted = None
         if config.policy != "dual":
             low, high = data_args.memory_budget_range
@@ -90,8 +92,18 @@ def memory_config(model_args: ModelArguments, data_args: DataArguments) -> Memor
             raise ValueError(f"memory_capacities: expected two of a dual memory, working and episodic, got {got}")
         return MemoryConfig.from_dict(settings)
     settings["memory_reduced_sizes"] = tuple(data_args.memory_reduced_sizes)
-    if policy == "hierarchical" and data_args.reverse_memory_sample_ratio is not None:
-        settings["memory_intervals"] = tuple(data_args.reverse_memory_sample_ratio)
+    if policy == "hierarchical":
+        tiers, intervals = len(data_args.memory_capacities), data_args.reverse_memory_sample_ratio
+        if len(data_args.memory_reduced_sizes) != tiers:
+            got = data_args.memory_reduced_sizes
+            raise ValueError(f"memory_reduced_sizes: expected {tiers}, as many as memory_capacities, got {got}")
+        if intervals is not None:
+            if len(intervals) > tiers:
+                raise ValueError(
+                    f"reverse_memory_sample_ratio: expected null, or at most {tiers} numbers, as many as "
+                    f"memory_capacities, got {intervals}"
+                )
+            settings["memory_intervals"] = tuple(intervals)
     return MemoryConfig.from_dict(settings)
 
 

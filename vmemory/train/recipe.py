@@ -47,8 +47,10 @@ def read_recipe(given: Sequence[str]) -> Recipe:
         OSError: The file does not exist.
     """
     words = list(given)
+    nothing: list[str] = []
     if words and not words[0].startswith("-"):
-        words = _words_of(Path(words[0])) + words[1:]
+        read_words, nothing = _words_of(Path(words[0]))
+        words = read_words + words[1:]
     parser = _Parser(_CLASSES, add_help=False, allow_abbrev=False)
     *read, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
@@ -57,6 +59,8 @@ def read_recipe(given: Sequence[str]) -> Recipe:
         hint = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"{unknown[0].lstrip('-')}: expected an argument of a recipe, got an unknown one{hint}")
     recipe = Recipe(*read)
+    if "reverse_memory_sample_ratio" in nothing:
+        recipe.data.reverse_memory_sample_ratio = None
     if recipe.data.group_by_length:
         recipe.training.train_sampling_strategy = "group_by_length"
     return recipe
@@ -71,8 +75,11 @@ class _Parser(transformers.HfArgumentParser):
         raise ValueError(f"{name.partition('/')[0]}: {problem}")
 
 
-def _words_of(path: Path) -> list[str]:
-    """Return a file's arguments as words of a command line, which turns `1e-4` into a number as YAML does not."""
+def _words_of(path: Path) -> tuple[list[str], list[str]]:
+    """Return a file's arguments as words of a command line, which turns `1e-4` into a number as YAML does not.
+
+    The second list names arguments whose value is null. They keep their default, which is None but for one argument.
+    """
     import yaml
 
     try:
@@ -91,7 +98,7 @@ def _words_of(path: Path) -> list[str]:
             continue
         listed = value if isinstance(value, list) else [] if value is True and name in flags else [value]
         words += [f"--{name}", *(json.dumps(x) if isinstance(x, dict) else str(x) for x in listed)]
-    return words
+    return words, [name for name, value in read.items() if value is None]
 
 
 def train(recipe: Recipe) -> MemoryTrainer:

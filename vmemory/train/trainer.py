@@ -54,7 +54,8 @@ class MemoryTrainer(transformers.Trainer):
             compute_metrics=answers_right, preprocess_logits_for_metrics=_written, **given,
         )  # fmt: skip
         self.add_callback(self.profiler)
-        if self.args.fsdp and not (self.is_fsdp_enabled or self.is_distributed_loading_by_transformers):
+        sharded = self.is_fsdp_enabled or getattr(self, "is_distributed_loading_by_transformers", False)
+        if self.args.fsdp and not sharded:
             raise ValueError(
                 f"fsdp: expected several processes with a GPU each, over which accelerate shards, got "
                 f"{self.args.world_size} on {self.args.device}"
