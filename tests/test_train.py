@@ -418,6 +418,13 @@ def test_the_dual_memory_is_trained_written_and_restored(
             load_model_with_memory_bank(*other)
 
 
+def test_the_model_of_the_package_by_its_name(trained: Trained) -> None:
+    trainer = trained(
+        model_name_or_path="worldlm", turns="apart", world_eval_items=8, max_steps=1, learning_rate="0", world_items=2
+    )
+    assert trainer.evaluate()["eval_answers"] > 0.9
+
+
 def test_a_memory_out_of_a_file_or_of_a_trained_model(trained: Trained, checkpoint: Path, tmp_path: Path) -> None:
     file = tmp_path / "best.yaml"
     file.write_text("memory_policy: uniform\nmemory_capacities: [5]\n")

@@ -15,6 +15,7 @@ from vmemory.train.data_arguments import DataArguments
 from vmemory.train.model_arguments import ModelArguments
 from vmemory.train.parts import freeze, part_of, projectors
 from vmemory.train.training_arguments import TrainingArguments
+from vmemory.train.worldlm.recipe import SHIPPED
 
 
 def load_model_with_memory_bank(
@@ -25,7 +26,8 @@ def load_model_with_memory_bank(
     A memory with weights has new ones, or those of the checkpoint if it was trained with one.
 
     Args:
-        model_args: `model_name_or_path` is a folder or a hub id, of a model or of PEFT's adapters.
+        model_args: `model_name_or_path` is a folder or a hub id, of a model or of PEFT's adapters; or `worldlm`, the
+            small model of the package.
         data_args: With `use_memory_bank` a memory is attached; `vmemory.attached(model)` is its handle.
         training_args: Stage, steps of the warm-up and seed.
 
@@ -39,6 +41,8 @@ def load_model_with_memory_bank(
     name = model_args.model_name_or_path
     if not name:
         raise ValueError("model_name_or_path: expected a folder or the id of a model, got none")
+    if name == "worldlm" and not Path(name).exists():
+        name = str(SHIPPED)
     adapters = _adapters(name)
     base = name if adapters is None else adapters["base_model_name_or_path"]
     model, processor = load_model(base, dtype=model_args.dtype)

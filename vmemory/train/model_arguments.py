@@ -22,7 +22,7 @@ class ModelArguments:
     """
 
     model_name_or_path: str = field(
-        default="", metadata={"help": "Folder or hub id of a video model, also one of PEFT's adapters."}
+        default="", metadata={"help": "Folder or hub id of a video model or of PEFT's adapters; or worldlm."}
     )
     dtype: str = field(default="float32", metadata={"help": "Of the loaded weights: float32, bfloat16 or auto."})
     memory_bank_config: str | None = field(
