@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from vmemory.ops._checks import check_choice, check_same, check_tensor, shape_of
+from vmemory.ops._checks import check_choice, check_floating, check_same, check_tensor, shape_of
 from vmemory.ops._registry import Op
 from vmemory.ops._select import Backends, Impl, with_backends
 from vmemory.reference import gated_fusion as _reference
@@ -111,7 +111,8 @@ def gated_fusion(
     """
     check_choice("activation", activation, _ACTIVATIONS)
     if not isinstance(working, Tensor) or working.dim() == 0:
-        check_tensor("working", working, "[..., D]", floating=True)
+        check_tensor("working", working, "[..., D]")
+    check_floating("working", working)
     check_tensor("episodic", episodic, "[..., D]", working.dim())
     check_tensor("w1", w1, "[Hd, 2D]")
     channels, width = working.shape[-1], w1.shape[0]
