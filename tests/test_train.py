@@ -126,6 +126,7 @@ def test_a_recipe_is_read_with_numbers_lists_and_words_behind_it(tmp_path: Path)
             "max_stps: expected an argument of a recipe, got an unknown one; did you mean max_steps?",
         ),
         (["--max_steps", "x"], "max_steps: invalid int value: 'x'"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor: expected 0, got 0.1"),
         (["--stage", "3"], "stage: expected 1 or 2, got 3"),
         (["--template_name", "x"], "template_name: expected the default 'Hermes-2', the model's own"),
         (["--pretrain_mm_projector", "x"], "pretrain_mm_projector: expected the default None, the checkpoint"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from vmemory._attach import MemoryHandle, attached
+from vmemory._attach import MemoryHandle, attached, base_of
 from vmemory.data.online import Collator, Skipped
 from vmemory.data.online.prompt import IGNORED
 from vmemory.train.budgeted_memory import BudgetedMemory
@@ -129,13 +130,20 @@ class MemoryTrainer(transformers.Trainer):
         assert self.handle is not None
         learned = inputs["labels"][:, 1:] != IGNORED
         given = {name: value for name, value in inputs.items() if name != "labels"}
+        # logits of whole prompts would take most of the memory that the model's memory saves
+        inner: Any = self.model
+        columns = learned.any(0).nonzero().flatten()
+        if "logits_to_keep" in inspect.signature(type(base_of(inner)).forward).parameters:
+            given["logits_to_keep"] = columns
         model.eval()
         try:
             with self.handle.disabled():
                 logits = model(**given)["logits"]
         finally:
             model.train()
-        return logits[:, :-1][learned].float().log_softmax(-1)
+        # some families take the argument and do not heed it
+        kept = logits if logits.shape[1] == len(columns) else logits[:, columns]
+        return kept[learned[:, columns]].float().log_softmax(-1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to a line of the log: self-distillation, the capacity's factor, peaks of memory in MiB."""

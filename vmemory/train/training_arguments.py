@@ -42,6 +42,11 @@ class TrainingArguments(transformers.TrainingArguments):
             raise ValueError(f"memory_bank_loss_weight: expected 0 or more, got {self.memory_bank_loss_weight}")
         if self.max_seq_length < 1:
             raise ValueError(f"max_seq_length: expected at least 1, got {self.max_seq_length}")
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor: expected 0, got {self.label_smoothing_factor}; transformers does not shift "
+                "the labels of models with pictures then"
+            )
         # releases of transformers differ in the name
         known = {known.name for known in fields(self)}
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
