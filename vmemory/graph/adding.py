@@ -124,12 +124,16 @@ class Adder:
         visual: Visual,
     ) -> int:
         arrays, writer = self._arrays, self._file.writer
+        of_text = 0 if caption is None else len(caption.encode())
+        of_vector = 0 if vector is None else vector.nbytes
         values = (
             fact.user, fact.category, None if subject is None else int(arrays.node_id[subject]), predicate,
-            int(arrays.node_id[object]), caption, None if vector is None else vector.astype("<f4").tobytes(),
+            int(arrays.node_id[object]), caption, of_vector,
             fact.time, fact.valid_from, fact.valid_to, fact.video, fact.seconds, fact.frame, 0,
         )  # fmt: skip
         id = _number(writer.execute(INSERT_MEMORY, values))
+        if vector is not None:
+            writer.execute("INSERT INTO vector VALUES (?, ?)", (id, vector.astype("<f4").tobytes()))
         nbytes = dict.fromkeys(VISUALS, 0)
         for kind, (dtype, shape, data) in visual.items():
             key = 4 * id + VISUALS.index(kind)
@@ -139,8 +143,6 @@ class Adder:
             id, fact.user, fact.category, -1 if subject is None else subject, object,
             -1 if fact.video is None else fact.video, fact.time, fact.valid_from, fact.valid_to, 0,
         )  # fmt: skip
-        of_text = 0 if caption is None else len(caption.encode())
-        of_vector = 0 if vector is None else vector.nbytes
         return arrays.add_row(row, (nbytes["nearest"] + nbytes["picture"], nbytes["mean"], of_vector, of_text), vector)
 
 

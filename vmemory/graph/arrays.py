@@ -194,14 +194,12 @@ class Arrays:
         """Mark memories as forgotten, and the nodes that nothing is about any more; return those nodes' positions."""
         self.unsearchable += int(self.searchable[rows].sum())
         self.live[rows] = self.searchable[rows] = False
-        touched = np.unique(np.concatenate([self.subject[rows], self.object[rows]]))
-        touched = touched[touched >= 0]
         left = np.flatnonzero(self.live[: self.rows])
-        used = np.zeros(self.nodes, np.bool_)
-        subjects = self.subject[left]
-        used[subjects[subjects >= 0]] = True
-        used[self.object[left]] = True
-        orphans = touched[~used[touched]]
+        touched, used = np.zeros((2, self.nodes + 1), np.bool_)
+        for ends in (self.subject, self.object):
+            # no subject is -1, the place behind all nodes
+            touched[ends[rows]] = used[ends[left]] = True
+        orphans = np.flatnonzero((touched & ~used)[:-1])
         self.node_live[orphans] = False
         return orphans
 

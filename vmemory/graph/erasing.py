@@ -97,6 +97,7 @@ def erase_some(file: GraphFile, what: Forgetting, after: int) -> int | None:
         sql = f"SELECT id FROM memory WHERE id > ? AND {where} ORDER BY id LIMIT {STEP}"
         ids = [row[0] for row in writer.execute(sql, [after, *values])]
         writer.executemany("DELETE FROM visual WHERE id BETWEEN ? AND ?", ((4 * i, 4 * i + 3) for i in ids))
+        file.delete("vector", ids)
         file.delete("memory", ids)
     return ids[-1] if ids else None
 

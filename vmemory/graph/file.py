@@ -21,14 +21,16 @@ from vmemory.graph.visuals import MAX_VISUAL, visual_from
 # "vmgr" in the header of the file, and the version of its schema
 APPLICATION, VERSION = 0x766D6772, 1
 
-# everything about a memory is in one row; an edge is a memory with a subject
+# A memory is one row, an edge if it has a subject. Its `vector` is the bytes that it has in the table of vectors, which
+# is apart so that opening a file with a snapshot does not read it.
 SCHEMA = """
 CREATE TABLE about (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE user (id INTEGER PRIMARY KEY, name TEXT NOT NULL);
 CREATE TABLE video (id INTEGER PRIMARY KEY, user INTEGER NOT NULL, name TEXT NOT NULL);
 CREATE TABLE node (id INTEGER PRIMARY KEY AUTOINCREMENT, user INTEGER NOT NULL, category INTEGER NOT NULL, label TEXT NOT NULL, key TEXT NOT NULL, vector BLOB);
 CREATE INDEX node_key ON node (user, key);
-CREATE TABLE memory (id INTEGER PRIMARY KEY AUTOINCREMENT, user INTEGER NOT NULL, category INTEGER NOT NULL, subject INTEGER, predicate TEXT, object INTEGER NOT NULL, caption TEXT, vector BLOB, time REAL NOT NULL, valid_from REAL NOT NULL, valid_to REAL NOT NULL, video INTEGER, seconds REAL, frame INTEGER, visits INTEGER NOT NULL);
+CREATE TABLE memory (id INTEGER PRIMARY KEY AUTOINCREMENT, user INTEGER NOT NULL, category INTEGER NOT NULL, subject INTEGER, predicate TEXT, object INTEGER NOT NULL, caption TEXT, vector INTEGER NOT NULL, time REAL NOT NULL, valid_from REAL NOT NULL, valid_to REAL NOT NULL, video INTEGER, seconds REAL, frame INTEGER, visits INTEGER NOT NULL);
+CREATE TABLE vector (id INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE visual (id INTEGER PRIMARY KEY, dtype TEXT NOT NULL, shape TEXT NOT NULL, data BLOB NOT NULL);
 CREATE TABLE forgetting (id INTEGER PRIMARY KEY, what TEXT NOT NULL);
 """  # noqa: E501  one statement a line
@@ -176,8 +178,12 @@ class GraphFile:
             raise GraphFileError(f"{self.path}: damaged ({error})") from None
 
     def clear(self, column: str, ids: Iterable[int]) -> None:
-        """Remove a value of memories."""
-        self.writer.executemany(f"UPDATE memory SET {column} = NULL WHERE id = ?", ((int(i),) for i in ids))
+        """Remove the captions or the vectors of memories."""
+        ids = [int(i) for i in ids]
+        value = "0" if column == "vector" else "NULL"
+        self.writer.executemany(f"UPDATE memory SET {column} = {value} WHERE id = ?", ((i,) for i in ids))
+        if column == "vector":
+            self.delete("vector", ids)
 
     def count_visits(self, counts: Iterable[int], ids: Iterable[int]) -> None:
         """Store how often memories were found."""

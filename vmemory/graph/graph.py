@@ -457,10 +457,10 @@ class MemoryGraph:
         ids = a.id[rows].tolist()
         sql = "SELECT id, predicate, caption, seconds, frame FROM memory WHERE id IN"
         texts = {row[0]: row[1:] for row in self._file.rows_of(sql, ids)}
-        nodes = np.unique(np.concatenate([a.subject[rows], a.object[rows]]))
-        nodes = a.node_id[nodes[nodes >= 0]].tolist()
+        ends = {*a.subject[rows].tolist(), *a.object[rows].tolist()} - {-1}
+        nodes = a.node_id[list(ends)].tolist()
         labels = dict(self._file.rows_of("SELECT id, label FROM node WHERE id IN", nodes))
-        films = [film for film in np.unique(a.video[rows]).tolist() if film >= 0]
+        films = list({*a.video[rows].tolist()} - {-1})
         videos = dict(self._file.rows_of("SELECT id, name FROM video WHERE id IN", films))
         users, categories = {id: name for name, id in self._users.items()}, list(self._numbers)
         found = []
@@ -638,7 +638,8 @@ class MemoryGraph:
                 return 0
             number = note(self._file, what)
             self._arrays.drop_rows(rows)
-            self._visited.difference_update(self._arrays.id[rows].tolist())
+            visited = np.array(list(self._visited), np.int64)
+            self._visited.difference_update(visited[np.isin(visited, self._arrays.id[rows])].tolist())
             self._forget_names(owner)
         self._later(lambda: self._erase(what))
         self._later(lambda: self._finish_forgetting([number]))

@@ -24,14 +24,14 @@ _MEMORY = np.dtype(
 )  # fmt: skip
 _SELECT_MEMORY = (
     "SELECT id, user, category, coalesce(subject, -1), object, coalesce(video, -1), time, valid_from, valid_to, visits,"
-    " coalesce(length(vector), 0), coalesce(length(CAST(caption AS BLOB)), 0),"
+    " vector, coalesce(length(CAST(caption AS BLOB)), 0),"
     " coalesce(length(CAST(predicate AS BLOB)), 0) FROM memory ORDER BY id"
 )
 # columns that are read when a memory is shown
 _STRANGE = (
     "SELECT EXISTS (SELECT 1 FROM memory WHERE typeof(caption) NOT IN ('text', 'null') OR typeof(predicate) NOT IN"
     " ('text', 'null') OR typeof(seconds) NOT IN ('real', 'null') OR typeof(frame) NOT IN ('integer', 'null')"
-    " OR typeof(vector) NOT IN ('blob', 'null') UNION ALL"
+    " UNION ALL"
     " SELECT 1 FROM node WHERE typeof(label) != 'text' OR typeof(vector) NOT IN ('blob', 'null'))"
 )
 
@@ -171,12 +171,16 @@ def _vectors(file: GraphFile, arrays: Arrays) -> int:
             # the snapshot is a copy, the file has them all
             given[:] = False
     missing = np.flatnonzero(wanted & ~given)
-    if len(missing) > M // 2:
-        known: Any = file.reader.execute("SELECT id, vector FROM memory WHERE vector IS NOT NULL ORDER BY id")
-    else:
-        known = file.rows_of("SELECT id, vector FROM memory WHERE id IN", [int(i) for i in ids[missing]])
-    for id, vector in known:
-        arrays.vector[np.searchsorted(ids, id)] = np.frombuffer(vector, "<f4")
+    known: Any = file.reader.execute("SELECT id, data FROM vector ORDER BY id")
+    if len(missing) <= M // 2:
+        known = iter(sorted(file.rows_of("SELECT id, data FROM vector WHERE id IN", ids[missing].tolist())))
+    # both ascend
+    for row in missing.tolist():
+        id = ids[row]
+        data = next((data for found, data in known if found == id), None)
+        if not isinstance(data, bytes) or len(data) != 4 * dim:
+            raise GraphFileError(f"{file.path}: damaged (memory {id} without its vector)")
+        arrays.vector[row] = np.frombuffer(data, "<f4")
     arrays.searchable[:M] = wanted
     arrays.unsearchable = M - int(wanted.sum())
     for begin in range(0, M, 8192):
