@@ -62,7 +62,7 @@ def fill(path: Path, vectors: Vectors, users: int = 1) -> None:
                 (
                     i % users + 1, int(categories[i]), int((subjects[i] - 1) * users + i % users + 1), "leads to",
                     int((objects[i] - 1) * users + i % users + 1), f"memory {i} of something that was seen then",
-                    4 * DIM, float(i), float(i), float("inf"), None, None, None, 0,
+                    4 * DIM, float(i), float(i), float("inf"), None, None, None,
                 )
                 for i in range(count)
             ),
@@ -168,7 +168,7 @@ def appends(count: int = 30_000) -> float:
     begin = time.process_time()
     for i in range(count):
         node = arrays.add_node(i + 1, 0, 0)
-        row = Row(i + 1, 0, 0, max(node - 1, 0), node, -1, float(i), float(i), float("inf"), 0)
+        row = Row(i + 1, 0, 0, max(node - 1, 0), node, -1, float(i), float(i), float("inf"), 0, 0)
         arrays.add_row(row, (0, 0, 1536, 40), vector)
     return (time.process_time() - begin) / count * 1e6
 

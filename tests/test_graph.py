@@ -162,7 +162,7 @@ def test_the_walk_ends_on_a_circle():
     arrays = Arrays(2)
     nodes = [arrays.add_node(i, 0, 0) for i in range(3)]
     for i in range(3):
-        row = Row(i, 0, 0, nodes[i], nodes[(i + 1) % 3], -1, 0.0, 0.0, 1.0, 0)
+        row = Row(i, 0, 0, nodes[i], nodes[(i + 1) % 3], -1, 0.0, 0.0, 1.0, 0, 0)
         arrays.add_row(row, (0, 0, 8, 1), np.ones(2, np.float32))
     arrays.visible = arrays.rows
     assert nearby(arrays, [0], 100) == [(1, 0), (2, 0)]
@@ -400,6 +400,7 @@ def test_a_reduction_frees_its_bytes_and_keeps_facts(graph, rule):
         assert sum(graph.stats().nbytes.values()) == before - reduced.freed
     assert graph.stats().nbytes == dict.fromkeys(("nearest", "mean", "vector", "caption"), 0)
     assert [memory.text for memory in graph.memories()][:2] == ["I see car 0", "I see tea 1"]
+    assert {memory.reduced for memory in graph.memories()} == {("nearest", "mean", "vector", "caption")}
     assert graph.search("car") == []
     assert graph.visual(1, "picture") is graph.visual(1, "mean") is None
     add(graph, "I", "see", "car 99", time=99.0)

@@ -129,7 +129,7 @@ class Adder:
         values = (
             fact.user, fact.category, None if subject is None else int(arrays.node_id[subject]), predicate,
             int(arrays.node_id[object]), caption, of_vector,
-            fact.time, fact.valid_from, fact.valid_to, fact.video, fact.seconds, fact.frame, 0,
+            fact.time, fact.valid_from, fact.valid_to, fact.video, fact.seconds, fact.frame,
         )  # fmt: skip
         id = _number(writer.execute(INSERT_MEMORY, values))
         if vector is not None:
@@ -141,7 +141,7 @@ class Adder:
             nbytes[kind] = len(data)
         row = Row(
             id, fact.user, fact.category, -1 if subject is None else subject, object,
-            -1 if fact.video is None else fact.video, fact.time, fact.valid_from, fact.valid_to, 0,
+            -1 if fact.video is None else fact.video, fact.time, fact.valid_from, fact.valid_to, 0, 0,
         )  # fmt: skip
         return arrays.add_row(row, (nbytes["nearest"] + nbytes["picture"], nbytes["mean"], of_vector, of_text), vector)
 

@@ -17,11 +17,15 @@ NODE_COLUMNS: dict[str, Any] = {"id": np.int64, "user": np.int32, "category": np
 ROW_COLUMNS: dict[str, Any] = {
     "id": np.int64, "user": np.int32, "category": np.int16, "subject": np.int32, "object": np.int32,
     "video": np.int32, "time": np.float64, "valid_from": np.float64, "valid_to": np.float64, "visits": np.int64,
+    "reduced": np.int8,
 }  # fmt: skip
 
 
 class Row(NamedTuple):
-    """The numbers of one memory; `subject` and `object` are positions of nodes, −1 = none."""
+    """The numbers of one memory.
+
+    `subject` and `object` are positions of nodes, −1 = none; `reduced` has a bit for each granularity that was removed.
+    """
 
     id: int
     user: int
@@ -33,6 +37,7 @@ class Row(NamedTuple):
     valid_from: float
     valid_to: float
     visits: int
+    reduced: int
 
 
 class Arrays:
@@ -74,7 +79,8 @@ class Arrays:
         self.id, self.user, self.category = (self._row[n].array for n in ("id", "user", "category"))
         self.subject, self.object, self.video = (self._row[n].array for n in ("subject", "object", "video"))
         self.time, self.valid_from, self.valid_to = (self._row[n].array for n in ("time", "valid_from", "valid_to"))
-        self.visits, self.size, self.vector = (self._row[n].array for n in ("visits", "size", "vector"))
+        self.visits, self.reduced = self._row["visits"].array, self._row["reduced"].array
+        self.size, self.vector = self._row["size"].array, self._row["vector"].array
         self.next_out, self.next_in = self._row["next_out"].array, self._row["next_in"].array
         self.live, self.searchable = self._row["live"].array, self._row["searchable"].array
 
@@ -128,6 +134,7 @@ class Arrays:
         self.valid_from[position] = row.valid_from
         self.valid_to[position] = row.valid_to
         self.visits[position] = row.visits
+        self.reduced[position] = row.reduced
         self.size[position] = size
         self.live[position] = True
         if vector is not None:

@@ -29,7 +29,7 @@ CREATE TABLE user (id INTEGER PRIMARY KEY, name TEXT NOT NULL);
 CREATE TABLE video (id INTEGER PRIMARY KEY, user INTEGER NOT NULL, name TEXT NOT NULL);
 CREATE TABLE node (id INTEGER PRIMARY KEY AUTOINCREMENT, user INTEGER NOT NULL, category INTEGER NOT NULL, label TEXT NOT NULL, key TEXT NOT NULL, vector BLOB);
 CREATE INDEX node_key ON node (user, key);
-CREATE TABLE memory (id INTEGER PRIMARY KEY AUTOINCREMENT, user INTEGER NOT NULL, category INTEGER NOT NULL, subject INTEGER, predicate TEXT, object INTEGER NOT NULL, caption TEXT, vector INTEGER NOT NULL, time REAL NOT NULL, valid_from REAL NOT NULL, valid_to REAL NOT NULL, video INTEGER, seconds REAL, frame INTEGER, visits INTEGER NOT NULL);
+CREATE TABLE memory (id INTEGER PRIMARY KEY AUTOINCREMENT, user INTEGER NOT NULL, category INTEGER NOT NULL, subject INTEGER, predicate TEXT, object INTEGER NOT NULL, caption TEXT, vector INTEGER NOT NULL, time REAL NOT NULL, valid_from REAL NOT NULL, valid_to REAL NOT NULL, video INTEGER, seconds REAL, frame INTEGER, visits INTEGER NOT NULL, reduced INTEGER NOT NULL);
 CREATE TABLE vector (id INTEGER PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE visual (id INTEGER PRIMARY KEY, dtype TEXT NOT NULL, shape TEXT NOT NULL, data BLOB NOT NULL);
 CREATE TABLE forgetting (id INTEGER PRIMARY KEY, what TEXT NOT NULL);
@@ -47,7 +47,7 @@ VISUALS = ("nearest", "mean", "picture")
 INSERT_NODE = "INSERT INTO node (user, category, label, key, vector) VALUES (?, ?, ?, ?, ?)"
 INSERT_MEMORY = (
     "INSERT INTO memory (user, category, subject, predicate, object, caption, vector, time, valid_from, valid_to, "
-    "video, seconds, frame, visits) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "video, seconds, frame, visits, reduced) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0, 0)"
 )
 
 
@@ -176,6 +176,10 @@ class GraphFile:
             return visual_from(*rows[0]) if rows else None
         except (ValueError, RecursionError) as error:
             raise GraphFileError(f"{self.path}: damaged ({error})") from None
+
+    def mark_reduced(self, marks: Iterable[int], ids: Iterable[int]) -> None:
+        """Store which granularities memories have lost, a bit for each."""
+        self.writer.executemany("UPDATE memory SET reduced = ? WHERE id = ?", zip(marks, ids, strict=True))
 
     def clear(self, column: str, ids: Iterable[int]) -> None:
         """Remove the captions or the vectors of memories."""

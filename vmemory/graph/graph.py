@@ -484,6 +484,7 @@ class MemoryGraph:
                     frame=frame,
                     visits=int(a.visits[row]),
                     kept=tuple(name for name, size in zip(GRANULARITIES, a.size[row].tolist(), strict=True) if size),
+                    reduced=tuple(name for bit, name in enumerate(GRANULARITIES) if a.reduced[row] >> bit & 1),
                 )
             )
         return found
@@ -704,7 +705,10 @@ class MemoryGraph:
                         self._file.delete("visual", 4 * ids[removed[:, granularity]] + VISUALS.index(kind))
                 for granularity, column in ((VECTOR, "vector"), (CAPTION, "caption")):
                     self._file.clear(column, ids[removed[:, granularity]])
-            a.size[rows] = np.where(removed, 0, size)
+                lost = removed.any(1)
+                marks = a.reduced[rows] | (removed @ (1 << np.arange(4))).astype(np.int8)
+                self._file.mark_reduced(marks[lost].tolist(), ids[lost].tolist())
+            a.size[rows], a.reduced[rows] = np.where(removed, 0, size), marks
             gone = rows[removed[:, VECTOR]]
             a.searchable[gone] = False
             a.vector[gone] = 0

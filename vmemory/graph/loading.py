@@ -19,13 +19,13 @@ _MEMORY = np.dtype(
     [
         ("id", "i8"), ("user", "i4"), ("category", "i2"), ("subject", "i8"), ("object", "i8"), ("video", "i4"),
         ("time", "f8"), ("valid_from", "f8"), ("valid_to", "f8"), ("visits", "i8"), ("vector", "i8"), ("caption", "i8"),
-        ("predicate", "i8"),
+        ("predicate", "i8"), ("reduced", "i1"),
     ]
 )  # fmt: skip
 _SELECT_MEMORY = (
     "SELECT id, user, category, coalesce(subject, -1), object, coalesce(video, -1), time, valid_from, valid_to, visits,"
     " vector, coalesce(length(CAST(caption AS BLOB)), 0),"
-    " coalesce(length(CAST(predicate AS BLOB)), 0) FROM memory ORDER BY id"
+    " coalesce(length(CAST(predicate AS BLOB)), 0), reduced FROM memory ORDER BY id"
 )
 # columns that are read when a memory is shown
 _STRANGE = (
@@ -138,7 +138,7 @@ def _fill(file: GraphFile, arrays: Arrays, nodes: np.ndarray, rows: np.ndarray) 
     for name in ("id", "user", "category"):
         getattr(arrays, f"node_{name}")[:N] = nodes[name]
         getattr(arrays, name)[:M] = rows[name]
-    for name in ("video", "time", "valid_from", "valid_to", "visits"):
+    for name in ("video", "time", "valid_from", "valid_to", "visits", "reduced"):
         getattr(arrays, name)[:M] = rows[name]
     arrays.node_live[:N] = arrays.live[:M] = True
     arrays.object[:M] = np.searchsorted(nodes["id"], rows["object"])

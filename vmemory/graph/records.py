@@ -26,7 +26,8 @@ class PersonalMemory:
         seconds: Seconds in that video, or None.
         frame: Index of the frame in that video, or None.
         visits: How often a search has returned it.
-        kept: Which of `nearest`, `mean`, `vector` and `caption` it still has.
+        kept: Which of `nearest`, `mean`, `vector` and `caption` it has.
+        reduced: Which of them `reduce` has removed.
     """
 
     id: int
@@ -44,6 +45,7 @@ class PersonalMemory:
     frame: int | None
     visits: int
     kept: tuple[str, ...] = GRANULARITIES
+    reduced: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:

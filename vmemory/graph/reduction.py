@@ -53,11 +53,12 @@ def by_value(size: np.ndarray, visits: np.ndarray, target: int) -> np.ndarray:
     Args and result as of `nsbg`.
     """
     use = (visits + 1.0)[:, None]
-    worth = np.empty(size.shape)
-    nearest, mean = size[:, NEAREST : NEAREST + 1], size[:, MEAN : MEAN + 1]
     text = size[:, [VECTOR, CAPTION]].sum(1, keepdims=True)
-    worth[:, NEAREST : NEAREST + 1] = use * np.where(mean > 0, FINE, FINE + COARSE) / np.maximum(nearest, 1)
-    worth[:, MEAN : MEAN + 1] = use * np.where(nearest > 0, COARSE, FINE + COARSE) / np.maximum(mean, 1)
+    # without the mean frame the nearest one answers its questions too
+    fine = np.where(size[:, [MEAN]] > 0, FINE, FINE + COARSE)
+    worth = np.empty(size.shape)
+    worth[:, [NEAREST]] = use * fine / np.maximum(size[:, [NEAREST]], 1)
+    worth[:, [MEAN]] = use * COARSE / np.maximum(size[:, [MEAN]], 1)
     worth[:, [VECTOR, CAPTION]] = use * TEXT / np.maximum(text, 1)
     # text never leaves before the visual tokens of the same memory, which nobody finds without it
     worth[:, [VECTOR, CAPTION]] = np.maximum(
@@ -66,7 +67,7 @@ def by_value(size: np.ndarray, visits: np.ndarray, target: int) -> np.ndarray:
     return _first(np.argsort(worth.ravel(), kind="stable"), size, target)
 
 
-# shares of questions that need a memory's text, its coarse picture and its fine picture; only their order matters much
+# assumed shares of questions that need a memory's text, its coarse picture and its fine picture
 TEXT, COARSE, FINE = 0.6, 0.25, 0.15
 
 RULES: dict[str, Callable[[np.ndarray, np.ndarray, int], np.ndarray]] = {
