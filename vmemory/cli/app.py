@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": "Watch Big Buck Bunny at one frame a second, ask about it, and measure how memories find moments again.",
     "eval": "Ask a model about streams through many memories, each stream encoded once, and compare their answers.",
     "localize": "Look up frames of a trailer in memories that watched the ten-minute film, and count which are found.",
+    "memory": "Look into a personal memory graph, and change it: list, search, forget, export, stats.",
     "train": "Train a model by one of the package's recipes.",
     "tune": "Find the best settings of a memory of a given size.",
     "world": "Make videos of a world that nobody filmed, and questions whose answers are known.",
@@ -75,9 +76,10 @@ def _told() -> tuple[type[Exception], ...]:
     from vmemory.banks import BankFileError
     from vmemory.data import FetchError
     from vmemory.encoders import AssetError
+    from vmemory.graph import GraphFileError
     from vmemory.sources import SourceError
 
-    return BankFileError, FetchError, AssetError, SourceError
+    return BankFileError, FetchError, AssetError, GraphFileError, SourceError
 
 
 def fail(message: object, code: int = 1) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ from vmemory.sources.places import kind_of
 POLICY, BUDGET = "merging", "16MiB"
 # answers to one question lie at least this many seconds apart
 APART = 4.0
+# seconds from which on a time is a date: 2001-09-09
+DATES = 1e9
 DTYPES: dict[str, torch.dtype | str] = {
     "float16": torch.float16,
     "float32": torch.float32,
@@ -123,6 +126,13 @@ def timecode(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def moment(seconds: float) -> str:
+    """Return a time as a date if it counts from 1970, else as a time code."""
+    if not DATES <= seconds < 1e11:
+        return timecode(seconds)
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def span_text(answer: Answer) -> str:
