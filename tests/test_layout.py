@@ -190,6 +190,14 @@ def test_the_package_imports_its_names_when_they_are_asked_for():
     assert "eval" not in vmemory.__all__, "a star import would hide Python's own"
 
 
+def test_the_tensors_of_a_state_are_named_alike_in_state_and_memory():
+    # type checkers do not see registered buffers
+    for memory in (vmemory.banks.Bank, vmemory.banks.DualMemory):
+        fields = inspect.signature(memory.snapshot).return_annotation
+        state = vars(import_module(memory.__module__))[fields]
+        assert [name for name in memory.__annotations__ if name in state._fields] == list(state._fields)
+
+
 def public() -> dict[str, object]:
     """What users name: `vmemory.__all__`, the names of the packages in it, and the base of model families."""
     named = {name: getattr(vmemory, name) for name in vmemory.__all__}
