@@ -210,7 +210,9 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize(("backend", "masked"), [("inductor", False), ("aot_eager", True)])
+@pytest.mark.parametrize(
+    ("backend", "masked"), [pytest.param("inductor", False, marks=pytest.mark.slow), ("aot_eager", True)]
+)
 def test_compiled_equals_eager(backend, masked):
     merging = TempMe(vision(), **SMALL)
     mask = torch.tensor([[True] * 6, [True] * 3 + [False] * 3]) if masked else None
