@@ -22,7 +22,7 @@ COMMANDS = {
     "localize": "Look up frames of a trailer in memories that watched the ten-minute film, and count which are found.",
     "memory": "Look into a personal memory graph, and change it.",
     "train": "Train a model: `vmemory train FILE.yaml`, or a recipe of the package by name.",
-    "tune": "Find the best settings of a memory of a given size.",
+    "tune": "Find the best settings of a memory of a given size, for answers about the world or for moments of a film.",
     "world": "Make videos of a world that nobody filmed, and questions whose answers are known.",
     "info": "Tell what was built, what loaded, and the reason for anything missing.",
 }
