@@ -460,6 +460,17 @@ def test_peaks_are_of_their_own_step() -> None:
         MemoryProfiler().step()
 
 
+def test_peaks_without_permission_are_told_of(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vmemory.train.profiler._RESET", tmp_path)
+    with MemoryProfiler() as profiler:
+        profiler.step()
+    assert profiler.host_peak > 50e6
+    assert len(caplog.records) == 1
+    assert "since the process began" in caplog.text
+
+
 # ---- several processes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerCallback
 
+_log = logging.getLogger(__name__)
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -28,18 +30,17 @@ class MemoryProfiler(TrainerCallback):
     block; `step()` ends a step within.
 
     The host's peak is the process's resident memory, which holds everything: model, data, libraries. Linux counts it,
-    and the count is set back at the start of each step.
+    and the count is set back at the start of each step. Where the system does not permit this, a warning tells so, and
+    the peaks are those since the process began.
 
     Attributes:
         steps: `StepMemory` of each step.
-
-    Raises:
-        OSError: The system does not let a process set its peak back (on start).
     """
 
     def __init__(self) -> None:
         self.steps: list[StepMemory] = []
         self._started: float | None = None
+        self._resets = True
 
     @property
     def host_peak(self) -> int:
@@ -53,8 +54,13 @@ class MemoryProfiler(TrainerCallback):
 
     def start(self) -> None:
         """Begin a step."""
-        # the kernel's command to set the peak of resident memory back
-        _RESET.write_text("5")
+        if self._resets:
+            try:
+                # the kernel's command to set the peak of resident memory back
+                _RESET.write_text("5")
+            except OSError as error:
+                self._resets = False
+                _log.warning("MemoryProfiler: peaks of the host are those since the process began (%s)", error)
         if torch.accelerator.is_available():
             torch.accelerator.reset_peak_memory_stats()
         self._started = time.perf_counter()
