@@ -64,7 +64,7 @@ class Scenes:
                     nearest=torch.from_numpy(self.nearest[i]).half(),
                 )  # fmt: skip
         for fact, _ in self.ask(searches, draw):
-            graph.search(self.query(fact, draw), 1, walk=0)
+            graph.search(self.query(fact, draw), 1, walk=0, distinct=False)
         return graph
 
     def query(self, fact: int, draw: np.random.RandomState) -> np.ndarray:
@@ -73,7 +73,7 @@ class Scenes:
 
     def answered(self, graph: MemoryGraph, fact: int, kind: str, draw: np.random.RandomState) -> bool:
         """Ask a question, and compare the answer with the truth."""
-        found = [entry.memory for entry in graph.search(self.query(fact, draw), 2, walk=0)]
+        found = [entry.memory for entry in graph.search(self.query(fact, draw), 2, walk=0, distinct=False)]
         found = [memory for memory in found if self.fact[memory.id - 1] == fact and memory.caption]
         if kind == "text" or not found:
             return bool(found)

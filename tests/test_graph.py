@@ -158,6 +158,20 @@ def test_the_walk_goes_forward_along_edges(graph):
     assert [entry.memory.id for entry in graph.search("own the car", 1, delta=0.5, walk=0)] == [1]
 
 
+def test_of_equal_captions_about_a_node_the_newest_is_found(graph):
+    for time in range(30):
+        add(graph, "I", "see", "the car", time=time)
+        add(graph, "I", "wash", "the car", time=time)
+        add(graph, "the car", "stands at the garage of", "a friend", time=time)
+    found = graph.search("car", 1, delta=0.5)
+    # every memory of the car has the same words, but the last is about the friend
+    assert [(f.memory.object, f.memory.time, f.seen) for f in found] == [("the car", 29.0, 60), ("a friend", 29.0, 30)]
+    assert [f.via is None for f in found] == [True, False]
+    assert len(graph.search("car", 5, delta=0.5, walk=0, distinct=False)) == 5
+    found = graph.search("car", 5, delta=0.5, until=10.0)
+    assert [(f.memory.time, f.seen) for f in found] == [(9.0, 20), (9.0, 10)]
+
+
 def test_the_walk_ends_on_a_circle():
     arrays = Arrays(2)
     nodes = [arrays.add_node(i, 0, 0) for i in range(3)]

@@ -261,6 +261,12 @@ def test_a_killed_process_loses_nothing_that_it_acknowledged(tmp_path):
     assert kill_often(tmp_path / "me.graph", 6, seed=1) > 0
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_two_hundred_kills_lose_nothing(tmp_path):
+    assert kill_often(tmp_path / "me.graph", 200, seed=2) > 1000
+
+
 @pytest.mark.filterwarnings("ignore:.*fork")
 def test_a_process_killed_while_it_erases_is_finished_at_opening(tmp_path, monkeypatch):
     path = tmp_path / "me.graph"

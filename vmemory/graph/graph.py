@@ -34,6 +34,8 @@ from vmemory.ops import similarity_topk
 SNAPSHOT_FROM = 4096
 
 SearchRule = Literal["exact", "perstream"]
+# position of a memory, its score, and the position of the memory from which the walk reached it
+_Hit = tuple[int, float, int | None]
 ReduceRule = Literal["value", "nsbg", "gsbn"]
 
 
@@ -318,6 +320,7 @@ class MemoryGraph:
         *,
         delta: float = 0.3,
         walk: int = 256,
+        distinct: bool = True,
         category: str | Sequence[str] | None = None,
         since: float | None = None,
         until: float | None = None,
@@ -332,6 +335,8 @@ class MemoryGraph:
             k: Memories that are taken by their own score, 1 to 1024.
             delta: Least cosine of a memory that is returned.
             walk: Memories that are looked at along the edges, at most; 0 for none.
+            distinct: Of memories about the same node whose captions have equal vectors, return the newest alone;
+                `Found.seen` counts them. A fact that is seen every day would fill the answer otherwise.
             category: Only memories of these categories.
             since: Only memories seen at this time or later.
             until: Only memories seen before this time.
@@ -340,8 +345,8 @@ class MemoryGraph:
             rule: `"exact"`, or `"perstream"`: its unbounded depth-first walk in its order, without filters.
 
         Returns:
-            By `"exact"`, best first; equal scores in the order of adding. Empty if nothing is remembered. Visits of the
-            memories are counted.
+            By `"exact"`, best first; equal scores in the order of adding. At most k, and those of the walk. Empty if
+            nothing is remembered. Visits of the memories are counted.
 
         Raises:
             TypeError: An argument is of the wrong kind.
@@ -364,20 +369,23 @@ class MemoryGraph:
             if self._arrays.unsearchable:
                 passing.append(self._arrays.searchable[: self._arrays.visible])
             where = np.logical_and.reduce(passing) if passing else None
-            scores, rows = self._best(vector, k, where)
-            found: list[tuple[int, float, int | None]]
             if rule == "perstream":
-                found = self._perstream(vector, rows, least)
+                found = self._perstream(vector, self._best(vector, k, where)[1], least)
+                seen = [1] * len(found)
             else:
-                seeds = [row for row, score in zip(rows, scores, strict=True) if score >= least]
-                reached = nearby(self._arrays, seeds, walk) if walk else []
-                found = [(row, score, None) for row, score in zip(rows, scores, strict=True) if score >= least]
-                found += self._reached(vector, reached, where, least)
-                found.sort(key=lambda entry: (-entry[1], entry[0]))
+                found = self._seeds(vector, k, where, least, distinct)
+                if walk:
+                    found += self._reached(
+                        vector, nearby(self._arrays, [row for row, _, _ in found], walk), where, least
+                    )
+                found, seen = self._newest(found, distinct)
             self._visit([row for row, _, _ in found])
             memories = self._records(np.array([row for row, _, _ in found], np.int64))
             ids = [None if via is None else int(self._arrays.id[via]) for _, _, via in found]
-        return [Found(memory, score, via) for memory, (_, score, _), via in zip(memories, found, ids, strict=True)]
+        return [
+            Found(memory, score, via, count)
+            for memory, (_, score, _), via, count in zip(memories, found, ids, seen, strict=True)
+        ]
 
     def _passing(
         self,
@@ -425,19 +433,60 @@ class MemoryGraph:
         count = rows.index(-1) if -1 in rows else k
         return scores[:count], rows[:count]
 
+    def _seeds(self, vector: np.ndarray, k: int, where: np.ndarray | None, least: float, distinct: bool) -> list[_Hit]:
+        """Return the k best memories; twins, which have the same node and score, count as one."""
+        count = min(4 * k, 1024) if distinct else k
+        while True:
+            scores, rows = self._best(vector, count, where)
+            groups: dict[tuple[float, int], list[int]] = {}
+            for row, score in zip(rows, scores, strict=True):
+                # equal captions have equal vectors, and equal vectors have equal scores to the bit
+                key = score, int(self._arrays.object[row]) if distinct else row
+                if key in groups or len(groups) < k:
+                    groups.setdefault(key, []).append(row)
+                elif score < min(groups)[0]:
+                    break
+            else:
+                # more twins may lie behind the last memory that was looked at
+                if distinct and len(rows) == count < 1024:
+                    count = min(4 * count, 1024)
+                    continue
+            return [(row, score, None) for (score, _), several in groups.items() for row in several if score >= least]
+
+    def _newest(self, found: list[_Hit], distinct: bool) -> tuple[list[_Hit], list[int]]:
+        """Return hits, best first, and the number of twins that each stands for; of twins the newest is returned."""
+        groups: dict[tuple[float, int], list[_Hit]] = {}
+        for hit in found:
+            groups.setdefault((hit[1], int(self._arrays.object[hit[0]]) if distinct else hit[0]), []).append(hit)
+        newest = [
+            (
+                max(row for row, _, _ in twins),
+                twins[0][1],
+                None if any(via is None for *_, via in twins) else twins[0][2],
+            )
+            for twins in groups.values()
+        ]
+        order = sorted(range(len(newest)), key=lambda i: (-newest[i][1], newest[i][0]))
+        counts = [len(twins) for twins in groups.values()]
+        return [newest[i] for i in order], [counts[i] for i in order]
+
     def _reached(
         self, vector: np.ndarray, reached: list[tuple[int, int]], where: np.ndarray | None, least: float
-    ) -> list[tuple[int, float, int | None]]:
-        if not reached:
-            return []
-        rows, seeds = np.array(reached).T
-        scores = self._arrays.vector[rows] @ vector
-        passes = (scores >= least) & self._arrays.searchable[rows]
-        if where is not None:
-            passes &= where[rows]
-        return [(int(rows[i]), float(scores[i]), int(seeds[i])) for i in np.flatnonzero(passes)]
+    ) -> list[_Hit]:
+        hits: list[_Hit] = []
+        # the operator gives equal rows equal scores, and takes this many
+        for begin in range(0, len(reached), 1024):
+            rows, seeds = np.array(reached[begin : begin + 1024]).T
+            memory = torch.from_numpy(self._arrays.vector[rows])[None]
+            with torch.inference_mode():
+                best = similarity_topk(torch.from_numpy(vector)[None, None], memory, len(rows), metric="dot")
+            for score, i in zip(best.values[0, 0].tolist(), best.indices[0, 0].tolist(), strict=True):
+                row = int(rows[i])
+                if score >= least and self._arrays.searchable[row] and (where is None or where[row]):
+                    hits.append((row, score, int(seeds[i])))
+        return hits
 
-    def _perstream(self, vector: np.ndarray, seeds: list[int], least: float) -> list[tuple[int, float, int | None]]:
+    def _perstream(self, vector: np.ndarray, seeds: list[int], least: float) -> list[_Hit]:
         M = self._arrays.visible
         scores = self._arrays.vector[:M] @ vector
         scores[~self._arrays.searchable[:M]] = np.nan

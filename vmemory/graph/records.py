@@ -61,11 +61,13 @@ class Found:
         memory: The memory.
         score: Cosine of its caption with the query.
         via: Id of the memory from which the walk reached it; None if its own score is among the k best.
+        seen: Number of memories that it stands for: itself and its older twins, which say the same about the same node.
     """
 
     memory: PersonalMemory
     score: float
     via: int | None = None
+    seen: int = 1
 
 
 @dataclass(frozen=True)
