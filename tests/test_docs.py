@@ -16,7 +16,8 @@ import vmemory
 pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[1]
-PAGES = {path.stem: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+GUIDES, REFERENCE = (ROOT / "docs").glob("*.md"), (ROOT / "docs/reference").glob("*.md")
+PAGES = {path.relative_to(ROOT / "docs").with_suffix("").as_posix(): path.read_text() for path in (*GUIDES, *REFERENCE)}
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 WITH_CODE = [name for name, text in PAGES.items() if BLOCK.search(text)]
 
