@@ -82,7 +82,7 @@ def world_question(question: Question) -> Asked:
 def world_stream(
     seed: int, seconds: int, *, split: str = "test", moments: int = 4, count: int = 16, pace: float = 1.0
 ) -> AskedStream:
-    """Make a stream of a world, drawn in memory, with questions at moments of its last three quarters.
+    """Make a stream of a world, drawn in memory, with questions at moments of its second half.
 
     Args:
         seed, seconds, split, pace: Of the world.
@@ -95,7 +95,7 @@ def world_stream(
     world = World(seed, seconds, split=split, pace=pace)
     rng = np.random.RandomState([seed, 4])
     asked: list[Question] = []
-    for now in sorted(set(np.linspace(seconds // 4, seconds - 1, moments).astype(int).tolist())):
+    for now in sorted(set(np.linspace(seconds // 2, seconds - 1, moments).astype(int).tolist())):
         asked += ask(view_of(world, now), rng, None, count)
     name = f"{split} {seconds} s, seed {seed}"
     return AskedStream(name, tuple(map(world_question, asked)), lambda: world_pieces(world), seconds, world)
