@@ -31,6 +31,15 @@ def test_a_hierarchical_memory_has_a_native_first_tier_and_halves():
     assert bank.layout.grids == ((9, 16), (4, 8), (2, 4))
 
 
+@pytest.mark.parametrize(("grid", "kept"), [((2, 2), (2, 2)), ((4, 5), (2, 2)), ((1, 9), (1, 3)), ((14, 16), (4, 5))])
+def test_an_entry_of_the_default_memory_tells_the_sides_of_a_frame_apart(grid, kept):
+    assert MemoryConfig().build(8, grid).tiers[0].grid == kept
+    # a ratio that is asked for is taken as it is
+    assert MemoryConfig(memory_downsample_ratios=(3,)).build(8, grid).tiers[0].grid == tuple(
+        max(1, n // 3) for n in grid
+    )
+
+
 def test_the_default_memory_merges_a_third_of_each_side_and_leaves_short_videos_alone():
     default = MemoryConfig()
     bank = default.build(8, (9, 16))

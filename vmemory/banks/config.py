@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 ConfigLike: TypeAlias = "MemoryConfig | Mapping[str, object] | PretrainedConfig"
 
 _STRATEGIES = {"similarity": "hierarchical", "uniform": "uniform", "random": "reservoir"}
-# the memory of those who ask for none: how it reduces each side of a frame, and the videos that are too short for it
-DEFAULT_POLICY, DEFAULT_RATIO, SHORT_VIDEO = "merging", 3, 24
+# the memory of those who ask for none: how it reduces each side of a frame, to how many tokens at least, and the videos
+# that are too short for it
+DEFAULT_POLICY, DEFAULT_RATIO, LEAST_SIDE, SHORT_VIDEO = "merging", 3, 2, 24
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class MemoryConfig:
     Attributes:
         enable_memory_bank: Off leaves the model as it is until it is set; `use_memory_bank` is another name for it.
         memory_policy: A key of `vmemory.banks.POLICIES`. None = `"hierarchical"` where settings describe several tiers
-            or a rule, else the default: `"merging"`, whose entries keep a third of a frame's tokens along each side
-            where no sizes are given.
+            or a rule, else the default: `"merging"`, whose entries keep a third of a frame's tokens along each side,
+            at least two where the frame has two, if no sizes are given.
         memory_rule: Of the hierarchical or the dual memory; None = its default.
         memory_capacities: Entries per tier, high-resolution tier first; (working, episodic) of the dual memory. One
             number for memories of one tier. None = (24, 24, 144), 192 entries, or (8, 32).
@@ -187,7 +188,8 @@ class MemoryConfig:
             return [_side(size, grid) for size in self.memory_reduced_sizes]
         ratios = self.memory_downsample_ratios
         if ratios is None and self.memory_policy is None and self.policy == DEFAULT_POLICY:
-            ratios = (DEFAULT_RATIO,)
+            height, width = (max(side // DEFAULT_RATIO, min(side, LEAST_SIDE)) for side in grid)
+            return [(height, width)]
         return None if ratios is None else [(max(grid[0] // ratio, 1), max(grid[1] // ratio, 1)) for ratio in ratios]
 
 

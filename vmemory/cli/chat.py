@@ -29,7 +29,7 @@ def chat(
         str,
         typer.Option(help="A file, a folder of pictures, a film at http://…, rtsp://…, or a camera."),
     ],
-    bank: Annotated[str, typer.Option(help=f"{', '.join(POLICIES)}.")] = "hierarchical",
+    bank: Annotated[str | None, typer.Option(help=f"{', '.join(POLICIES)}.  [default: as attach]")] = None,
     budget: Annotated[str, typer.Option(help="Hard bound on the memory's bytes.")] = "64MiB",
     fps: Annotated[float, typer.Option(help="Frames a second to look at.")] = 1.0,
     ask: Annotated[list[str], typer.Option(help="A question for the end; may be repeated.")] = [],  # noqa: B006
