@@ -36,7 +36,7 @@ class Told(NamedTuple):
 
 
 class WorldAnswers(NamedTuple):
-    """What a model said of a world.
+    """The answers of a model about a world.
 
     Attributes:
         frames, held, nbytes: Frames watched, visual tokens that are left of them, and their bytes.

@@ -1,4 +1,4 @@
-"""What frames have to say about each other, learned beside the answers.
+"""Labels for the cells of frames, learned beside the answers.
 
 An answer about what came after a card is found in few steps if the card's own tokens tell what came before it. Nothing
 tells a model so but answers, a few words a clip. Readers of the layers between, which are thrown away, tell it so at
@@ -24,7 +24,7 @@ from vmemory.train.worldlm.words import VIDEO, vocabulary
 
 
 class Targets(NamedTuple):
-    """What the cells of clips are to tell, `[N]` each, `IGNORED` where there is nothing to tell.
+    """Labels of the cells of clips, `[N]` each, `IGNORED` where there is none.
 
     Attributes:
         time: Words for the seconds of the frames.
