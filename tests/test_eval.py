@@ -443,3 +443,13 @@ def test_bad_input_of_the_command(run: Run, folder, tmp_path):
     expect_error(run("eval", tmp_path / "none.json", "--model", folder), "none.json: expected 'world' or a file")
     (tmp_path / "a.jsonl").write_text('{"video": "x.mp4"}\n{"video"\n')
     expect_error(run("eval", tmp_path / "a.jsonl", "--model", folder), "a.jsonl: line 2: not JSON")
+
+
+def test_the_model_of_the_package_is_asked_by_name(run: Run, tmp_path):
+    arguments = ("--policies", "default", "--budgets", "25%", "--streams", 2, "--seconds", 40, "--out", tmp_path)
+    code, _, err = run("eval", "world", "--tokens", 4, *arguments)
+    assert (code, err) == (0, "")
+    rows = {row["name"]: row for row in json.loads((tmp_path / "scores.json").read_text())["rows"]}
+    # far from what guesses reach
+    assert rows["uncompressed"]["right"]["now"]["mean"] > 2 * rows["blind"]["right"]["now"]["mean"]
+    assert rows["default@25%"]["right"]["now"]["mean"] > 2 * rows["blind"]["right"]["now"]["mean"]

@@ -181,4 +181,4 @@ def test_the_command_writes_settings_that_attach_reads(run: Run, folder, tmp_pat
 
 def test_bad_input_of_the_command(run: Run, tmp_path):
     expect_error(run("tune", "bogus", "--out", tmp_path), "objective: expected world or localisation, got 'bogus'")
-    expect_error(run("tune", "world", "--out", tmp_path), "model: expected a folder")
+    expect_error(run("tune", "world", "--model", tmp_path / "none", "--out", tmp_path), "none: no such folder")

@@ -16,7 +16,7 @@ import vmemory
 from vmemory._files import replacing
 from vmemory.cli.common import check_writable
 from vmemory.cli.errors import UserError, user_input
-from vmemory.cli.models import video_model
+from vmemory.cli.models import WORLDLM, video_model
 from vmemory.cli.terminal import Terminal, error_line, plain_table
 from vmemory.data.online.reading import Skipped
 from vmemory.eval.cells import cells_of
@@ -34,7 +34,7 @@ _KNOWN = 100
 
 def eval(  # the command's name
     source: Annotated[str, typer.Argument(metavar="world|FILE", help="The drawn world, or a file with questions.")],
-    model: Annotated[str, typer.Option(help="A folder with a model, or its id on a hub.")],
+    model: Annotated[str, typer.Option(help="worldlm, a folder with a model, or its id on a hub.")] = WORLDLM,
     policies: Annotated[str, typer.Option(help="Names or .json files of settings, with commas.")] = _POLICIES,
     budgets: Annotated[str, typer.Option(help="Sizes, with commas: tokens (96), shares (25%), bytes (64KiB).")] = "25%",
     out: Annotated[Path, typer.Option(help="Folder for answers, table and picture; a second run goes on.")] = Path(

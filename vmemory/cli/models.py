@@ -7,12 +7,15 @@ from typing import Any
 
 from vmemory.cli.errors import UserError
 
+# the small model of the world that comes with the package
+WORLDLM = "worldlm"
+
 
 def video_model(name: str, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
     """Load a model in evaluation mode and its processor.
 
     Args:
-        name: A folder, or an id on a hub.
+        name: `"worldlm"`, which comes with the package; a folder; or an id on a hub.
         device: `"cpu"`, `"cuda"`, …; None = a GPU if there is one.
         dtype: As in `vmemory.models.loading.load_model`.
 
@@ -25,9 +28,14 @@ def video_model(name: str, device: str | None = None, dtype: str = "auto") -> tu
 
     logging.disable_progress_bar()
     place = device_for(device)
+    if name == WORLDLM:
+        from vmemory.train.worldlm import load_worldlm
+
+        loaded, tokenizer = load_worldlm()
+        return loaded.to(place), tokenizer
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise UserError(f"{name}: no such folder")
     try:
         return load_model(str(Path(name).expanduser()), place, dtype)
     except OSError as error:
-        raise UserError(f"{name}: expected a folder with a model or an id on a hub ({error})") from error
+        raise UserError(f"{name}: expected worldlm, a folder with a model or an id on a hub ({error})") from error

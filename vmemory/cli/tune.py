@@ -13,7 +13,7 @@ from vmemory.banks import format_bytes
 from vmemory.cli.common import check_writable, make_encoder
 from vmemory.cli.errors import UserError, user_input
 from vmemory.cli.eval import split
-from vmemory.cli.models import video_model
+from vmemory.cli.models import WORLDLM, video_model
 from vmemory.cli.terminal import Terminal, plain_table
 from vmemory.eval.chart import draw_tuning
 from vmemory.eval.objectives import LocalisationObjective, Objective, WorldObjective
@@ -25,7 +25,7 @@ WORLD, LOCALISATION = "world", "localisation"
 
 def tune(
     objective: Annotated[str, typer.Argument(metavar="world|localisation", help="Answers, or moments found.")],
-    model: Annotated[str | None, typer.Option(help="For world: a folder with a model, or its id on a hub.")] = None,
+    model: Annotated[str, typer.Option(help="For world: worldlm, a folder with a model, or its id.")] = WORLDLM,
     budgets: Annotated[str, typer.Option(help="Sizes, with commas: tokens (96) or bytes (64KiB).")] = "96",
     policies: Annotated[str, typer.Option(help="To search, with commas.")] = ",".join(SEARCHED),
     trials: Annotated[int, typer.Option(help="For each size, those of earlier runs included.", min=1)] = 40,
@@ -67,12 +67,8 @@ def tune(
     terminal.line(f"best settings and picture: {out}")
 
 
-def _objective(
-    name: str, model: str | None, streams: int, seconds: int, frame_tokens: int, device: str | None
-) -> Objective:
+def _objective(name: str, model: str, streams: int, seconds: int, frame_tokens: int, device: str | None) -> Objective:
     if name == WORLD:
-        if model is None:
-            raise UserError("model: expected a folder with a model, or its id on a hub, got none")
         loaded, processor = video_model(model, device)
         asked = [world_stream(seed, seconds, split="validation") for seed in range(streams)]
         return WorldObjective(loaded, processor, asked, frame_tokens=frame_tokens)
