@@ -44,7 +44,7 @@ def test_entries_leave_from_the_tiers_that_the_layout_names(rule: str, intervals
             layout, _ = make_layout(2, GRID, capacities, (GRID,) * tiers, rule, intervals, 2)
             state = layout.new_state(1, "cpu", torch.float32)
             stream, seen = Stream(state, 0, layout), set()
-            for number, mean in enumerate(torch.randn(120, 2, generator=torch.Generator().manual_seed(7))):
+            for number, mean in enumerate(torch.randn(64, 2, generator=torch.Generator().manual_seed(7))):
                 assert number == int(state.counter[0, SEEN])
                 mean = mean if number % 11 else mean * torch.nan
                 described = mean.expand(layout.descriptors, 2)
