@@ -137,15 +137,27 @@ class GraphFile:
     def transaction(self) -> Iterator[sqlite3.Connection]:
         """Run statements that take effect together, or not at all."""
         self.check_process()
-        self.writer.execute("BEGIN IMMEDIATE")
+        with self._told():
+            self.writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self.writer
+                self.writer.execute("COMMIT")
+            except BaseException:
+                with self._guard:
+                    if self.writer.in_transaction:
+                        self.writer.execute("ROLLBACK")
+                raise
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raise errors of SQLite as those of a disk or of a damaged file."""
         try:
-            yield self.writer
-            self.writer.execute("COMMIT")
-        except BaseException:
-            with self._guard:
-                if self.writer.in_transaction:
-                    self.writer.execute("ROLLBACK")
-            raise
+            yield
+        # a full disk, a file that may not be written to
+        except sqlite3.OperationalError as error:
+            raise OSError(f"{self.path}: {error}") from None
+        except sqlite3.DatabaseError as error:
+            raise GraphFileError(f"{self.path}: damaged ({error})") from None
 
     def _read(self, sql: str, values: Sequence[Any]) -> list[Any]:
         self.check_process()
@@ -204,8 +216,9 @@ class GraphFile:
         """
         self.check_process()
         if self.path is not None:
-            self.writer.execute("VACUUM")
-            self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            with self._told():
+                self.writer.execute("VACUUM")
+                self.writer.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def close(self) -> None:
         """Close the connections and give the file free."""
@@ -246,8 +259,6 @@ def _create(connection: sqlite3.Connection, about: dict[str, Any]) -> None:
 
 def _create_file(path: Path, about: dict[str, Any]) -> None:
     """Make a whole file or none; if another process was faster, its file stays."""
-    if "\0" in str(path):
-        raise GraphFileError(f"path: expected a name without NUL, got {str(path)!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with replacing(path) as made:

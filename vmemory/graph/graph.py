@@ -82,6 +82,8 @@ class MemoryGraph:
             check.count("dim", dim, 1, 65_536)
         given = check.categories(CATEGORIES if categories is None else categories)
         self.user = check.text("user", user, check.MAX_NAME)
+        if "\0" in str(path):
+            raise ValueError(f"path: expected a name without NUL, got {str(path)!r}")
         self.path = None if path is None else Path(path).expanduser().resolve()
         self._encoder = encoder
         # a writer takes the first lock and then the second; a reader takes the second alone
@@ -243,6 +245,7 @@ class MemoryGraph:
             TypeError: An argument is of the wrong kind.
             ValueError: An argument is empty, not finite, of another shape, an unknown category, or a time before the
                 newest of its video. Nothing is stored then.
+            OSError: The disk does not take it. Nothing is stored then.
         """
         self._ready()
         if rule not in ADD_RULES:
