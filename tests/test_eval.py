@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -249,7 +250,7 @@ def test_a_run_goes_on_where_it_was_interrupted(worldlm, tmp_path, monkeypatch):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-2]) + lines[-2][:40])
     told, watched = [], []
-    from vmemory.eval import evaluate as module
+    module = import_module("vmemory.eval.evaluate")
 
     watch = module.watch
     monkeypatch.setattr(
