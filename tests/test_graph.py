@@ -166,7 +166,7 @@ def test_of_equal_captions_about_a_node_the_newest_is_found(graph):
     found = graph.search("car", 1, delta=0.5)
     # every memory of the car has the same words, but the last is about the friend
     assert [(f.memory.object, f.memory.time, f.seen) for f in found] == [("the car", 29.0, 60), ("a friend", 29.0, 30)]
-    assert [f.via is None for f in found] == [True, False]
+    assert [f.via for f in found] == [None, found[0].memory.id]
     assert len(graph.search("car", 5, delta=0.5, walk=0, distinct=False)) == 5
     found = graph.search("car", 5, delta=0.5, until=10.0)
     assert [(f.memory.time, f.seen) for f in found] == [(9.0, 20), (9.0, 10)]
@@ -189,6 +189,8 @@ def test_nothing_remembered_is_no_answer(graph):
     assert graph.forget(user="me") == 0
     assert graph.reduce(10**9).freed == 0
     assert graph.stats().memories == len(graph) == 0
+    with pytest.raises(ValueError, match="category: expected one of"):
+        graph.search("keys", category="pets")
 
 
 def test_a_memory_expires_without_being_forgotten(graph):

@@ -401,10 +401,10 @@ class MemoryGraph:
         """Return masks `[visible]` of the memories that pass each filter."""
         a = self._arrays
         M = a.visible
-        if user is None:
-            return [np.zeros(M, np.bool_)]
         parts: list[np.ndarray] = []
-        if len(self._users) > 1:
+        if user is None:
+            parts.append(np.zeros(M, np.bool_))
+        elif len(self._users) > 1:
             parts.append(a.user[:M] == user)
         if category is not None:
             wanted = [self._category(name) for name in ([category] if isinstance(category, str) else category)]
@@ -454,7 +454,13 @@ class MemoryGraph:
                 if distinct and len(rows) == count < 1024:
                     count = min(4 * count, 1024)
                     continue
-            return [(row, score, None) for (score, _), several in groups.items() for row in several if score >= least]
+            # the newest first, since it is the one that a walk is told to come from
+            return [
+                (row, score, None)
+                for (score, _), several in groups.items()
+                for row in reversed(several)
+                if score >= least
+            ]
 
     def _newest(self, found: list[_Hit], distinct: bool) -> tuple[list[_Hit], list[int]]:
         """Return hits, best first, and the number of twins that each stands for; of twins the newest is returned."""
