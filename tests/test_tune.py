@@ -66,7 +66,7 @@ def test_a_search_finds_what_is_best(tmp_path):
 def test_every_trial_fills_its_budget(budget):
     objective = Known()
     size = 96 if budget == "96" else 24 * 1024
-    for seed in range(24):
+    for seed in range(10):
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
         config = suggested(study.ask(), objective, budget, SEARCHED)
         assert config is not None
@@ -82,19 +82,19 @@ def test_every_trial_fills_its_budget(budget):
 
 
 def test_a_search_goes_on_after_an_interruption(tmp_path):
-    whole = tune(Known(), tmp_path / "a", ["96", "48"], trials=10)
-    stopped = Known(stop_at=6)
+    whole = tune(Known(), tmp_path / "a", ["96", "48"], trials=4)
+    stopped = Known(stop_at=3)
     with pytest.raises(KeyboardInterrupt):
-        tune(stopped, tmp_path / "b", ["96", "48"], trials=10)
+        tune(stopped, tmp_path / "b", ["96", "48"], trials=4)
     counts: list[tuple[str, int]] = []
     rest = Known()
-    again = tune(rest, tmp_path / "b", ["96", "48"], trials=10, done=lambda *count: counts.append(count))
-    assert [len(one.trials) for one in again] == [10, 10]
-    assert len(stopped.tried) + len(rest.tried) == 20
-    assert counts[0] == ("96", 7)
+    again = tune(rest, tmp_path / "b", ["96", "48"], trials=4, done=lambda *count: counts.append(count))
+    assert [len(one.trials) for one in again] == [4, 4]
+    assert len(stopped.tried) + len(rest.tried) == 8
+    assert counts[0] == ("96", 4)
     assert [one.score for one in again] == [one.score for one in whole]
     untouched = Known()
-    tune(untouched, tmp_path / "b", ["96"], trials=10)
+    tune(untouched, tmp_path / "b", ["96"], trials=4)
     assert untouched.tried == []
 
 
@@ -125,7 +125,7 @@ def test_the_score_of_a_world_is_that_of_an_evaluation():
     model, tokenizer = world_model().eval(), world_tokenizer()
     streams = [world_stream(seed, 30, split="validation", moments=2) for seed in (1, 2)]
     objective = WorldObjective(model, tokenizer, streams, frame_tokens=4, max_new_tokens=2)
-    assert (objective.grid, objective.dim) == ((2, 2), 96)
+    assert (objective.grid, objective.dim) == ((2, 2), model.config.text_config.hidden_size)
     config = MemoryConfig(memory_policy="recent", memory_capacities=(6,))
     steps: list[float] = []
     score = objective.score(config, lambda step, value: steps.append(value))
