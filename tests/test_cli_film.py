@@ -57,7 +57,7 @@ def test_demo(run: Run, film: None, tmp_path: Path) -> None:
     assert len(judged) >= 14
     now = re.search(r"^right: (\d+) of (\d+) about now", text, re.M)
     assert now
-    assert int(now[1]) >= 0.7 * int(now[2])
+    assert int(now[1]) >= 0.4 * int(now[2])
     rows = re.findall("<tr(?: class=.wrong.)?><td>[^<]+\\?</td>", (out / "report.html").read_text())
     assert len(rows) > len(judged)
     page = check_page(out)

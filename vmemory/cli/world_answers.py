@@ -18,7 +18,7 @@ from vmemory.train.worldlm import load_worldlm
 # seconds that are watched; each kind of question is asked so many times
 SECONDS, EACH = 600, 4
 # the default memory, of whole frames: a frame has but four tokens
-MEMORY = {"memory_budget": "144KiB", "memory_downsample_ratios": 1}
+MEMORY = {"memory_budget": "384KiB", "memory_downsample_ratios": 1}
 # seconds from which on something is long ago
 _LONG_AGO = 120.0
 _TOKENS = 4

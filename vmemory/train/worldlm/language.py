@@ -26,13 +26,14 @@ _NOUNS = {"number": "number", "colour": "cards"}
 
 
 class Phase(NamedTuple):
-    """A part of training: steps, clips a step, frames of a clip, and questions about it."""
+    """A part of training: steps, clips a step, frames of a clip, questions about it, share of the rate at its end."""
 
     steps: int
     clips: int
     least: int
     most: int
     questions: int
+    until: float = 0.0
 
 
 def hidden_states(model: Any, rows: Rows, between: bool = False) -> tuple[Tensor, ...]:
@@ -106,7 +107,7 @@ def train_language(
     tell: Callable[[dict[str, Any]], None] | None = None,
     notes: Notes | None = None,
 ) -> list[dict[str, Any]]:
-    """Train the language model; the rate falls to nothing in each phase.
+    """Train the language model; the rate falls in each phase.
 
     Kinds that are answered worst are asked most: their share follows the errors on `held_out`.
 
@@ -129,7 +130,7 @@ def train_language(
         losses: dict[str, float] = defaultdict(float)
         every = max(1, phase.steps // 10)
         for step in range(phase.steps):
-            share = min(1.0, (step + 1) / 20) * max(0.02, 1 - step / phase.steps)
+            share = min(1.0, (step + 1) / 20) * max(0.02, 1 - (1 - phase.until) * step / phase.steps)
             for optimizer, own in zip(running, rates, strict=True):
                 for group, rate in zip(optimizer.param_groups, own, strict=True):
                     group["lr"] = rate * share

@@ -20,7 +20,7 @@ from vmemory.train.worldlm.model import world_model
 from vmemory.train.worldlm.words import world_tokenizer
 
 # short clips first: words have to be found in tokens before they are found in streams
-PHASES = (Phase(300, 20, 1, 12, 12), Phase(2000, 8, 3, 56, 18), Phase(350, 4, 8, 250, 32))
+PHASES = (Phase(420, 20, 1, 12, 12), Phase(1100, 8, 3, 56, 18), Phase(570, 4, 4, 210, 28))
 
 # share of right answers from which on a kind is not called weak
 GOOD = 0.8
