@@ -142,10 +142,10 @@ def compare(args: argparse.Namespace) -> None:
     for seed in range(args.seeds):
         for way in args.ways:
             trainer, clock = run(args.folder, way, args.seconds, args.steps, seed)
+            alpha = [w.item() for n, w in trainer.model.named_parameters() if n.endswith("alpha")]
             found = scores(trainer.model, tokenizer, args.seconds, args.worlds)
             losses = [(line["step"], line["loss"]) for line in trainer.state.log_history if "loss" in line]
             entry = {"way": way, "seed": seed, "cpu_seconds_a_step": float(np.median(clock.seconds)), "losses": losses}
-            alpha = [w.item() for n, w in trainer.model.named_parameters() if n.endswith("alpha")]
             result["runs"].append({**entry, **({"alpha": alpha[0]} if alpha else {}), "scores": found})
             print(seed, way, f"{entry['cpu_seconds_a_step']:.2f} CPU s a step", short(found), flush=True)
             args.out.write_text(json.dumps(result, indent=1))
