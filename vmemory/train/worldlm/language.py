@@ -95,7 +95,7 @@ def align(model: Any, watched: Sequence[Watched], steps: int, seed: int = 0) -> 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def train_language(
@@ -152,7 +152,7 @@ def train_language(
             for optimizer in running:
                 optimizer.step()
             for name, value in told.items():
-                losses[name] += float(value) / every
+                losses[name] += float(value.detach()) / every
             done += 1
             if (step + 1) % every == 0:
                 accuracy = answered(model, held_out)
