@@ -17,8 +17,8 @@ from vmemory.train.worldlm import load_worldlm
 
 # seconds that are watched; each kind of question is asked so many times
 SECONDS, EACH = 600, 4
-# the default memory, of whole frames: a frame has but four tokens
-MEMORY = {"memory_budget": "384KiB", "memory_downsample_ratios": 1}
+# of the default memory, which leaves frames of four tokens whole
+MEMORY = {"memory_budget": "384KiB"}
 # seconds from which on something is long ago
 _LONG_AGO = 120.0
 _TOKENS = 4
